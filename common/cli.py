@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import math
 import os
 import signal
 import sys
@@ -44,6 +45,24 @@ def byte_size(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB, 500MB or 4GiB")
     return value
+
+
+def finite_float(text: str) -> float:
+    """'1.2' -> 1.2; not a number, NaN and infinity are usage errors."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
+
+
+def batch_size(text: str) -> int | str:
+    """'8' -> 8; 'auto' and 'auto:4' (lm-eval finds the largest that fits, here 4 times) stay text."""
+    if text == "auto" or (text.startswith("auto:") and text[5:].isdigit()):
+        return text
+    return positive_int(text)
 
 
 def add_output_flags(parser: argparse.ArgumentParser) -> None:

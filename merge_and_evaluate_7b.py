@@ -1,0 +1,183 @@
+"""Merge models by a recipe, score the merged model, keep every figure: step 4 of the chain.
+
+    merged = base + sum of weight_i * (model_i - base)        (task_arithmetic; the recipe says the method)
+
+    python merge_and_evaluate_7b.py \\
+        --recipe recipes/recipe.yml --save_path ./models/merged \\
+        --eval_recipe recipes/open_llm_leaderboard.yml --output_path results.json \\
+        --device cuda:0 --batch_size 8
+
+mergekit merges, lm-evaluation-harness scores; both get their recipe unchanged, so the same files work
+with `mergekit-yaml` and `lm_eval run --config`. results.json is lm-eval's own document plus `summary`
+(each task's leaderboard metric, its standard error, the average) and `provenance` (what was merged and
+scored, and how). The model appears under --save_path once it is whole and finite, with a hash of every
+tensor in merge_report.json beside it. mergekit buffers one output shard: lower --max_shard_size for
+less memory.
+
+Which weight is best? Try some, choose on one set of tasks, report another; an interrupted sweep goes on
+where it was, and each weight's scores stay in results_weight_<weight>.json:
+
+    python merge_and_evaluate_7b.py --recipe recipes/recipe.yml --weights 0.6 0.9 1.2 \\
+        --choose_on arc_challenge winogrande --report_on hellaswag mmlu truthfulqa_mc2 gsm8k
+
+One weight per model, all combinations (two models in the recipe, 3 x 2 merges):
+
+    python merge_and_evaluate_7b.py --recipe recipes/recipe.yml \\
+        --weight_grid 0.6 0.9 1.2 --weight_grid 0.9 1.2
+
+Score a model without merging, and set any number of results beside one another (Markdown and a plot):
+
+    python merge_and_evaluate_7b.py --eval_only \\
+        --save_path ./models/WestSeverus-7B-DPO-v2 --output_path west.json
+    python merge_and_evaluate_7b.py --compare west.json results.json --plot_path results_comparison.png
+"""
+
+import argparse
+
+from common import cli
+
+MERGE_DEFAULTS = {"recipe": "recipes/recipe.yml", "save_path": "./models/merged", "max_shard_size": 10**9}
+EVAL_DEFAULTS = {"eval_recipe": "recipes/open_llm_leaderboard.yml", "output_path": "results.json"}
+
+
+def add_pipeline_flags(parser: argparse.ArgumentParser) -> None:
+    """What is merged, what is scored, where it goes."""
+    add = parser.add_argument_group("merge and evaluate").add_argument
+    add("--recipe", metavar="FILE", help=f"merge recipe for mergekit (default: {MERGE_DEFAULTS['recipe']})")
+    add(
+        "--save_path",
+        metavar="DIR",
+        help=f"the merged model; with --eval_only the one to score (default: {MERGE_DEFAULTS['save_path']})",
+    )
+    add(
+        "--eval_recipe",
+        metavar="FILE",
+        help=f"what `lm_eval run --config` takes; flags win (default: {EVAL_DEFAULTS['eval_recipe']})",
+    )
+    add("--output_path", metavar="FILE", help=f"the results (default: {EVAL_DEFAULTS['output_path']})")
+    add("--name", metavar="TEXT", help="row name in tables (default: the recipe's file name without .yml)")
+    add("--merge_only", action="store_true", help="merge, do not score")
+    add("--eval_only", action="store_true", help="score the model in --save_path, do not merge")
+    add(
+        "--device",
+        metavar="DEVICE",
+        help="cpu, cuda, cuda:0, mps (default: the eval recipe's, else cuda if there, else cpu)",
+    )
+    add(
+        "--batch_size",
+        type=cli.batch_size,
+        metavar="N",
+        help="sequences scored at once, or auto (default: the eval recipe's, else 1)",
+    )
+    add(
+        "--max_shard_size",
+        type=cli.byte_size,
+        metavar="SIZE",
+        help="start a new safetensors file beyond this size; that much is held in memory (default: 1GB)",
+    )
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace an existing model and results once the new ones are whole",
+    )
+    add(
+        "--dry_run",
+        action="store_true",
+        help="check everything, print what would be read, written and scored, and stop",
+    )
+
+
+def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
+    """Several values of the weight (the method's lambda)."""
+    add = parser.add_argument_group("sweep over the weight").add_argument
+    add(
+        "--weights",
+        nargs="+",
+        type=cli.finite_float,
+        metavar="W",
+        help="weights to try, the same for every model: 0.6 0.9 1.2",
+    )
+    add(
+        "--weight_grid",
+        nargs="+",
+        type=cli.finite_float,
+        action="append",
+        metavar="W",
+        help="weights to try for one model; repeat per model, in the recipe's order: all combinations",
+    )
+    add(
+        "--choose_on",
+        nargs="+",
+        metavar="TASK",
+        help="choose by the average over these tasks or groups; report the eval recipe's other tasks",
+    )
+    add(
+        "--report_on",
+        nargs="+",
+        metavar="TASK",
+        help="with --choose_on: report these tasks or groups instead",
+    )
+    add(
+        "--keep_models",
+        action="store_true",
+        help="keep every model, as <save_path>_weight_<weight>; the best is in --save_path anyhow",
+    )
+
+
+def add_compare_flags(parser: argparse.ArgumentParser) -> None:
+    """Results files side by side; nothing is merged or scored."""
+    add = parser.add_argument_group("compare results").add_argument
+    add(
+        "--compare",
+        nargs="+",
+        metavar="FILE",
+        help="print one Markdown table of these results files and draw it",
+    )
+    add("--plot_path", metavar="FILE", help="the picture of --compare (default: results_comparison.png)")
+
+
+def check_combination(parser: argparse.ArgumentParser, given: set[str]) -> None:
+    """Usage error for flags that contradict or do not use one another."""
+    sweep = {"weights", "weight_grid", "choose_on", "report_on", "keep_models"}
+    refusals = [
+        ("compare", given - {"compare", "plot_path", "overwrite"}),
+        ("eval_only", given & ({"merge_only", "recipe", "max_shard_size"} | sweep)),
+        ("merge_only", given & ({"eval_recipe", "output_path", "batch_size", "name"} | sweep)),
+        ("weights", given & {"weight_grid"}),
+    ]
+    for flag, clash in refusals:
+        if flag in given and clash:
+            parser.error(f"--{flag} does not go with {', '.join('--' + name for name in sorted(clash))}")
+    for flag, needed in [
+        ("choose_on", {"weights", "weight_grid"}),
+        ("keep_models", {"weights", "weight_grid"}),
+        ("report_on", {"choose_on"}),
+        ("plot_path", {"compare"}),
+    ]:
+        if flag in given and not given & needed:
+            parser.error(
+                f"--{flag} needs {' or '.join('--' + name for name in sorted(needed, reverse=True))}"
+            )
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_pipeline_flags(parser)
+    add_sweep_flags(parser)
+    add_compare_flags(parser)
+    args = parser.parse_args(argv)
+    check_combination(parser, {name for name, value in vars(args).items() if value not in (None, False)})
+    for name, value in {**MERGE_DEFAULTS, **EVAL_DEFAULTS, "plot_path": "results_comparison.png"}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+def main(argv=None) -> None:
+    parse_args(argv)
+
+
+if __name__ == "__main__":
+    cli.run(main)
