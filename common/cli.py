@@ -69,11 +69,11 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that every script that writes checkpoints has."""
     group = parser.add_argument_group("output")
     group.add_argument("--max_shard_size", type=byte_size, default="5GB", metavar="SIZE",
-                       help="start a new safetensors file beyond this size, e.g. 5GB, 500MB (default: 5GB)")  # fmt: skip
+                       help="start a new safetensors file beyond this size, e.g. 5GB, 500MB (default: 5GB)")
     group.add_argument("--overwrite", action="store_true",
-                       help="replace an existing output once the new one is whole")  # fmt: skip
+                       help="replace an existing output once the new one is whole")
     group.add_argument("--dry_run", action="store_true",
-                       help="print what would be read and written, how many bytes, disk and memory, and stop")  # fmt: skip
+                       help="print what would be read and written, how many bytes, disk and memory, and stop")
 
 
 def _one_line(error: BaseException) -> str:
@@ -109,5 +109,5 @@ def run(main) -> None:
         sys.exit(f"error: {_one_line(error)}")
     except (KeyboardInterrupt, Stopped) as stop:
         print("\ninterrupted; nothing was published. The same command goes on from the last whole shard.",
-              file=sys.stderr)  # fmt: skip
+              file=sys.stderr)
         sys.exit(130 if isinstance(stop, KeyboardInterrupt) else 143)

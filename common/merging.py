@@ -1,0 +1,196 @@
+"""Merge by recipe with mergekit: plan, merge, check, publish.
+
+mergekit writes; what it wrote appears under its final name once every tensor was read back and found
+finite. merge_report.json beside it records recipe, inputs and a hash of every tensor.
+"""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from common import plan
+from common.checkpoint import Checkpoint, companion_files, copy_companions, open_checkpoint
+from common.errors import DataError
+from common.hashing import file_hash, text_hash
+from common.headers import DTYPE_CODES, DTYPE_NAMES, Tensor, read_headers, read_json
+from common.recipes import Recipe, model_paths
+from common.staging import staged_directory
+
+REPORT_NAME = "merge_report.json"
+BLOCK_BYTES = 8 << 20
+_EXPONENT = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000),
+             "F64": ("<u8", 0x7FF0000000000000)}  # all exponent bits set: NaN or infinity
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A recipe whose inputs are there and fit together: `nbytes` will be written to `save_path`."""
+
+    recipe: Recipe
+    checkpoints: tuple[Checkpoint, ...]
+    save_path: Path
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """How mergekit runs: none of it changes what a deterministic method computes on one device."""
+
+    max_shard_size: int = 10**9
+    device: str = "cpu"
+    seed: int = 0
+
+
+# --- plan -----------------------------------------------------------------------------------------
+
+
+def open_model(recipe: Recipe, path: str) -> Checkpoint:
+    """A model of the recipe, its headers read. A missing directory of the chain names the script that makes it."""
+    if "@" in path or "+" in path:
+        raise DataError(f"{recipe.path}: {path!r}: mergekit takes '+' and '@' in a path for a LoRA or a revision; "
+                        "rename the directory, or merge the LoRA and download the revision first")
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or path.startswith("models/")
+    if looks_local and not Path(path).is_dir():
+        raise DataError(f"{recipe.path}: model {path} is not there; {_maker(path)}")
+    return open_checkpoint(path)
+
+
+def _maker(path: str) -> str:
+    """What writes a directory of the README's chain, judged by its name."""
+    name = Path(path).name
+    if name.startswith("pruned_vector"):
+        return "run prune_task_vector_7b.py first (README, 'Sparsification of Task Vectors'), or mend the path"
+    if name.endswith("float16"):
+        return "run convert_dtype.py first (README, 'Convert dtype'), or mend the path"
+    return "download it there, or mend the path"
+
+
+def _check_match(recipe: Recipe, checkpoints: tuple[Checkpoint, ...]) -> None:
+    """Same tensors, same shapes in all models, where the recipe neither cuts layers nor remaps tokens."""
+    reshaping = {"slices", "modules", "tokenizer", "tokenizer_source"} & recipe.config.keys()
+    for other in checkpoints[1:] if not reshaping else ():
+        plan.match(checkpoints[0], other)
+
+
+def _output_bytes(recipe: Recipe, model: Checkpoint) -> int:
+    """Bytes of the merged tensors: the first model's shapes in the recipe's output dtype."""
+    code = DTYPE_CODES.get(recipe.config.get("out_dtype") or recipe.config.get("dtype"))
+    return sum(plan.tensor_bytes(code if code and tensor.is_parameter else tensor.dtype, tensor.shape)
+               for tensor in model.tensors.values())
+
+
+def plan_merge(recipe: Recipe, save_path: str) -> MergePlan:
+    """Open and compare all inputs from their headers. Raises DataError before a weight is read."""
+    checkpoints = tuple(open_model(recipe, path) for path in model_paths(recipe.config))
+    _check_match(recipe, checkpoints)
+    output = Path(save_path)
+    plan.check_places([checkpoint.path for checkpoint in checkpoints], [output])
+    return MergePlan(recipe, checkpoints, output, _output_bytes(recipe, checkpoints[0]))
+
+
+# --- what was merged ------------------------------------------------------------------------------
+
+
+def model_digest(checkpoint: Checkpoint) -> str:
+    """One hash for a model's weights, config and tokenizer, wherever the directory lies."""
+    weights = {tensor.path for tensor in checkpoint.tensors.values()}
+    files = sorted(weights | {checkpoint.path / "config.json", *companion_files(checkpoint.path)})
+    with ThreadPoolExecutor(2) as pool:
+        hashes = list(pool.map(file_hash, files))
+    listing = [[path.name, digest] for path, digest in zip(files, hashes, strict=True)]
+    return text_hash(json.dumps(listing))
+
+
+def input_digests(merge_plan: MergePlan) -> dict[str, str]:
+    """{model as the recipe names it: digest}; reads every input once."""
+    return {checkpoint.label: model_digest(checkpoint) for checkpoint in merge_plan.checkpoints}
+
+
+def merge_identity(recipe: Recipe, digests: dict[str, str], settings: MergeSettings) -> str:
+    """What decides the merged bytes, as one hash: the recipe's content, the models' content, the seed."""
+    parts = {"recipe": recipe.config, "models": digests, "seed": settings.seed, "mergekit": version("mergekit")}
+    return text_hash(json.dumps(parts, sort_keys=True, default=str))
+
+
+def already_merged(save_path: Path, identity: str) -> bool:
+    """Whether `save_path` holds the whole result of this very merge."""
+    report = save_path / REPORT_NAME
+    return report.is_file() and read_json(report).get("identity") == identity
+
+
+# --- merge ----------------------------------------------------------------------------------------
+
+
+def _run_mergekit(recipe: Recipe, directory: Path, settings: MergeSettings) -> None:
+    """Let mergekit write the merge into an empty directory. Raises DataError with mergekit's own reason."""
+    from mergekit.architecture.auto import infer_architecture_info
+    from mergekit.config import MergeConfiguration
+    from mergekit.io.tasks import LoaderCache
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    remaps_tokens = {"tokenizer", "tokenizer_source", "chat_template"} & recipe.config.keys()
+    options = MergeOptions(out_shard_size=settings.max_shard_size, device=settings.device,
+                           random_seed=settings.seed, copy_tokenizer=bool(remaps_tokens))
+    try:
+        run_merge(MergeConfiguration.model_validate(recipe.config), str(directory), options, recipe.text)
+    except OSError:
+        raise
+    except Exception as error:  # mergekit raises many types, and all mean the same to the user
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{recipe.path}: mergekit could not merge: {reason:.300}") from error
+    finally:  # mergekit keeps open files and guesses by path for the life of the process
+        LoaderCache().loaders.clear()
+        infer_architecture_info.cache_clear()
+
+
+def check_tensor(tensor: Tensor) -> tuple[str, int]:
+    """(xxh3_128 of the tensor's bytes, how many of its values are NaN or infinite), in blocks."""
+    import numpy as np
+    import xxhash
+
+    state, broken, left = xxhash.xxh3_128(), 0, tensor.nbytes
+    dtype, exponent = _EXPONENT.get(tensor.dtype, (None, 0))
+    with open(tensor.path, "rb") as file:
+        file.seek(tensor.offset)
+        while left and (block := file.read(min(left, BLOCK_BYTES))):
+            state.update(block)
+            left -= len(block)
+            if dtype:
+                broken += int(np.count_nonzero(np.frombuffer(block, dtype) & exponent == exponent))
+    return state.hexdigest(), broken
+
+
+def check_merged(directory: Path, recipe: Recipe) -> dict[str, str]:
+    """{tensor: hash} of what mergekit wrote. Raises DataError if a value is NaN or infinite."""
+    hashes = {}
+    for tensor in read_headers(directory) or ():
+        hashes[tensor.name], broken = check_tensor(tensor)
+        if broken:
+            raise DataError(f"tensor {tensor.name!r} of the merge by {recipe.path} has {broken} values that are NaN or "
+                            f"infinite in {DTYPE_NAMES.get(tensor.dtype, tensor.dtype)}; lower the weights, or set "
+                            "out_dtype: bfloat16 or float32 in the recipe")
+    if not hashes:
+        raise DataError(f"{recipe.path}: mergekit wrote no tensors to {directory}; mend the recipe")
+    return hashes
+
+
+def _add_tokenizer(directory: Path, checkpoints: tuple[Checkpoint, ...]) -> None:
+    """Tokenizer and generation config of the base, or of the first model that has one, unless mergekit wrote one."""
+    donor = next((model.path for model in checkpoints if any(model.path.glob("tokenizer*"))), None)
+    if donor and not any(directory.glob("tokenizer*")):
+        copy_companions(donor, directory)
+
+
+def merge(merge_plan: MergePlan, digests: dict[str, str], settings: MergeSettings, overwrite: bool) -> None:
+    """Merge into `<save_path>.part`, check every tensor, publish under save_path."""
+    recipe = merge_plan.recipe
+    with staged_directory(merge_plan.save_path, overwrite) as part:
+        plan.check_disk({merge_plan.save_path: merge_plan.nbytes})
+        _run_mergekit(recipe, part, settings)
+        _add_tokenizer(part, merge_plan.checkpoints)
+        report = {"identity": merge_identity(recipe, digests, settings), "recipe": recipe.text, "models": digests,
+                  "seed": settings.seed, "mergekit": version("mergekit"), "tensors": check_merged(part, recipe)}
+        (part / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")

@@ -1,0 +1,115 @@
+"""The figures that people compare, out of lm-eval's document.
+
+For the six tasks of the Open LLM Leaderboard v1 its own metrics; for any other task accuracy, else
+exact match, else the task's first metric. All scores are as lm-eval gives them (accuracies: 0 to 1).
+"""
+
+import math
+
+from common.errors import DataError
+
+LEADERBOARD_METRICS = {
+    "arc_challenge": "acc_norm,none",
+    "hellaswag": "acc_norm,none",
+    "mmlu": "acc,none",
+    "truthfulqa_mc2": "acc,none",
+    "winogrande": "acc,none",
+    "gsm8k": "exact_match,strict-match",
+}
+PREFERRED_METRICS = ("acc", "exact_match")
+PLAIN_MEAN_GROUPS = ("mmlu",)  # the leaderboard averaged MMLU's 57 subjects without regard to their size
+
+
+def main_metric(task: str, scores: dict) -> str | None:
+    """The key of the one metric that counts: ("x", {"f1,none": .2, "acc,none": .3}) -> "acc,none"."""
+    keys = [key for key, value in scores.items() if "," in key and "_stderr," not in key and is_score(value)]
+    if LEADERBOARD_METRICS.get(task) in keys:
+        return LEADERBOARD_METRICS[task]
+    preferred = [key for name in PREFERRED_METRICS for key in keys if key.partition(",")[0] == name]
+    return next(iter(preferred + keys), None)
+
+
+def is_score(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def stderr_of(scores: dict, metric: str) -> float | None:
+    """The standard error beside a metric; lm-eval may give "N/A"."""
+    name, _, kind = metric.partition(",")
+    value = scores.get(f"{name}_stderr,{kind}")
+    return value if is_score(value) else None
+
+
+def mean_stderr(stderrs: list[float | None]) -> float | None:
+    """Standard error of the plain mean of independent scores: [0.3, 0.4] -> 0.25; None if one is unknown."""
+    if not stderrs or None in stderrs:
+        return None
+    return math.sqrt(sum(stderr**2 for stderr in stderrs)) / len(stderrs)
+
+
+def leaves_of(document: dict, name: str) -> list[str]:
+    """The tasks under a group, or the task itself."""
+    children = document.get("group_subtasks", {}).get(name)
+    if not children:
+        return [name]
+    return [leaf for child in children for leaf in leaves_of(document, child)]
+
+
+def rows_of(document: dict) -> list[str]:
+    """The tasks and aggregated groups that count once each: groups without a score of their own are opened."""
+    groups = document.get("group_subtasks", {})
+    inner = {child for children in groups.values() for child in children}
+    waiting, rows = [name for name in document["results"] if name not in inner], []
+    while waiting:
+        name = waiting.pop(0)
+        if groups.get(name) and main_metric(name, document["results"].get(name, {})) is None:
+            waiting = list(groups[name]) + waiting
+        else:
+            rows.append(name)
+    return rows
+
+
+def plain_mean(document: dict, group: str, metric: str) -> dict:
+    """The mean over a group's tasks, whatever their sizes, beside lm-eval's own, which weights by size."""
+    results, leaves = document["results"], leaves_of(document, group)
+    values = [results[leaf][metric] for leaf in leaves]
+    return {"value": sum(values) / len(values),
+            "stderr": mean_stderr([stderr_of(results[leaf], metric) for leaf in leaves]),
+            "subjects": len(leaves),
+            "weighted_value": results[group][metric], "weighted_stderr": stderr_of(results[group], metric)}
+
+
+def task_summary(document: dict, name: str) -> dict:
+    """{metric, value, stderr, …} of one task or group. The value is None where lm-eval gave no number."""
+    scores = document["results"].get(name, {})
+    metric = main_metric(name, scores)
+    if metric is None:
+        return {"metric": None, "value": None, "stderr": None}
+    summary = {"metric": metric, "value": scores[metric], "stderr": stderr_of(scores, metric)}
+    if name in PLAIN_MEAN_GROUPS:
+        summary.update(plain_mean(document, name, metric))
+    leaves = leaves_of(document, name)
+    shots = {document.get("n-shot", {}).get(leaf) for leaf in leaves}
+    counts = [document.get("n-samples", {}).get(leaf, {}).get("effective") for leaf in leaves]
+    better = document.get("higher_is_better", {}).get(name, {}).get(metric.partition(",")[0])
+    summary["num_fewshot"] = shots.pop() if len(shots) == 1 else None
+    summary["samples"] = sum(counts) if None not in counts else None
+    summary["higher_is_better"] = better is not False
+    return summary
+
+
+def summarize(document: dict) -> dict:
+    """{tasks, average, average_stderr}. The average is None if scores are missing or point both ways."""
+    tasks = {name: task_summary(document, name) for name in rows_of(document)}
+    values = [task["value"] for task in tasks.values()]
+    comparable = None not in values and len({task["higher_is_better"] for task in tasks.values()}) == 1
+    return {"tasks": tasks,
+            "average": sum(values) / len(values) if comparable else None,
+            "average_stderr": mean_stderr([task["stderr"] for task in tasks.values()]) if comparable else None}
+
+
+def check_scored(summary: dict, where: str) -> None:
+    """DataError if a task has no number: a run that could not score must not look like one that did."""
+    for name, task in summary["tasks"].items():
+        if task["value"] is None:
+            raise DataError(f"{where}: lm-eval gave no number for task {name!r}; look at its `results` there")
