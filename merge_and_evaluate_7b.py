@@ -33,10 +33,36 @@ Score a model without merging, and set any number of results beside one another 
 """
 
 import argparse
+from pathlib import Path
 
 from common import cli
+from common.checkpoint import open_checkpoint
+from common.comparison import compare
+from common.evaluation import read_eval_recipe
+from common.merging import (
+    REPORT_NAME,
+    MergeSettings,
+    already_merged,
+    input_digests,
+    memory_needed,
+    merge,
+    merge_identity,
+    model_digest,
+    origin,
+    plan_merge,
+)
+from common.recipes import read_recipe
+from common.scoring import Model, check_tokenizer, score
+from common.staging import refuse_existing
+from common.sweep import Sweep, plan_candidates, plan_scorings, weight_choices
+from common.sweep import run as run_sweep
 
-MERGE_DEFAULTS = {"recipe": "recipes/recipe.yml", "save_path": "./models/merged", "max_shard_size": 10**9}
+MERGE_DEFAULTS = {
+    "recipe": "recipes/recipe.yml",
+    "save_path": "./models/merged",
+    "max_shard_size": 10**9,
+    "seed": 0,
+}
 EVAL_DEFAULTS = {"eval_recipe": "recipes/open_llm_leaderboard.yml", "output_path": "results.json"}
 
 
@@ -74,6 +100,12 @@ def add_pipeline_flags(parser: argparse.ArgumentParser) -> None:
         type=cli.byte_size,
         metavar="SIZE",
         help="start a new safetensors file beyond this size; that much is held in memory (default: 1GB)",
+    )
+    add(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="for merge methods that draw at random, dare_* and della_* (default: 0)",
     )
     add(
         "--overwrite",
@@ -141,7 +173,7 @@ def check_combination(parser: argparse.ArgumentParser, given: set[str]) -> None:
     sweep = {"weights", "weight_grid", "choose_on", "report_on", "keep_models"}
     refusals = [
         ("compare", given - {"compare", "plot_path", "overwrite"}),
-        ("eval_only", given & ({"merge_only", "recipe", "max_shard_size"} | sweep)),
+        ("eval_only", given & ({"merge_only", "recipe", "max_shard_size", "seed"} | sweep)),
         ("merge_only", given & ({"eval_recipe", "output_path", "batch_size", "name"} | sweep)),
         ("weights", given & {"weight_grid"}),
     ]
@@ -175,8 +207,81 @@ def parse_args(argv=None) -> argparse.Namespace:
     return args
 
 
+def print_plan(merge_plan, settings, eval_recipe, output_path: Path) -> None:
+    """What --dry_run prints: what is read and written, and what it takes."""
+    if merge_plan:
+        print(f"merge {merge_plan.recipe.path}: {merge_plan.recipe.config['merge_method']}")
+        for checkpoint in merge_plan.checkpoints:
+            print(f"  read   {checkpoint.label}, {checkpoint.nbytes / 1e9:.2f} GB")
+        memory = memory_needed(merge_plan, settings)
+        print(
+            f"  write  {merge_plan.save_path}, {merge_plan.nbytes / 1e9:.2f} GB; memory {memory / 1e9:.1f} GB"
+        )
+    if eval_recipe:
+        print(f"score {eval_recipe.path}: {', '.join(eval_recipe.tasks)}")
+        print(f"  write  {output_path}")
+
+
+def scored_model(path: str, name: str) -> Model:
+    """The model of --eval_only: a directory or a Hub id, its headers checked, its content hashed."""
+    checkpoint = open_checkpoint(path)
+    place = path if Path(path).is_dir() else str(checkpoint.path)
+    return Model(place, name, model_digest(checkpoint), {})
+
+
+def merged_model(merge_plan, settings: MergeSettings, name: str, overwrite: bool) -> Model:
+    """Merge, unless the output holds this very merge from an earlier run that did not get to scoring."""
+    if not (merge_plan.save_path / REPORT_NAME).is_file():
+        refuse_existing(merge_plan.save_path, overwrite)
+    digests = input_digests(merge_plan)
+    identity = merge_identity(merge_plan.recipe, digests, settings)
+    if overwrite or not already_merged(merge_plan.save_path, identity):
+        merge(merge_plan, digests, settings, overwrite)
+    else:
+        print(f"{merge_plan.save_path} holds this merge already")
+    return Model(str(merge_plan.save_path), name, identity, origin(merge_plan.recipe, digests, settings))
+
+
 def main(argv=None) -> None:
-    parse_args(argv)
+    args = parse_args(argv)
+    if args.compare:
+        compare(args.compare, Path(args.plot_path))
+        return
+    sweeping, output_path = bool(args.weights or args.weight_grid), Path(args.output_path)
+
+    # Recipes, headers and tasks first: every refusal comes before anything is written.
+    settings = MergeSettings(args.max_shard_size, args.device or "cpu", args.seed)
+    merge_plan = None if args.eval_only else plan_merge(read_recipe(args.recipe), args.save_path)
+    eval_recipe = (
+        None if args.merge_only else read_eval_recipe(args.eval_recipe, args.device, args.batch_size)
+    )
+    name = args.name or (merge_plan.recipe.name if merge_plan else Path(args.save_path).name)
+    choosing, reporting = (
+        plan_scorings(eval_recipe, args.choose_on, args.report_on) if eval_recipe else (None, None)
+    )
+    if eval_recipe and not sweeping:
+        refuse_existing(output_path, args.overwrite)
+    if eval_recipe:
+        check_tokenizer(
+            eval_recipe, merge_plan.checkpoints if merge_plan else [open_checkpoint(args.save_path)]
+        )
+    if args.dry_run:
+        print_plan(merge_plan, settings, eval_recipe, output_path)
+        return
+
+    if sweeping:
+        digests = input_digests(merge_plan)
+        choices = weight_choices(args.weights, args.weight_grid)
+        candidates = plan_candidates(merge_plan, choices, digests, settings, output_path)
+        sweep = Sweep(name, candidates, choosing, reporting, merge_plan.save_path, output_path)
+        run_sweep(sweep, digests, settings, args.keep_models, args.overwrite)
+        return
+    if merge_plan:
+        model = merged_model(merge_plan, settings, name, args.overwrite)
+    else:
+        model = scored_model(args.save_path, name)
+    if eval_recipe:
+        score(choosing, model, output_path)
 
 
 if __name__ == "__main__":

@@ -62,8 +62,10 @@ def include_path(recipe_path: str, include: str | None) -> str | None:
         return include
     beside = Path(recipe_path).parent / include
     if not beside.is_dir():
-        raise DataError(f"{recipe_path}: include_path {include} is no directory, seen from here or from the recipe; "
-                        "run from the repository's root or mend the path")
+        raise DataError(
+            f"{recipe_path}: include_path {include} is no directory, seen from here or from the recipe; "
+            "run from the repository's root or mend the path"
+        )
     return str(beside)
 
 
@@ -79,7 +81,9 @@ def check_device(device: str | None) -> None:
         raise DataError(f"device {device!r} is none that torch knows; try cpu, cuda, cuda:0 or mps") from None
     there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if kind in there and index >= there[kind]:
-        raise DataError(f"device {device!r} is not there: torch sees {there[kind]} of kind {kind}; try --device cpu")
+        raise DataError(
+            f"device {device!r} is not there: torch sees {there[kind]} of kind {kind}; try --device cpu"
+        )
 
 
 # --- tasks ----------------------------------------------------------------------------------------
@@ -137,8 +141,10 @@ def find_tasks(recipe: EvalRecipe, names: list[str]) -> Tasks:
         if all(found.values()):
             return Tasks(manager, list(dict.fromkeys(task for tasks in found.values() for task in tasks)))
     unknown = next(name for name, tasks in found.items() if not tasks)
-    raise DataError(f"{recipe.path}: lm-eval knows no task {unknown!r}; `lm_eval ls tasks` lists its own, "
-                    "include_path adds yours")
+    raise DataError(
+        f"{recipe.path}: lm-eval knows no task {unknown!r}; `lm_eval ls tasks` lists its own, "
+        "include_path adds yours"
+    )
 
 
 # --- scoring --------------------------------------------------------------------------------------
@@ -159,24 +165,43 @@ def _simple_evaluate(recipe: EvalRecipe, model: str, tasks: Tasks, cache: str | 
     from lm_eval.config.evaluate_config import EvaluatorConfig
     from lm_eval.loggers import EvaluationTracker
 
-    settings = {key: value for key, value in recipe.config.items() if key not in IGNORED_KEYS and value is not None}
+    settings = {
+        key: value for key, value in recipe.config.items() if key not in IGNORED_KEYS and value is not None
+    }
     settings.update(model_args={**model_arguments(recipe), "pretrained": model}, output_path=".")
     config = EvaluatorConfig(**settings)._configure()
     requests = config.cache_requests if isinstance(config.cache_requests, dict) else {}
     tracker = EvaluationTracker()
     results = simple_evaluate(
-        model=config.model, model_args=config.model_args, tasks=tasks.names, task_manager=tasks.manager, use_cache=cache,
-        num_fewshot=config.num_fewshot, batch_size=config.batch_size, max_batch_size=config.max_batch_size,
-        device=config.device, limit=config.limit, samples=config.samples, log_samples=config.log_samples,
-        check_integrity=config.check_integrity, write_out=config.write_out, predict_only=config.predict_only,
-        system_instruction=config.system_instruction, apply_chat_template=config.apply_chat_template,
-        fewshot_as_multiturn=bool(config.fewshot_as_multiturn), gen_kwargs=config.gen_kwargs or None,
-        random_seed=config.seed and config.seed[0], numpy_random_seed=config.seed and config.seed[1],
-        torch_random_seed=config.seed and config.seed[2], fewshot_random_seed=config.seed and config.seed[3],
+        model=config.model,
+        model_args=config.model_args,
+        tasks=tasks.names,
+        task_manager=tasks.manager,
+        use_cache=cache,
+        num_fewshot=config.num_fewshot,
+        batch_size=config.batch_size,
+        max_batch_size=config.max_batch_size,
+        device=config.device,
+        limit=config.limit,
+        samples=config.samples,
+        log_samples=config.log_samples,
+        check_integrity=config.check_integrity,
+        write_out=config.write_out,
+        predict_only=config.predict_only,
+        system_instruction=config.system_instruction,
+        apply_chat_template=config.apply_chat_template,
+        fewshot_as_multiturn=bool(config.fewshot_as_multiturn),
+        gen_kwargs=config.gen_kwargs or None,
+        random_seed=config.seed and config.seed[0],
+        numpy_random_seed=config.seed and config.seed[1],
+        torch_random_seed=config.seed and config.seed[2],
+        fewshot_random_seed=config.seed and config.seed[3],
         cache_requests=requests.get("cache_requests", False),
         rewrite_requests_cache=requests.get("rewrite_requests_cache", False),
         delete_requests_cache=requests.get("delete_requests_cache", False),
-        confirm_run_unsafe_code=config.confirm_run_unsafe_code, evaluation_tracker=tracker)
+        confirm_run_unsafe_code=config.confirm_run_unsafe_code,
+        evaluation_tracker=tracker,
+    )
     if results is None:  # another process of `accelerate launch` has them
         return None
     tracker.general_config_tracker.log_end_time()
@@ -193,10 +218,13 @@ def evaluate(recipe: EvalRecipe, model: str, tasks: Tasks, identity: str) -> dic
     cache = recipe.config.get("use_cache")
     try:
         return _simple_evaluate(recipe, model, tasks, f"{cache}_{identity}" if cache else None)
-    except Exception as error:  # lm-eval, datasets and transformers raise many types; the user needs the reason
+    except (
+        Exception
+    ) as error:  # lm-eval, datasets and transformers raise many types; the user needs the reason
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{recipe.path}: lm-eval could not score {model} on {', '.join(tasks.names)}: {reason:.300}") from error
-
+        raise DataError(
+            f"{recipe.path}: lm-eval could not score {model} on {', '.join(tasks.names)}: {reason:.300}"
+        ) from error
 
 
 # --- what decides a score -------------------------------------------------------------------------
@@ -206,7 +234,11 @@ def _data_files(config: dict) -> list[str]:
     """The local files in a task's `dataset_kwargs: {data_files: …}`."""
     found = (config.get("dataset_kwargs") or {}).get("data_files") or []
     found = list(found.values()) if isinstance(found, dict) else found
-    found = [found] if isinstance(found, str) else [p for item in found for p in ([item] if isinstance(item, str) else item)]
+    found = (
+        [found]
+        if isinstance(found, str)
+        else [p for item in found for p in ([item] if isinstance(item, str) else item)]
+    )
     return [path for path in found if os.path.isfile(path)]
 
 
@@ -222,6 +254,11 @@ def _task_files(recipe: EvalRecipe, tasks: Tasks) -> list[Path]:
 
 def eval_identity(recipe: EvalRecipe, tasks: Tasks, model_identity: str) -> str:
     """What decides a score, as one hash: the model, the recipe with its flags, its tasks and their local data."""
-    parts = {"model": model_identity, "recipe": recipe.config, "tasks": tasks.names, "lm_eval": version("lm_eval"),
-             "files": [[str(path), file_hash(path)] for path in _task_files(recipe, tasks)]}
+    parts = {
+        "model": model_identity,
+        "recipe": recipe.config,
+        "tasks": tasks.names,
+        "lm_eval": version("lm_eval"),
+        "files": [[str(path), file_hash(path)] for path in _task_files(recipe, tasks)],
+    }
     return text_hash(json.dumps(parts, sort_keys=True, default=str))

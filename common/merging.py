@@ -16,12 +16,16 @@ from common.errors import DataError
 from common.hashing import file_hash, text_hash
 from common.headers import DTYPE_CODES, DTYPE_NAMES, Tensor, read_headers, read_json
 from common.recipes import Recipe, model_paths
-from common.staging import staged_directory
+from common.staging import staged_directory, write_json
 
 REPORT_NAME = "merge_report.json"
 BLOCK_BYTES = 8 << 20
-_EXPONENT = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000),
-             "F64": ("<u8", 0x7FF0000000000000)}  # all exponent bits set: NaN or infinity
+_EXPONENT = {
+    "F16": ("<u2", 0x7C00),
+    "BF16": ("<u2", 0x7F80),
+    "F32": ("<u4", 0x7F800000),
+    "F64": ("<u8", 0x7FF0000000000000),
+}  # all exponent bits set: NaN or infinity
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,10 @@ class MergeSettings:
 def open_model(recipe: Recipe, path: str) -> Checkpoint:
     """A model of the recipe, its headers read. A missing directory of the chain names the script that makes it."""
     if "@" in path or "+" in path:
-        raise DataError(f"{recipe.path}: {path!r}: mergekit takes '+' and '@' in a path for a LoRA or a revision; "
-                        "rename the directory, or merge the LoRA and download the revision first")
+        raise DataError(
+            f"{recipe.path}: {path!r}: mergekit takes '+' and '@' in a path for a LoRA or a revision; "
+            "rename the directory, or merge the LoRA and download the revision first"
+        )
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or path.startswith("models/")
     if looks_local and not Path(path).is_dir():
         raise DataError(f"{recipe.path}: model {path} is not there; {_maker(path)}")
@@ -61,7 +67,9 @@ def _maker(path: str) -> str:
     """What writes a directory of the README's chain, judged by its name."""
     name = Path(path).name
     if name.startswith("pruned_vector"):
-        return "run prune_task_vector_7b.py first (README, 'Sparsification of Task Vectors'), or mend the path"
+        return (
+            "run prune_task_vector_7b.py first (README, 'Sparsification of Task Vectors'), or mend the path"
+        )
     if name.endswith("float16"):
         return "run convert_dtype.py first (README, 'Convert dtype'), or mend the path"
     return "download it there, or mend the path"
@@ -77,8 +85,10 @@ def _check_match(recipe: Recipe, checkpoints: tuple[Checkpoint, ...]) -> None:
 def _output_bytes(recipe: Recipe, model: Checkpoint) -> int:
     """Bytes of the merged tensors: the first model's shapes in the recipe's output dtype."""
     code = DTYPE_CODES.get(recipe.config.get("out_dtype") or recipe.config.get("dtype"))
-    return sum(plan.tensor_bytes(code if code and tensor.is_parameter else tensor.dtype, tensor.shape)
-               for tensor in model.tensors.values())
+    return sum(
+        plan.tensor_bytes(code if code and tensor.is_parameter else tensor.dtype, tensor.shape)
+        for tensor in model.tensors.values()
+    )
 
 
 def plan_merge(recipe: Recipe, save_path: str) -> MergePlan:
@@ -110,8 +120,18 @@ def input_digests(merge_plan: MergePlan) -> dict[str, str]:
 
 def merge_identity(recipe: Recipe, digests: dict[str, str], settings: MergeSettings) -> str:
     """What decides the merged bytes, as one hash: the recipe's content, the models' content, the seed."""
-    parts = {"recipe": recipe.config, "models": digests, "seed": settings.seed, "mergekit": version("mergekit")}
+    parts = {
+        "recipe": recipe.config,
+        "models": digests,
+        "seed": settings.seed,
+        "mergekit": version("mergekit"),
+    }
     return text_hash(json.dumps(parts, sort_keys=True, default=str))
+
+
+def origin(recipe: Recipe, digests: dict[str, str], settings: MergeSettings) -> dict:
+    """How a model was merged, for the files that lie beside it and its scores."""
+    return {"recipe_path": recipe.path, "recipe": recipe.text, "models": digests, "seed": settings.seed}
 
 
 def already_merged(save_path: Path, identity: str) -> bool:
@@ -132,8 +152,12 @@ def _run_mergekit(recipe: Recipe, directory: Path, settings: MergeSettings) -> N
     from mergekit.options import MergeOptions
 
     remaps_tokens = {"tokenizer", "tokenizer_source", "chat_template"} & recipe.config.keys()
-    options = MergeOptions(out_shard_size=settings.max_shard_size, device=settings.device,
-                           random_seed=settings.seed, copy_tokenizer=bool(remaps_tokens))
+    options = MergeOptions(
+        out_shard_size=settings.max_shard_size,
+        device=settings.device,
+        random_seed=settings.seed,
+        copy_tokenizer=bool(remaps_tokens),
+    )
     try:
         run_merge(MergeConfiguration.model_validate(recipe.config), str(directory), options, recipe.text)
     except OSError:
@@ -169,9 +193,11 @@ def check_merged(directory: Path, recipe: Recipe) -> dict[str, str]:
     for tensor in read_headers(directory) or ():
         hashes[tensor.name], broken = check_tensor(tensor)
         if broken:
-            raise DataError(f"tensor {tensor.name!r} of the merge by {recipe.path} has {broken} values that are NaN or "
-                            f"infinite in {DTYPE_NAMES.get(tensor.dtype, tensor.dtype)}; lower the weights, or set "
-                            "out_dtype: bfloat16 or float32 in the recipe")
+            raise DataError(
+                f"tensor {tensor.name!r} of the merge by {recipe.path} has {broken} values that are NaN or "
+                f"infinite in {DTYPE_NAMES.get(tensor.dtype, tensor.dtype)}; lower the weights, or set "
+                "out_dtype: bfloat16 or float32 in the recipe"
+            )
     if not hashes:
         raise DataError(f"{recipe.path}: mergekit wrote no tensors to {directory}; mend the recipe")
     return hashes
@@ -191,6 +217,17 @@ def merge(merge_plan: MergePlan, digests: dict[str, str], settings: MergeSetting
         plan.check_disk({merge_plan.save_path: merge_plan.nbytes})
         _run_mergekit(recipe, part, settings)
         _add_tokenizer(part, merge_plan.checkpoints)
-        report = {"identity": merge_identity(recipe, digests, settings), "recipe": recipe.text, "models": digests,
-                  "seed": settings.seed, "mergekit": version("mergekit"), "tensors": check_merged(part, recipe)}
-        (part / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
+        report = {
+            "identity": merge_identity(recipe, digests, settings),
+            **origin(recipe, digests, settings),
+            "mergekit": version("mergekit"),
+            "tensors": check_merged(part, recipe),
+        }
+        write_json(part / REPORT_NAME, report)
+    print(f"wrote {merge_plan.save_path}")
+
+
+def memory_needed(merge_plan: MergePlan, settings: MergeSettings) -> int:
+    """Bytes that mergekit holds at its peak, about: one output shard, and one tensor of each model in float32."""
+    largest = max(tensor.numel for tensor in merge_plan.checkpoints[0].tensors.values())
+    return settings.max_shard_size + 4 * largest * (len(merge_plan.checkpoints) + 2)

@@ -34,7 +34,9 @@ def read_yaml(path: str) -> tuple[str, dict]:
         text = Path(path).read_text(encoding="utf-8")
         value = yaml.safe_load(text)
     except FileNotFoundError:
-        raise DataError(f"{path}: no such recipe; the ones that come with this collection are in recipes/") from None
+        raise DataError(
+            f"{path}: no such recipe; the ones that come with this collection are in recipes/"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{path}: no valid YAML ({reason:.160}); mend the recipe") from None
@@ -171,11 +173,15 @@ def _check_names(path: str, method, where: str, parameters: dict, per_model: boo
     for name in parameters:
         if name not in specs or (name == "density" and _ignores_density(method)):
             used = [known for known in specs if known != "density" or not _ignores_density(method)]
-            raise DataError(f"{path}: {where}: merge_method {method.spec.name} ignores the parameter {name!r}; "
-                            f"it uses {', '.join(used) or 'none'}")
+            raise DataError(
+                f"{path}: {where}: merge_method {method.spec.name} ignores the parameter {name!r}; "
+                f"it uses {', '.join(used) or 'none'}"
+            )
         if per_model and specs[name].scope.value == "shared":
-            raise DataError(f"{path}: {where}: {name!r} holds for the whole merge and is ignored here; "
-                            "move it to the `parameters` at the end of the recipe")
+            raise DataError(
+                f"{path}: {where}: {name!r} holds for the whole merge and is ignored here; "
+                "move it to the `parameters` at the end of the recipe"
+            )
 
 
 def _scalars(setting) -> list:
@@ -204,8 +210,10 @@ def _check_values(path: str, method, where: str, parameters: dict) -> None:
             try:
                 spec.validate(value)
             except ValueError:
-                raise DataError(f"{path}: {where}: {spec.name} is {value!r:.60}, needed is "
-                                f"{getattr(spec.value_type, '__name__', spec.value_type)}") from None
+                raise DataError(
+                    f"{path}: {where}: {spec.name} is {value!r:.60}, needed is "
+                    f"{getattr(spec.value_type, '__name__', spec.value_type)}"
+                ) from None
 
 
 def check_method(path: str, config: dict) -> None:
@@ -213,8 +221,10 @@ def check_method(path: str, config: dict) -> None:
     method = _method(path, config["merge_method"])
     shared = config.get("parameters") or {}
     holders = [("parameters", shared, False)]
-    holders += [(f"model {_path_of(entry.get('model'))}", entry.get("parameters") or {}, True)
-                for entry in entries(config)]
+    holders += [
+        (f"model {_path_of(entry.get('model'))}", entry.get("parameters") or {}, True)
+        for entry in entries(config)
+    ]
     for where, parameters, per_model in holders:
         _check_names(path, method, where, parameters, per_model)
         _check_values(path, method, where, parameters)
@@ -222,7 +232,9 @@ def check_method(path: str, config: dict) -> None:
     for where, parameters, _ in holders[1:]:
         missing = [name for name in needed if name not in parameters]
         if missing and config.get("models") and where != f"model {_path_of(config.get('base_model'))}":
-            raise DataError(f"{path}: {where} has no {missing[0]}; merge_method {method.spec.name} needs one per model")
+            raise DataError(
+                f"{path}: {where} has no {missing[0]}; merge_method {method.spec.name} needs one per model"
+            )
 
 
 # --- the weight, lambda ---------------------------------------------------------------------------
@@ -231,13 +243,18 @@ def check_method(path: str, config: dict) -> None:
 def weighted_entries(recipe: Recipe) -> list[dict]:
     """The model entries whose weight a sweep can set, in the recipe's order."""
     base = _path_of(recipe.config.get("base_model"))
-    found = [entry for entry in entries(recipe.config)
-             if _path_of(entry.get("model")) != base and "weight" in (entry.get("parameters") or {})]
+    found = [
+        entry
+        for entry in entries(recipe.config)
+        if _path_of(entry.get("model")) != base and "weight" in (entry.get("parameters") or {})
+    ]
     for entry in found:
         weight = entry["parameters"]["weight"]
         if not is_number(weight):
-            raise DataError(f"{recipe.path}: model {_path_of(entry['model'])}: weight is {weight!r:.60}; "
-                            "a sweep needs one number there, which it then replaces")
+            raise DataError(
+                f"{recipe.path}: model {_path_of(entry['model'])}: weight is {weight!r:.60}; "
+                "a sweep needs one number there, which it then replaces"
+            )
     if not found:
         raise DataError(f"{recipe.path}: no model has a `weight` under its `parameters`; a sweep sets those")
     return found
@@ -251,8 +268,10 @@ def swept_lambda(recipe: Recipe) -> bool:
     if not parameters.get("normalize", normalizes):
         return False
     if "lambda" not in parameters:
-        raise DataError(f"{recipe.path}: merge_method {method.spec.name} divides by the sum of the weights, so equal "
-                        "weights cancel; set `normalize: false`, or a `lambda` for the sweep, under `parameters`")
+        raise DataError(
+            f"{recipe.path}: merge_method {method.spec.name} divides by the sum of the weights, so equal "
+            "weights cancel; set `normalize: false`, or a `lambda` for the sweep, under `parameters`"
+        )
     return True
 
 
@@ -268,6 +287,8 @@ def with_weights(recipe: Recipe, weights: tuple[float, ...]) -> Recipe:
         for entry, weight in zip(models, weights * len(models), strict=False):
             entry["parameters"]["weight"] = weight
     else:
-        raise DataError(f"{recipe.path}: {len(weights)} grids of weights for {len(models)} models with a weight; "
-                        "give --weight_grid once per model, in the recipe's order")
+        raise DataError(
+            f"{recipe.path}: {len(weights)} grids of weights for {len(models)} models with a weight; "
+            "give --weight_grid once per model, in the recipe's order"
+        )
     return replace(changed, text=yaml.safe_dump(changed.config, sort_keys=False))

@@ -19,10 +19,18 @@ PACKAGES = ("lm_eval", "mergekit", "transformers", "torch", "datasets")
 
 def provenance(model: str, identity: str, eval_recipe: EvalRecipe, tasks: list[str], **merge) -> dict:
     """How a score came about: enough to tell whether two scores may be compared, and to make one again."""
-    return {"identity": identity, "model": model, **merge,
-            "eval_recipe_path": eval_recipe.path, "eval_recipe": eval_recipe.text, "tasks": tasks,
-            "batch_size": eval_recipe.config.get("batch_size", 1), "device": eval_recipe.config.get("device"),
-            "command": sys.argv, "versions": {name: version(name) for name in PACKAGES}}
+    return {
+        "identity": identity,
+        "model": model,
+        **merge,
+        "eval_recipe_path": eval_recipe.path,
+        "eval_recipe": eval_recipe.text,
+        "tasks": tasks,
+        "batch_size": eval_recipe.config.get("batch_size", 1),
+        "device": eval_recipe.config.get("device"),
+        "command": sys.argv,
+        "versions": {name: version(name) for name in PACKAGES},
+    }
 
 
 def with_summary(document: dict, name: str, origin: dict) -> dict:
@@ -36,7 +44,8 @@ def write_results(path: Path, document: dict) -> None:
     from lm_eval.utils import handle_non_serializable
 
     write_json(path, document, handle_non_serializable)
-    scores.check_scored(document["summary"], str(path))
+    for task in scores.missing_scores(document["summary"]):
+        raise DataError(f"{path}: lm-eval gave no number for task {task!r}; look at its `results` there")
 
 
 def write_samples(path: Path, samples: dict) -> list[Path]:
@@ -48,7 +57,9 @@ def write_samples(path: Path, samples: dict) -> list[Path]:
     written = []
     for task, lines in samples.items():
         written.append(path.with_name(f"{path.stem}_samples_{task.replace('/', '_')}.jsonl"))
-        text = "".join(json.dumps(line, default=handle_non_serializable, ensure_ascii=False) + "\n" for line in lines)
+        text = "".join(
+            json.dumps(line, default=handle_non_serializable, ensure_ascii=False) + "\n" for line in lines
+        )
         write_file(written[-1], text.encode())
     return written
 
@@ -60,11 +71,15 @@ def read_results(path: str) -> dict:
     except FileNotFoundError:
         raise DataError(f"{path}: no such results file; --output_path of an earlier run is one") from None
     if not isinstance(document.get("results"), dict):
-        raise DataError(f"{path}: has no `results`; needed is a file that merge_and_evaluate_7b.py or lm_eval wrote")
+        raise DataError(
+            f"{path}: has no `results`; needed is a file that merge_and_evaluate_7b.py or lm_eval wrote"
+        )
     try:
         return document if "summary" in document else with_summary(document, Path(path).stem, {})
     except (KeyError, TypeError, AttributeError):
-        raise DataError(f"{path}: its `results` are none that lm_eval writes; score the model again") from None
+        raise DataError(
+            f"{path}: its `results` are none that lm_eval writes; score the model again"
+        ) from None
 
 
 def percent(value: float | None, stderr: float | None = None) -> str:

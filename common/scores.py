@@ -6,8 +6,6 @@ exact match, else the task's first metric. All scores are as lm-eval gives them 
 
 import math
 
-from common.errors import DataError
-
 LEADERBOARD_METRICS = {
     "arc_challenge": "acc_norm,none",
     "hellaswag": "acc_norm,none",
@@ -73,10 +71,13 @@ def plain_mean(document: dict, group: str, metric: str) -> dict:
     """The mean over a group's tasks, whatever their sizes, beside lm-eval's own, which weights by size."""
     results, leaves = document["results"], leaves_of(document, group)
     values = [results[leaf][metric] for leaf in leaves]
-    return {"value": sum(values) / len(values),
-            "stderr": mean_stderr([stderr_of(results[leaf], metric) for leaf in leaves]),
-            "subjects": len(leaves),
-            "weighted_value": results[group][metric], "weighted_stderr": stderr_of(results[group], metric)}
+    return {
+        "value": sum(values) / len(values),
+        "stderr": mean_stderr([stderr_of(results[leaf], metric) for leaf in leaves]),
+        "subjects": len(leaves),
+        "weighted_value": results[group][metric],
+        "weighted_stderr": stderr_of(results[group], metric),
+    }
 
 
 def task_summary(document: dict, name: str) -> dict:
@@ -103,13 +104,13 @@ def summarize(document: dict) -> dict:
     tasks = {name: task_summary(document, name) for name in rows_of(document)}
     values = [task["value"] for task in tasks.values()]
     comparable = None not in values and len({task["higher_is_better"] for task in tasks.values()}) == 1
-    return {"tasks": tasks,
-            "average": sum(values) / len(values) if comparable else None,
-            "average_stderr": mean_stderr([task["stderr"] for task in tasks.values()]) if comparable else None}
+    return {
+        "tasks": tasks,
+        "average": sum(values) / len(values) if comparable else None,
+        "average_stderr": mean_stderr([task["stderr"] for task in tasks.values()]) if comparable else None,
+    }
 
 
-def check_scored(summary: dict, where: str) -> None:
-    """DataError if a task has no number: a run that could not score must not look like one that did."""
-    for name, task in summary["tasks"].items():
-        if task["value"] is None:
-            raise DataError(f"{where}: lm-eval gave no number for task {name!r}; look at its `results` there")
+def missing_scores(summary: dict) -> list[str]:
+    """The tasks without a number."""
+    return [name for name, task in summary["tasks"].items() if task["value"] is None]

@@ -1,0 +1,83 @@
+"""Score one model into one results file."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.checkpoint import Checkpoint
+from common.errors import DataError
+from common.evaluation import EvalRecipe, Tasks, eval_identity, evaluate, find_tasks
+from common.headers import read_json
+from common.results import print_results, provenance, with_summary, write_results, write_samples
+from common.scores import missing_scores
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model to score: its directory, the name of its row in tables, a hash of what it is made of, and
+    how it was made, for the results file (empty where that is not known)."""
+
+    path: str
+    name: str
+    identity: str
+    origin: dict
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What a model is scored on, and how."""
+
+    recipe: EvalRecipe
+    tasks: Tasks
+
+
+def plan_scoring(recipe: EvalRecipe, names: list[str]) -> Scoring:
+    """The scoring on the tasks that `names` mean; DataError for a task that nobody knows."""
+    return Scoring(recipe, find_tasks(recipe, names))
+
+
+def only_process() -> bool:
+    """False under `accelerate launch` and torchrun with several processes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1
+
+
+def finished(scoring: Scoring, model: Model, path: Path) -> dict | None:
+    """The document at `path`, if it holds the scores of this very model on these very tasks."""
+    if not path.is_file():
+        return None
+    document = read_json(path)
+    identity = document.get("provenance", {}).get("identity")
+    if identity != eval_identity(scoring.recipe, scoring.tasks, model.identity):
+        return None
+    return None if missing_scores(document["summary"]) else document
+
+
+def check_tokenizer(recipe: EvalRecipe, models: list[Checkpoint]) -> None:
+    """Without a tokenizer there is nothing to score with; better said before the merge than after it."""
+    model_args = recipe.config.get("model_args") or {}
+    if "tokenizer" not in model_args and not any(any(model.path.glob("tokenizer*")) for model in models):
+        raise DataError(
+            f"{models[0].label}: no tokenizer in it, scoring needs one; copy tokenizer.json and "
+            "tokenizer_config.json there from where the model came from"
+        )
+
+
+def score(scoring: Scoring, model: Model, path: Path, **chosen) -> dict | None:
+    """Score a model, write the results file, print it. None in helper processes, which have no scores.
+
+    `chosen` goes into the summary: which weight was chosen on what.
+    """
+    recipe, tasks = scoring.recipe, scoring.tasks
+    document = evaluate(recipe, model.path, tasks, model.identity)
+    if document is None:
+        return None
+    identity = eval_identity(recipe, tasks, model.identity)
+    origin = provenance(model.path, identity, recipe, tasks.names, **model.origin)
+    result = with_summary(document, model.name, origin)
+    result["summary"].update(chosen)
+    samples = write_samples(path, document.get("samples", {})) if recipe.config.get("log_samples") else []
+    write_results(path, result)
+    print_results(result)
+    for written in [*samples, path]:
+        print(f"wrote {written}")
+    return result
