@@ -25,8 +25,9 @@ def _state_dict(path: Path) -> dict:
         raise
     except Exception as error:  # torch raises many types here, and all mean the same to the user
         reason = str(error).split("\n")[0]
-        raise DataError(f"{path}: not readable as plain tensors ({reason:.160}); "
-                        "use a safetensors version of this model") from None
+        raise DataError(
+            f"{path}: not readable as plain tensors ({reason:.160}); use a safetensors version of this model"
+        ) from None
     if not isinstance(state, dict):
         raise DataError(f"{path}: holds a {type(state).__name__}, needed is a state dict of tensors")
     return state
@@ -36,20 +37,35 @@ def _describe(path: Path, name: str, value, size: int) -> Tensor:
     """The file range of one fake tensor of a .bin."""
     import torch
 
-    codes = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-             torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-             torch.bool: "BOOL"}
+    codes = {
+        torch.float64: "F64",
+        torch.float32: "F32",
+        torch.float16: "F16",
+        torch.bfloat16: "BF16",
+        torch.int64: "I64",
+        torch.int32: "I32",
+        torch.int16: "I16",
+        torch.int8: "I8",
+        torch.uint8: "U8",
+        torch.bool: "BOOL",
+    }
     if not isinstance(value, torch.Tensor) or value.dtype not in codes:
         found = str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
-        raise DataError(f"tensor {name!r} in {path}: found {found}, needed is a plain tensor; "
-                        "use a safetensors version of this model")
+        raise DataError(
+            f"tensor {name!r} in {path}: found {found}, needed is a plain tensor; "
+            "use a safetensors version of this model"
+        )
     storage = getattr(value.untyped_storage(), "_checkpoint_offset", None)
     if storage is None:
-        raise DataError(f"{path}: written in PyTorch's old format, before 1.6; load it and save it again with "
-                        "safe_serialization=True")
+        raise DataError(
+            f"{path}: written in PyTorch's old format, before 1.6; load it and save it again with "
+            "safe_serialization=True"
+        )
     if not value.is_contiguous():
-        raise DataError(f"tensor {name!r} in {path}: stored with strides {tuple(value.stride())}, needed is row-major; "
-                        "load the model and save it as safetensors")
+        raise DataError(
+            f"tensor {name!r} in {path}: stored with strides {tuple(value.stride())}, needed is row-major; "
+            "load the model and save it as safetensors"
+        )
     nbytes = value.numel() * value.element_size()
     offset = storage + value.storage_offset() * value.element_size()
     if offset + nbytes > size:

@@ -11,8 +11,17 @@ from common.headers import DTYPE_NAMES, Tensor, read_json
 from common.hub import local_directory
 
 TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken",
-    "*.model", "chat_template*", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "*.model",
+    "chat_template*",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
 )
 
 
@@ -37,8 +46,10 @@ def open_checkpoint(label: str) -> Checkpoint:
     if tensors is None:
         tensors = bins.read_headers(path)
     if not tensors:
-        raise DataError(f"{label}: no model.safetensors, no model.safetensors.index.json, no pytorch_model.bin in it; "
-                        "point at the directory that holds the weights")
+        raise DataError(
+            f"{label}: no model.safetensors, no model.safetensors.index.json, no pytorch_model.bin in it; "
+            "point at the directory that holds the weights"
+        )
     config = path / "config.json"
     if not config.is_file():
         raise DataError(f"{label}: no config.json in it; copy it from where the model came from")
@@ -49,7 +60,9 @@ def config_with_dtype(config: dict, dtype: str) -> str:
     """config.json's text with `dtype` (e.g. 'F16'), nested configs included: from_pretrained believes it."""
 
     def renamed(section: dict) -> dict:
-        changed = {k: renamed(v) if isinstance(v, dict) and k.endswith("_config") else v for k, v in section.items()}
+        changed = {
+            k: renamed(v) if isinstance(v, dict) and k.endswith("_config") else v for k, v in section.items()
+        }
         had_old_key = changed.pop("torch_dtype", None) is not None
         if "dtype" in changed or had_old_key or section is config:
             changed["dtype"] = DTYPE_NAMES[dtype]

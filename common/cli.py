@@ -68,18 +68,29 @@ def batch_size(text: str) -> int | str:
 def add_output_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that every script that writes checkpoints has."""
     group = parser.add_argument_group("output")
-    group.add_argument("--max_shard_size", type=byte_size, default="5GB", metavar="SIZE",
-                       help="start a new safetensors file beyond this size, e.g. 5GB, 500MB (default: 5GB)")
-    group.add_argument("--overwrite", action="store_true",
-                       help="replace an existing output once the new one is whole")
-    group.add_argument("--dry_run", action="store_true",
-                       help="print what would be read and written, how many bytes, disk and memory, and stop")
+    group.add_argument(
+        "--max_shard_size",
+        type=byte_size,
+        default="5GB",
+        metavar="SIZE",
+        help="start a new safetensors file beyond this size, e.g. 5GB, 500MB (default: 5GB)",
+    )
+    group.add_argument(
+        "--overwrite", action="store_true", help="replace an existing output once the new one is whole"
+    )
+    group.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print what would be read and written, how many bytes, disk and memory, and stop",
+    )
 
 
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" while writing {error.filename}" if error.filename else ""
-        return f"the disk is full{where}; free some space and run the same command again: it goes on from there"
+        return (
+            f"the disk is full{where}; free some space and run the same command again: it goes on from there"
+        )
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}; mend that and run the same command again"
@@ -108,6 +119,8 @@ def run(main) -> None:
             os._exit(1)
         sys.exit(f"error: {_one_line(error)}")
     except (KeyboardInterrupt, Stopped) as stop:
-        print("\ninterrupted; nothing was published. The same command goes on from the last whole shard.",
-              file=sys.stderr)
+        print(
+            "\ninterrupted; nothing was published. The same command goes on from the last whole shard.",
+            file=sys.stderr,
+        )
         sys.exit(130 if isinstance(stop, KeyboardInterrupt) else 143)

@@ -14,8 +14,21 @@ from pathlib import Path
 from common.errors import DataError
 
 DTYPE_BYTES = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-    "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "U16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
 }
 FLOAT_DTYPES = ("F16", "BF16", "F32")
 DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
@@ -68,7 +81,9 @@ def parse_json(data: bytes, where: str):
 def read_json(path: Path) -> dict:
     """The object in a JSON file of at most MAX_HEADER_BYTES."""
     if path.stat().st_size > MAX_HEADER_BYTES:
-        raise DataError(f"{path}: {path.stat().st_size} bytes, more than the {MAX_HEADER_BYTES} a JSON file here may have")
+        raise DataError(
+            f"{path}: {path.stat().st_size} bytes, more than the {MAX_HEADER_BYTES} a JSON file here may have"
+        )
     value = parse_json(path.read_bytes(), str(path))
     if not isinstance(value, dict):
         raise DataError(f"{path}: a JSON object is needed, found {type(value).__name__}")
@@ -105,11 +120,15 @@ def _check_entry(path: Path, name: str, entry, data_bytes: int) -> tuple[str, tu
         raise DataError(f"{where}: {str(offsets):.60} are no data_offsets; download the file again")
     begin, end = offsets
     if begin > end or end > data_bytes:
-        raise DataError(f"{where}: data_offsets {offsets} lie outside the file's {data_bytes} bytes of data; "
-                        "it is truncated or damaged, download it again")
+        raise DataError(
+            f"{where}: data_offsets {offsets} lie outside the file's {data_bytes} bytes of data; "
+            "it is truncated or damaged, download it again"
+        )
     needed = _shape_bytes(shape, dtype, data_bytes)
     if needed != end - begin:
-        raise DataError(f"{where}: {dtype} {shape} does not fill its {end - begin} bytes; download the file again")
+        raise DataError(
+            f"{where}: {dtype} {shape} does not fill its {end - begin} bytes; download the file again"
+        )
     return dtype, tuple(shape), begin, end
 
 
@@ -120,8 +139,10 @@ def _header_bytes(path: Path) -> tuple[bytes, int]:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > size - 8:
-            raise DataError(f"{path}: {size} bytes, too few for its header; it is truncated or no safetensors file, "
-                            "download it again")
+            raise DataError(
+                f"{path}: {size} bytes, too few for its header; it is truncated or no safetensors file, "
+                "download it again"
+            )
         if length > MAX_HEADER_BYTES:
             raise DataError(f"{path}: a header of {length} bytes, at most {MAX_HEADER_BYTES} are accepted")
         return file.read(length), size
@@ -146,12 +167,16 @@ def read_file_header(path: Path) -> list[Tensor]:
     for name, _, _, begin, end in entries:
         if begin != position:
             found = "overlaps the one before it" if begin < position else "leaves a hole before it"
-            raise DataError(f"tensor {name!r} in {path}: begins at byte {begin} and {found} "
-                            f"(expected {position}); download the file again")
+            raise DataError(
+                f"tensor {name!r} in {path}: begins at byte {begin} and {found} "
+                f"(expected {position}); download the file again"
+            )
         position = end
     if start + position != size:
-        raise DataError(f"{path}: {size} bytes, but its header describes {start + position}; "
-                        "it is truncated or damaged, download it again")
+        raise DataError(
+            f"{path}: {size} bytes, but its header describes {start + position}; "
+            "it is truncated or damaged, download it again"
+        )
     return [Tensor(n, d, s, path, start + b, e - b) for n, d, s, b, e in entries]
 
 
@@ -163,8 +188,10 @@ def read_index(path: Path, suffix: str) -> dict[str, str]:
     for name, file in weight_map.items():
         plain = isinstance(file, str) and file.endswith(suffix) and not set(file) & set("/\\\0")
         if not plain or file.startswith("."):
-            raise DataError(f"{path}: tensor {name!r} is mapped to {file!r:.80}, which is no plain file name "
-                            f"ending in {suffix}; get the checkpoint from a source you trust")
+            raise DataError(
+                f"{path}: tensor {name!r} is mapped to {file!r:.80}, which is no plain file name "
+                f"ending in {suffix}; get the checkpoint from a source you trust"
+            )
     return weight_map
 
 
@@ -173,17 +200,23 @@ def check_index(index: Path, weight_map: dict[str, str], tensors: list[Tensor]) 
     found = {}
     for tensor in tensors:
         if tensor.name in found:
-            raise DataError(f"tensor {tensor.name!r} is in both {found[tensor.name]} and {tensor.path.name} "
-                            f"of {index.parent}; download the checkpoint again")
+            raise DataError(
+                f"tensor {tensor.name!r} is in both {found[tensor.name]} and {tensor.path.name} "
+                f"of {index.parent}; download the checkpoint again"
+            )
         found[tensor.name] = tensor.path.name
     for name, file in weight_map.items():
         if found.get(name) != file:
-            raise DataError(f"tensor {name!r} is not in {index.parent / file}, where {index.name} says it is; "
-                            "download the checkpoint again")
+            raise DataError(
+                f"tensor {name!r} is not in {index.parent / file}, where {index.name} says it is; "
+                "download the checkpoint again"
+            )
     for name, file in found.items():
         if name not in weight_map:
-            raise DataError(f"tensor {name!r} of {index.parent / file} is not in {index.name}; "
-                            "download the checkpoint again")
+            raise DataError(
+                f"tensor {name!r} of {index.parent / file} is not in {index.name}; "
+                "download the checkpoint again"
+            )
 
 
 def shard_paths(index: Path, weight_map: dict[str, str]) -> list[Path]:
@@ -199,8 +232,10 @@ def read_headers(directory: Path) -> list[Tensor] | None:
     """The tensors of a safetensors checkpoint, in file order; None if the directory holds none."""
     single, index = directory / SINGLE_NAME, directory / INDEX_NAME
     if single.is_file() and index.is_file():
-        raise DataError(f"{directory}: holds both {SINGLE_NAME} and {INDEX_NAME}, and tools disagree on which counts; "
-                        "delete the one that is stale")
+        raise DataError(
+            f"{directory}: holds both {SINGLE_NAME} and {INDEX_NAME}, and tools disagree on which counts; "
+            "delete the one that is stale"
+        )
     if single.is_file():
         return read_file_header(single)
     if not index.is_file():

@@ -14,8 +14,13 @@ from common.checkpoint import Checkpoint
 from common.errors import DataError
 from common.headers import DTYPE_BYTES, FLOAT_DTYPES, SINGLE_NAME, Tensor
 
-EMBEDDING_ENDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight",
-                     "tok_embeddings.weight")
+EMBEDDING_ENDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "embed_in.weight",
+    "word_embeddings.weight",
+    "tok_embeddings.weight",
+)
 HEAD_ENDINGS = ("lm_head.weight", "embed_out.weight")
 
 
@@ -59,10 +64,12 @@ def mask_names(base: Checkpoint) -> dict[str, str]:
 def _check_shapes(base: Checkpoint, other: Checkpoint, mine: Tensor, theirs: Tensor) -> None:
     if mine.shape == theirs.shape:
         return
-    line = (f"tensor {mine.name!r} is {list(theirs.shape)} in {other.label} but {list(mine.shape)} in {base.label}; ")
+    line = f"tensor {mine.name!r} is {list(theirs.shape)} in {other.label} but {list(mine.shape)} in {base.label}; "
     if mine.name.endswith(EMBEDDING_ENDINGS + HEAD_ENDINGS) and mine.shape[1:] == theirs.shape[1:]:
-        raise DataError(f"{line}the vocabularies differ: bring {other.label} to {mine.shape[0]} rows with "
-                        f"transformers' resize_token_embeddings({mine.shape[0]}) and save it, or take another model")
+        raise DataError(
+            f"{line}the vocabularies differ: bring {other.label} to {mine.shape[0]} rows with "
+            f"transformers' resize_token_embeddings({mine.shape[0]}) and save it, or take another model"
+        )
     raise DataError(f"{line}is {other.label} a fine-tuned model of {base.label}?")
 
 
@@ -70,11 +77,15 @@ def check_floats(checkpoint: Checkpoint) -> None:
     """Refuse parameters in a dtype without exact arithmetic here (float64, 8 bits)."""
     for tensor in checkpoint.tensors.values():
         if tensor.is_parameter and tensor.dtype not in FLOAT_DTYPES:
-            raise DataError(f"tensor {tensor.name!r} is {tensor.dtype} in {checkpoint.label}; needed is float16, "
-                            "bfloat16 or float32: take an unquantised version of the model")
+            raise DataError(
+                f"tensor {tensor.name!r} is {tensor.dtype} in {checkpoint.label}; needed is float16, "
+                "bfloat16 or float32: take an unquantised version of the model"
+            )
     if "quantization_config" in checkpoint.config:
-        raise DataError(f"{checkpoint.label}: config.json has a quantization_config; take an unquantised version "
-                        "of the model")
+        raise DataError(
+            f"{checkpoint.label}: config.json has a quantization_config; take an unquantised version "
+            "of the model"
+        )
 
 
 def match(base: Checkpoint, other: Checkpoint) -> dict[str, Tensor]:
@@ -89,14 +100,18 @@ def match(base: Checkpoint, other: Checkpoint) -> dict[str, Tensor]:
             continue
         theirs = other.tensors.get(name) or tied_embedding(other, name)
         if theirs is None:
-            raise DataError(f"tensor {name!r} is in {base.label} but not in {other.label}; "
-                            f"is {other.label} a fine-tuned model of {base.label}?")
+            raise DataError(
+                f"tensor {name!r} is in {base.label} but not in {other.label}; "
+                f"is {other.label} a fine-tuned model of {base.label}?"
+            )
         _check_shapes(base, other, mine, theirs)
         pairs[name] = theirs
     for name, theirs in other.tensors.items():
         if name not in base.tensors and theirs.is_parameter and not tied_pair(base, other, name):
-            raise DataError(f"tensor {name!r} is in {other.label} but not in {base.label}; "
-                            f"is {other.label} a fine-tuned model of {base.label}?")
+            raise DataError(
+                f"tensor {name!r} is in {other.label} but not in {base.label}; "
+                f"is {other.label} a fine-tuned model of {base.label}?"
+            )
     return pairs
 
 
@@ -181,8 +196,10 @@ def lay_out(filename: str, tensors: list[tuple[str, str, tuple[int, ...]]]) -> S
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
-    slots = (Slot(name, dtype, shape, len(header) + entries[name]["data_offsets"][0], tensor_bytes(dtype, shape))
-             for name, dtype, shape in tensors)
+    slots = (
+        Slot(name, dtype, shape, len(header) + entries[name]["data_offsets"][0], tensor_bytes(dtype, shape))
+        for name, dtype, shape in tensors
+    )
     return Shard(filename, header, tuple(slots))
 
 
@@ -193,8 +210,10 @@ def plan_shards(tensors: list[tuple[str, str, tuple[int, ...]]], max_shard_size:
     if len(groups) == 1:
         return [lay_out(SINGLE_NAME, [described[name] for name in groups[0]])]
     count = len(groups)
-    return [lay_out(f"model-{i:05}-of-{count:05}.safetensors", [described[name] for name in group])
-            for i, group in enumerate(groups, 1)]
+    return [
+        lay_out(f"model-{i:05}-of-{count:05}.safetensors", [described[name] for name in group])
+        for i, group in enumerate(groups, 1)
+    ]
 
 
 def index_text(shards: list[Shard]) -> str:
@@ -214,7 +233,9 @@ def check_places(inputs: list[Path], outputs: list[Path]) -> None:
     for i, place in enumerate(places):
         for other in [path.resolve() for path in inputs] + places[:i]:
             if place == other or other in place.parents or place in other.parents:
-                raise DataError(f"{outputs[i]}: output and {other} overlap; give the output a directory of its own")
+                raise DataError(
+                    f"{outputs[i]}: output and {other} overlap; give the output a directory of its own"
+                )
 
 
 def _existing_parent(path: Path) -> Path:
@@ -234,5 +255,7 @@ def check_disk(needs: dict[Path, int]) -> None:
     for parent, nbytes in by_device.values():
         free = shutil.disk_usage(parent).free
         if nbytes > free:
-            raise DataError(f"{parent}: {nbytes / 1e9:.2f} GB are needed there and {free / 1e9:.2f} GB are free; "
-                            "free some space or write elsewhere")
+            raise DataError(
+                f"{parent}: {nbytes / 1e9:.2f} GB are needed there and {free / 1e9:.2f} GB are free; "
+                "free some space or write elsewhere"
+            )

@@ -13,7 +13,13 @@ from pathlib import Path
 from common.errors import DataError
 
 
-def _sync(path: Path) -> None:
+def part_of(final: Path) -> Path:
+    """The name a directory has until it is whole: part_of(Path("a/b")) -> a/b.part."""
+    return final.with_name(final.name + ".part")
+
+
+def sync(path: Path) -> None:
+    """Make a file's bytes, or a directory's names, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -21,41 +27,48 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _lock(part: Path) -> int:
-    """An open descriptor that holds `part` for this process; the kernel lets go when the process ends."""
-    part.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(part, os.O_RDONLY)
+def lock(directory: Path) -> int:
+    """An open descriptor that holds `directory` for this process; the kernel lets go when the process ends.
+
+    Raises DataError if another process holds it.
+    """
+    path = directory / ".run" / "lock"  # a file, because a directory cannot be locked on NFS
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise DataError(f"{part}: another run is writing there; wait for it, or write elsewhere") from None
-    return descriptor
+        if path.stat().st_ino == os.fstat(descriptor).st_ino:  # not one that was renamed away meanwhile
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(descriptor)
+    raise DataError(f"{directory}: another run is writing there; wait for it, or write elsewhere")
 
 
 def _empty(directory: Path) -> None:
     for path in directory.iterdir():
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        if path.name != ".run":
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def _settle(part: Path) -> None:
+def settle(part: Path) -> None:
     """Give files the mode the user's umask gives (safetensors writes 0600) and make all of them durable."""
     os.umask(mask := os.umask(0o022))
     for path in part.rglob("*"):
         if path.is_file():
             path.chmod(0o666 & ~mask)
-        _sync(path)
-    _sync(part)
+        sync(path)
+    sync(part)
 
 
-def _replace(part: Path, final: Path) -> None:
-    """Rename `part` to `final`; what was there goes once the new one is in its place."""
+def move(part: Path, final: Path) -> None:
+    """Rename a directory; what was under the new name goes once the new one is in its place."""
     old = final.with_name(final.name + ".old")
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.rename(final, old)
     os.rename(part, final)
-    _sync(final.parent)
+    sync(final.absolute().parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -70,13 +83,14 @@ def staged_directory(final: Path, overwrite: bool):
     """An empty directory `<final>.part` to fill; renamed to `final` on success, deleted on any failure."""
     refuse_existing(final, overwrite)
     final = final.absolute()
-    part = final.with_name(final.name + ".part")
-    descriptor = _lock(part)
+    part = part_of(final)
+    descriptor = lock(part)
     try:
         _empty(part)
         yield part
-        _settle(part)
-        _replace(part, final)
+        settle(part)
+        move(part, final)
+        shutil.rmtree(final / ".run")
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -95,10 +109,11 @@ def write_file(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.rename(part, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value, default=str) -> None:
+    """Write a value as indented JSON, whole or not at all."""
     write_file(path, (json.dumps(value, indent=2, ensure_ascii=False, default=default) + "\n").encode())

@@ -1,0 +1,42 @@
+"""The arithmetic, compiled: numba kernels over the bit patterns of flat arrays.
+
+Arrays hold bits: uint16 for float16 ("F16") and bfloat16 ("BF16"), uint32 for float32 ("F32"). The order of
+magnitudes is the order of the bits below the sign, so ranking compares integers and never rounds. Masks are
+uint8, 1 = keep.
+
+Each kernel is built for its dtypes (and nm for its m) by a function that numba caches on disk, so the branches
+on them cost nothing and are compiled once per machine. All run without the GIL. A file calls no compiled
+function of another file: numba's cache would not notice a change there. The same functions in torch:
+torch_kernels.py.
+"""
+
+import numpy as np
+
+from common.kernels.arithmetic import BITS_DTYPE, add_kept, convert, energy, keep_vector, subtract
+from common.kernels.philox import draws, random_mask
+from common.kernels.ranking import MAGNITUDE_BITS, count_digits, nm_mask, tally_runs, threshold_mask
+
+__all__ = [
+    "BITS_DTYPE", "BLOCK", "MAGNITUDE_BITS", "add_kept", "convert", "count", "count_digits", "count_nonzero", "draws", "energy",
+    "keep_vector", "load", "nm_mask", "random_mask", "store", "subtract", "tally_runs", "threshold_mask",
+]  # fmt: skip
+
+BLOCK = 1 << 18  # elements: with its inputs, masks and outputs a block stays in a core's L2 cache
+
+
+def load(bits):
+    """Bits as this engine computes on them: the array itself."""
+    return bits
+
+
+store = load
+
+
+def count(mask) -> int:
+    """How many positions a mask keeps."""
+    return int(np.count_nonzero(mask.view(np.bool_)))
+
+
+def count_nonzero(bits) -> int:
+    """How many values are neither +0.0 nor -0.0."""
+    return int(np.count_nonzero(bits << bits.dtype.type(1)))

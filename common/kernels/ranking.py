@@ -1,0 +1,255 @@
+"""Ranks: which positions to keep, by comparing bit patterns.
+
+A key ranks a position: fewest earlier vectors that kept it, then larger magnitude; among equal keys the lower
+index wins. nm_mask ranks runs of m; count_digits and threshold_mask rank scopes of any size in several passes.
+"""
+
+from functools import cache
+
+import numpy as np
+from numba import njit
+
+MAGNITUDE_BITS = {"F16": 15, "BF16": 15, "F32": 31}
+
+
+# --- ranking: keep the n largest of every m -------------------------------------------------------
+
+
+@njit(nogil=True, inline="always")
+def _keep_largest(keys, size, k, key_bits, mask):
+    """mask[:size] = the k largest of keys[:size], 1 where kept; among equal keys the first.
+
+    Finds the k-th largest key bit by bit from the top: the largest threshold that at least k keys reach.
+    Leaves as soon as exactly k do. The counter is as wide as a key, so that the loop vectorises.
+    """
+    as_key = keys.dtype.type
+    threshold, reached = as_key(0), size
+    for bit in range(key_bits - 1, -1, -1):
+        candidate = as_key(threshold | as_key(as_key(1) << as_key(bit)))
+        count = as_key(0)
+        for i in range(size):
+            count = as_key(count + as_key(keys[i] >= candidate))
+        if count >= k:
+            threshold, reached = candidate, np.int64(count)
+            if count == k:
+                break
+    for i in range(size):
+        mask[i] = keys[i] >= threshold
+    last = size
+    for _ in range(reached - k):  # of those that tie at the threshold the last are too many
+        last -= 1
+        while keys[last] != threshold:
+            last -= 1
+        mask[last] = 0
+
+
+@njit(nogil=True, inline="always")
+def _key(bits, taken, magnitude, as_key, magnitude_bits, levels):
+    """What ranks a position: first fewest earlier vectors that kept it, then larger magnitude."""
+    key = as_key(bits & magnitude)
+    if levels:
+        key = as_key(key | as_key(as_key(levels - taken) << as_key(magnitude_bits)))
+    return key
+
+
+@cache
+def _nm_kernel(key_dtype, magnitude_bits, levels, m):
+    """Runs one after the other: for m so large that counting within a run vectorises."""
+    as_key = np.dtype(key_dtype).type
+    magnitude = np.uint32((1 << magnitude_bits) - 1)
+    key_bits = magnitude_bits + levels.bit_length()
+
+    @njit(nogil=True, cache=True)
+    def nm(bits, taken, n, mask):
+        keys = np.empty(m, as_key)
+        full = bits.size // m * m
+        for start in range(0, full, m):
+            run, earlier, kept = bits[start : start + m], taken[start : start + m], mask[start : start + m]
+            for i in range(m):
+                keys[i] = _key(run[i], earlier[i], magnitude, as_key, magnitude_bits, levels)
+            _keep_largest(keys, m, n, key_bits, kept)
+        run, earlier, kept = bits[full:], taken[full:], mask[full:]
+        for i in range(run.size):
+            keys[i] = _key(run[i], earlier[i], magnitude, as_key, magnitude_bits, levels)
+        _keep_largest(keys, run.size, (n * run.size + m - 1) // m, key_bits, kept)
+
+    return nm
+
+
+_SIDE_BY_SIDE = 128  # runs ranked together when m is small
+
+
+@njit(nogil=True, inline="always")
+def _keep_largest_of_each(keys, k, key_bits, thresholds, counts, mask):
+    """The same rule for the columns of keys [m, runs] side by side: the lanes are runs, not positions."""
+    as_key = keys.dtype.type
+    thresholds[:] = 0
+    for bit in range(key_bits - 1, -1, -1):
+        one = as_key(as_key(1) << as_key(bit))
+        counts[:] = 0
+        for i in range(keys.shape[0]):
+            row = keys[i]
+            for r in range(_SIDE_BY_SIDE):
+                counts[r] = as_key(counts[r] + as_key(row[r] >= as_key(thresholds[r] | one)))
+        for r in range(_SIDE_BY_SIDE):
+            thresholds[r] = as_key(thresholds[r] | one) if counts[r] >= k else thresholds[r]
+    counts[:] = k
+    for i in range(keys.shape[0]):
+        row = keys[i]
+        for r in range(_SIDE_BY_SIDE):
+            counts[r] = as_key(counts[r] - as_key(row[r] > thresholds[r]))
+    for i in range(keys.shape[0]):
+        row, kept = keys[i], mask[i]
+        for r in range(_SIDE_BY_SIDE):
+            tie = as_key(as_key(row[r] == thresholds[r]) & as_key(counts[r] > 0))
+            kept[r] = as_key(row[r] > thresholds[r]) | tie
+            counts[r] = as_key(counts[r] - tie)
+
+
+@cache
+def _small_nm_kernel(key_dtype, magnitude_bits, levels, m):
+    as_key = np.dtype(key_dtype).type
+    magnitude = np.uint32((1 << magnitude_bits) - 1)
+    key_bits = magnitude_bits + levels.bit_length()
+    span = m * _SIDE_BY_SIDE
+
+    @njit(nogil=True, cache=True)
+    def nm(bits, taken, n, mask):
+        keys, columns = np.empty((m, _SIDE_BY_SIDE), as_key), np.empty((m, _SIDE_BY_SIDE), np.uint8)
+        thresholds, counts = np.empty(_SIDE_BY_SIDE, as_key), np.empty(_SIDE_BY_SIDE, as_key)
+        for start in range(0, bits.size, span):
+            runs, earlier = bits[start : start + span], taken[start : start + span]
+            for r in range(_SIDE_BY_SIDE):
+                for i in range(m):
+                    keys[i, r] = _key(
+                        runs[r * m + i], earlier[r * m + i], magnitude, as_key, magnitude_bits, levels
+                    )
+            _keep_largest_of_each(keys, n, key_bits, thresholds, counts, columns)
+            kept = mask[start : start + span]
+            for r in range(_SIDE_BY_SIDE):
+                for i in range(m):
+                    kept[r * m + i] = columns[i, r]
+
+    return nm
+
+
+_SMALL_M = 48  # up to here ranking runs side by side is faster than one after the other (measured)
+
+
+def _key_dtype(dtype, levels, m=0):
+    """The narrowest unsigned integer that holds a magnitude and a count of earlier vectors, and counts to m."""
+    bits = max(MAGNITUDE_BITS[dtype] + levels.bit_length(), m.bit_length())
+    return "uint16" if bits <= 16 else "uint32" if bits <= 32 else "uint64"
+
+
+def nm_mask(bits, dtype, taken, levels, n, m):
+    """Keep n of every m consecutive elements -> mask uint8; a last run of r keeps ceil(n*r/m).
+
+    `taken[i]` (uint8) counts the `levels` earlier vectors that kept position i; with levels 0 it is not read.
+    Order within a run: fewest earlier vectors, larger magnitude, lower index.
+    Source: CABS, section 3 (n:m balanced sparsification). `bits` starts at a multiple of m.
+    """
+    rule = (_key_dtype(dtype, levels, m), MAGNITUDE_BITS[dtype], levels, m)
+    mask = np.empty(bits.size, np.uint8)
+    taken = taken if levels else mask  # at level 0 any array of the right length: it is not read
+    done = 0
+    if m <= _SMALL_M:
+        done = bits.size // (m * _SIDE_BY_SIDE) * (m * _SIDE_BY_SIDE)
+        _small_nm_kernel(*rule)(bits[:done], taken[:done], n, mask[:done])
+    if done < bits.size:
+        _nm_kernel(*rule)(bits[done:], taken[done:], n, mask[done:])
+    return mask
+
+
+# --- ranking in scopes larger than a block: count digits, then compare with a threshold -----------
+
+
+@cache
+def _count_kernel(magnitude_bits, levels, shift, width):
+    magnitude = np.uint32((1 << magnitude_bits) - 1)
+    digit_of = np.uint64((1 << width) - 1)
+    shift, above = np.uint64(shift), np.uint64(shift + width)
+
+    @njit(nogil=True, cache=True)
+    def count(bits, taken, prefix, counts):
+        for i in range(bits.size):
+            key = _key(bits[i], taken[i], magnitude, np.uint64, magnitude_bits, levels)
+            if key >> above == prefix:
+                counts[i & 1, (key >> shift) & digit_of] += np.uint32(1)
+
+    return count
+
+
+def count_digits(bits, dtype, taken, levels, shift, width, prefix):
+    """How many keys with the leading digits `prefix` have each value of the next digit -> int64 [2**width].
+
+    The digit is `width` bits of the key above its `shift` lowest. For the key see nm_mask.
+    """
+    kernel = _count_kernel(MAGNITUDE_BITS[dtype], levels, shift, width)
+    counts = np.zeros((2, 1 << width), np.uint32)  # two banks: runs of equal keys would wait for each other
+    kernel(bits, taken if levels else bits, np.uint64(prefix), counts)
+    return counts.sum(axis=0, dtype=np.int64)
+
+
+@cache
+def _threshold_kernel(key_dtype, magnitude_bits, levels):
+    as_key = np.dtype(key_dtype).type
+    magnitude = np.uint32((1 << magnitude_bits) - 1)
+
+    @njit(nogil=True, cache=True)
+    def threshold(bits, taken, least, ties, mask):
+        tied = 0
+        for i in range(bits.size):
+            key = _key(bits[i], taken[i], magnitude, as_key, magnitude_bits, levels)
+            mask[i] = key >= least
+            tied += key == least
+        if tied <= ties:
+            return tied
+        left = ties
+        for i in range(bits.size):
+            if _key(bits[i], taken[i], magnitude, as_key, magnitude_bits, levels) == least:
+                mask[i] = left > 0
+                left -= left > 0
+        return ties
+
+    return threshold
+
+
+def threshold_mask(bits, dtype, taken, levels, least, ties):
+    """Keep keys above `least` and the first `ties` that equal it -> (mask uint8, how many ties it used)."""
+    key_dtype = _key_dtype(dtype, levels)
+    kernel = _threshold_kernel(key_dtype, MAGNITUDE_BITS[dtype], levels)
+    mask = np.empty(bits.size, np.uint8)
+    used = kernel(bits, taken if levels else mask, np.dtype(key_dtype).type(least), ties, mask)
+    return mask, used
+
+
+# --- what the report measures ---------------------------------------------------------------------
+
+
+@njit(nogil=True, cache=True)
+def _tally_kernel(mask, start, m, state):
+    position = 0
+    while position < mask.size:
+        end = min(mask.size, position + m - (start + position) % m)
+        run = mask[position:end]
+        kept = np.uint32(0)
+        for i in range(run.size):
+            kept = np.uint32(kept + np.uint32(run[i]))
+        state[0] += kept
+        position = end
+        if (start + position) % m == 0:
+            state[1] += 1
+            state[2] += state[0]
+            state[3] += state[0] * state[0]
+            state[0] = 0
+
+
+def tally_runs(mask, start, m, state):
+    """Count what is kept in each whole run of m -> the new state; `start` is where `mask` begins in its tensor.
+
+    state: kept so far in the open run, whole runs, the sum of their counts, the sum of their squares.
+    """
+    state = np.array(state, np.int64)
+    _tally_kernel(mask, start, m, state)
+    return state.tolist()

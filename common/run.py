@@ -1,0 +1,140 @@
+"""One run of a script: claim the output, stream, publish."""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from common import sink, stream
+from common.checkpoint import Checkpoint
+from common.errors import DataError
+from common.plan import check_disk
+from common.processes import Group, deal, group, wait_for_everyone
+from common.sink import Output
+from common.stream import Task
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a script has decided to do. `identity` tells its run from every other (script, parameters, inputs)."""
+
+    title: str
+    identity: dict
+    outputs: list[Output]
+    tasks: list[Task]
+    process: Callable  # (task, worker) -> a record for each output
+    complete: Callable  # (output, records): write what goes beside the weights to output.part
+    passes: int = 1  # how often the inputs are read
+
+    def moves(self, task: Task) -> int:
+        """Bytes that a task reads and writes."""
+        return self.passes * sum(t.nbytes for t in task.inputs) + sum(slot.nbytes for slot in task.slots)
+
+
+def input_files(checkpoints: list[Checkpoint]) -> dict[str, list[int]]:
+    """{file: [bytes, time of last change in ns]} of everything that is read."""
+    files = {tensor.path for checkpoint in checkpoints for tensor in checkpoint.tensors.values()}
+    stats = {str(path): os.stat(path) for path in sorted(files)}
+    return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
+
+
+def describe(job: Job, inputs: list[Checkpoint]) -> str:
+    """The plan as --dry_run prints it."""
+    lines = [f"reads   {c.nbytes / 1e9:8.3f} GB  {c.label} ({len(c.tensors)} tensors)" for c in inputs]
+    if job.passes > 1:
+        lines.append(f"        vectors are read {job.passes} times (see --help)")
+    for output in job.outputs:
+        lines.append(f"writes  {output.nbytes / 1e9:8.3f} GB  {output.final} ({len(output.shards)} files)")
+    total = sum(output.nbytes for output in job.outputs)
+    workers = stream.worker_count()
+    lines.append(f"disk    {total / 1e9:8.3f} GB  to be free under {_parents(job)}")
+    lines.append(
+        f"memory  {0.3 + 0.02 * workers:8.3f} GB  at most, whatever the size of the model ({workers} threads)"
+    )
+    return "\n".join(lines)
+
+
+def _parents(job: Job) -> str:
+    return ", ".join(sorted({str(output.final.absolute().parent) for output in job.outputs}))
+
+
+def execute(job: Job, overwrite: bool) -> None:
+    """Do the job, or go on with it where an earlier run of the same command stopped.
+
+    Raises DataError for bad data (what was written is removed: going on would meet the same data again); whatever
+    else stops it leaves whole shards in <save_path>.part for the next run.
+    """
+    processes = group()
+    holds = _claim(job, overwrite) if processes.is_main else []
+    wait_for_everyone(processes)
+    try:
+        if not all(sink.already_published(output, job.identity) for output in job.outputs):
+            _stream(job, processes)
+        if processes.is_main:
+            sink.publish(job.outputs, job.complete)
+    except DataError:
+        sink.discard(job.outputs)
+        raise
+    finally:
+        for descriptor in holds:
+            os.close(descriptor)
+
+
+def _claim(job: Job, overwrite: bool) -> list[int]:
+    waiting = [output for output in job.outputs if not sink.already_published(output, job.identity)]
+    holds = [sink.claim(output, job.identity, overwrite) for output in waiting]
+    if (
+        waiting
+        and len(waiting) < len(job.outputs)
+        and len(sink.whole_shards(waiting)) < len(waiting[0].shards)
+    ):
+        raise DataError(
+            f"{waiting[0].part}: incomplete, though the other outputs of this run are there; give --overwrite"
+        )
+    if waiting:
+        whole = sink.whole_shards(waiting)
+        check_disk(
+            {o.final: sum(s.nbytes for i, s in enumerate(o.shards) if i not in whole) for o in waiting}
+        )
+    return holds
+
+
+def _stream(job: Job, processes: Group) -> None:
+    """Process this process's shards; the main one then waits until the others' are whole too."""
+    waiting = [output for output in job.outputs if output.part.is_dir()]
+    whole = sink.whole_shards(waiting)
+    mine = deal([shard.nbytes for shard in job.outputs[0].shards], processes)
+    tasks = [task for task in job.tasks if task.shard in mine - whole]
+    total = sum(job.moves(task) for task in job.tasks)
+    done = sum(job.moves(task) for task in job.tasks if task.shard in whole)
+    bar = tqdm(
+        total=total,
+        initial=done,
+        unit="B",
+        unit_scale=True,
+        desc=job.title,
+        disable=not processes.is_main,
+        mininterval=0.2,
+    )
+    with bar:
+        lock = threading.Lock()
+
+        def moved(nbytes: int) -> None:
+            with lock:
+                bar.update(nbytes)
+
+        if tasks:
+            stream.run(tasks, job.process, sink.Sink(job.outputs), moved, stream.worker_count())
+        if processes.is_main:
+            _wait_for_others(job, whole | mine, bar)
+
+
+def _wait_for_others(job: Job, seen: set[int], bar: tqdm) -> None:
+    while len(seen) < len(job.outputs[0].shards):
+        new = sink.whole_shards(job.outputs) - seen
+        bar.update(sum(job.moves(task) for task in job.tasks if task.shard in new))
+        seen = seen | new
+        time.sleep(0.2)

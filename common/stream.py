@@ -1,0 +1,157 @@
+"""Blocks of tensors through worker threads: read, compute, write.
+
+Each worker takes the next tensor, in file order, and moves it block by block: read into a buffer it reuses,
+compute while the block is in its core's cache, write to the block's place in the output. While one worker waits
+for the disk the others compute. Memory is a few blocks per worker, whatever the size of model, shard or tensor.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+from common.errors import DataError
+from common.headers import DTYPE_BYTES, Tensor
+from common.plan import Slot
+from common.sink import Sink
+
+_COPY_BLOCK = 1 << 18  # elements
+_NUMPY = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One output tensor: where its inputs lie, and its slot in each output (all in shard number `shard`)."""
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    slots: tuple[Slot, ...]
+    shard: int
+
+
+class Halted(Exception):
+    """Another worker failed, or the run was interrupted: stop at the next block."""
+
+
+class Worker:
+    """What one thread holds: reused buffers, open inputs, and the way to the sink."""
+
+    def __init__(self, sink: Sink, halt: threading.Event, moved: Callable[[int], None]):
+        self._sink, self._halt, self._moved = sink, halt, moved
+        self._buffers: dict[int, np.ndarray] = {}
+        self._files: dict = {}
+
+    def _file(self, path) -> int:
+        if path not in self._files:
+            self._files[path] = os.open(path, os.O_RDONLY)
+        return self._files[path]
+
+    def read(self, tensor: Tensor, start: int, stop: int, buffer: int = 0) -> np.ndarray:
+        """Bits of elements start:stop of a tensor, in buffer number `buffer`, valid until it is read into again."""
+        if self._halt.is_set():
+            raise Halted
+        size = DTYPE_BYTES[tensor.dtype]
+        nbytes = (stop - start) * size
+        if self._buffers.get(buffer, np.empty(0)).nbytes < nbytes:
+            self._buffers[buffer] = np.empty(nbytes, np.uint8)
+        target = self._buffers[buffer][:nbytes]
+        done = 0
+        while done < nbytes:
+            got = os.preadv(self._file(tensor.path), [target[done:]], tensor.offset + start * size + done)
+            if got == 0:
+                raise DataError(
+                    f"tensor {tensor.name!r} in {tensor.path}: the file ends within it; it was cut short while it was read"
+                )
+            done += got
+        self._moved(nbytes)
+        return target.view(_NUMPY[size])
+
+    def write(self, task: Task, output: int, start: int, array: np.ndarray) -> None:
+        """Put elements from `start` on of a task's tensor in their place in output number `output`."""
+        self._sink.write(task.shard, output, task.slots[output].offset + start * array.itemsize, array)
+        self._moved(array.nbytes)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            os.close(file)
+
+
+def blocks(numel: int, block: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of consecutive blocks: blocks(5, 2) -> (0, 2), (2, 4), (4, 5)."""
+    return ((at, min(at + block, numel)) for at in range(0, numel, block))
+
+
+def new_hash():
+    """A hasher for tensor bytes, xxh3_128; digests are written as hex."""
+    return xxhash.xxh3_128()
+
+
+def copy_tensor(task: Task, worker: Worker) -> list[dict]:
+    """Carry a tensor over, byte for byte, to every output."""
+    source, digest = task.inputs[0], new_hash()
+    for start, stop in blocks(source.numel, _COPY_BLOCK):
+        bits = worker.read(source, start, stop)
+        digest.update(bits)
+        for output in range(len(task.slots)):
+            worker.write(task, output, start, bits)
+    return [{"base": digest.hexdigest(), "written": digest.hexdigest()} for _ in task.slots]
+
+
+def same_bytes(worker: Worker, left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors of equal dtype and shape hold the same bytes."""
+    spans = blocks(left.numel, _COPY_BLOCK)
+    return left.dtype == right.dtype and all(
+        np.array_equal(worker.read(left, *span, 0), worker.read(right, *span, 1)) for span in spans
+    )
+
+
+def run(
+    tasks: list[Task],
+    process: Callable[[Task, Worker], list[dict]],
+    sink: Sink,
+    moved: Callable,
+    workers: int,
+) -> None:
+    """process(task, worker) -> a record for each output, for every task; whole shards go to the sink.
+
+    Tasks come in shard order. The first failure stops all workers at their next block and is raised here.
+    """
+    halt, lock = threading.Event(), threading.Lock()
+    pending = iter(tasks)
+
+    def next_task() -> Task | None:
+        with lock:
+            return next(pending, None)
+
+    def work() -> None:
+        worker = Worker(sink, halt, moved)
+        try:
+            while not halt.is_set() and (task := next_task()):
+                sink.finish_tensor(task.shard, task.name, process(task, worker))
+        except Halted:
+            pass
+        except BaseException:
+            halt.set()
+            raise
+        finally:
+            worker.close()
+
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(work) for _ in range(workers)]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            halt.set() if any(not f.done() or f.exception() for f in futures) else None
+            wait(futures)
+            sink.abandon()
+    for future in futures:
+        future.result()
+
+
+def worker_count() -> int:
+    """Threads to use: the cores this process may run on, at most 8 (beyond, the disk is the limit)."""
+    return min(len(os.sched_getaffinity(0)), 8)

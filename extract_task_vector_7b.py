@@ -1,0 +1,145 @@
+#!/usr/bin/env python3
+"""Extract a task vector: fine-tuned model minus base model, tensor by tensor.
+
+    python extract_task_vector_7b.py \\
+        --finetuned_model_path models/WestSeverus-7B-DPO-v2 \\
+        --base_model_path models/Mistral-7b-v0.1-float16 \\
+        --save_path models/task_vector_westseverus
+
+    task vector = round(round(finetuned) - round(base)), rounding to --dtype, subtracting in float32
+
+Run it once per fine-tuned model, with the same base. The task vector is a checkpoint like any other, with the
+fine-tuned model's tokenizer. task_vector.json beside it records the base and a hash of every tensor, so that
+prune_task_vector_7b.py finds the base and notices a wrong or damaged one. Streams: needs about 0.3 GB of memory
+whatever the size of the model. Stopped, the same command goes on from the last whole shard.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from common.checkpoint import Checkpoint, config_with_dtype, copy_companions, open_checkpoint
+from common.cli import add_output_flags, run
+from common.errors import DataError
+from common.headers import DTYPE_CODES, Tensor
+from common.plan import check_floats, check_places, match, must_be_equal, plan_shards
+from common.run import Job, describe, execute, input_files
+from common.sink import Output
+from common.stream import Task, Worker, blocks, copy_tensor, new_hash, same_bytes
+from common.task_vector import config_notes, write_task_vector_json
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--finetuned_model_path", required=True, metavar="DIR|ORG/NAME",
+                        help="fine-tuned model: directory or Hugging Face Hub id")  # fmt: skip
+    parser.add_argument("--base_model_path", required=True, metavar="DIR|ORG/NAME",
+                        help="its base model, in one dtype (see convert_dtype.py)")  # fmt: skip
+    parser.add_argument("--save_path", required=True, metavar="DIR", help="where the task vector goes")
+    parser.add_argument("--dtype", choices=sorted(DTYPE_CODES), default="float16",
+                        help="dtype both models are rounded to, and the vector's (default: %(default)s)")  # fmt: skip
+    add_output_flags(parser)
+    return parser.parse_args(argv)
+
+
+def refuse_not_finite(tensor: Tensor, found: bool) -> None:
+    if found:
+        raise DataError(
+            f"tensor {tensor.name!r} in {tensor.path}: holds NaN or infinity; take a sound copy of the model"
+        )
+
+
+def extract_tensor(task: Task, worker: Worker, dtype: str) -> list[dict]:
+    """Subtract one tensor; its record has the hashes of the base's bytes and of the vector's."""
+    from common import kernels
+
+    finetuned, base = task.inputs
+    base_hash, vector_hash, differs = new_hash(), new_hash(), 0
+    for start, stop in blocks(base.numel, kernels.BLOCK):
+        left, right = worker.read(finetuned, start, stop, 0), worker.read(base, start, stop, 1)
+        out, (bad_left, bad_right, overflow) = kernels.subtract(
+            left, finetuned.dtype, right, base.dtype, dtype
+        )
+        refuse_not_finite(finetuned, bad_left)
+        refuse_not_finite(base, bad_right)
+        if overflow:
+            raise DataError(
+                f"tensor {task.name!r}: a value of {finetuned.path} or {base.path}, or their difference, is beyond "
+                f"the largest {dtype}; extract with --dtype bfloat16 or float32"
+            )
+        base_hash.update(right)
+        vector_hash.update(out)
+        differs += kernels.count_nonzero(out)
+        worker.write(task, 0, start, out)
+    return [{"base": base_hash.hexdigest(), "written": vector_hash.hexdigest(), "differs": differs}]
+
+
+def process(task: Task, worker: Worker, dtype: str, equal: dict[str, tuple[Tensor, Tensor]]) -> list[dict]:
+    if not task.inputs[0].is_parameter:
+        return copy_tensor(task, worker)
+    if task.name in equal and not same_bytes(worker, *equal[task.name]):
+        head, embedding = equal[task.name]
+        raise DataError(
+            f"tensor {head.name!r} in {head.path} differs from {embedding.name!r}, to which the base ties it; "
+            "take a base that has a head of its own"
+        )
+    return extract_tensor(task, worker, dtype)
+
+
+def plan(finetuned: Checkpoint, base: Checkpoint, args: argparse.Namespace) -> Job:
+    check_floats(base)
+    check_places([finetuned.path, base.path], [Path(args.save_path)])
+    pairs = match(base, finetuned)
+    target = DTYPE_CODES[args.dtype]
+    shards = plan_shards(
+        [(t.name, target if t.is_parameter else t.dtype, t.shape) for t in base.tensors.values()],
+        args.max_shard_size,
+    )
+    tasks = [
+        Task(name, (pairs[name], base.tensors[name]) if name in pairs else (base.tensors[name],), (slot,), i)
+        for i, shard in enumerate(shards)
+        for slot in shard.slots
+        for name in [slot.name]
+    ]
+    equal = {embedding.name: (head, embedding) for head, embedding in must_be_equal(base, finetuned)}
+    return Job(
+        title="extract",
+        identity={
+            "script": "extract_task_vector_7b.py",
+            "parameters": {"dtype": args.dtype, "max_shard_size": args.max_shard_size},
+            "inputs": input_files([finetuned, base]),
+        },
+        outputs=[Output(Path(args.save_path), tuple(shards))],
+        tasks=tasks,
+        process=partial(process, dtype=target, equal=equal),
+        complete=partial(complete, finetuned, base, target),
+    )
+
+
+def complete(finetuned: Checkpoint, base: Checkpoint, dtype: str, output: Output, records: dict) -> None:
+    """Add config, the fine-tuned model's tokenizer and task_vector.json; say how much of the model differs."""
+    copy_companions(finetuned.path, output.part)
+    (output.part / "config.json").write_text(config_with_dtype(base.config, dtype))
+    write_task_vector_json(output.part, finetuned, base, dtype, records)
+    values = sum(tensor.numel for tensor in base.tensors.values() if tensor.is_parameter)
+    differs = sum(record.get("differs", 0) for record in records.values())
+    print(f"{differs} of {values} values differ from the base ({100 * differs / max(values, 1):.2f} %)")
+    for note in config_notes(finetuned, base):
+        print(f"note: {note}")
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    finetuned, base = open_checkpoint(args.finetuned_model_path), open_checkpoint(args.base_model_path)
+    job = plan(finetuned, base, args)
+    if args.dry_run:
+        print(describe(job, [finetuned, base]))
+        return
+    execute(job, args.overwrite)
+    print(f"wrote {args.save_path} ({job.outputs[0].nbytes / 1e9:.3f} GB, {args.dtype})")
+
+
+if __name__ == "__main__":
+    run(main)

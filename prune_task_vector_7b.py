@@ -1,0 +1,381 @@
+#!/usr/bin/env python3
+"""Sparsify task vectors together, so that they keep different weights (CABS), and add each to the base.
+
+    python prune_task_vector_7b.py \\
+        --task_vector_path1 models/task_vector_wildmarcoroni \\
+        --task_vector_path2 models/task_vector_westseverus \\
+        --n 64 --m 256 --pruning_method nm \\
+        --save_directory1 models/pruned_vector_wildmarcoroni \\
+        --save_directory2 models/pruned_vector_westseverus
+
+  nm         keep the n largest of every m consecutive elements; conflict-aware unless --no-conflict_aware
+  magnitude  keep the largest 1 - sparsity_level of each tensor
+  random     keep each element with probability 1 - sparsity_level, seeded (with --rescale: DARE)
+
+Conflict-aware: a vector keeps positions that no earlier one kept as long as there are any; each keeps its full
+budget. The order is the order of the command line. Equal magnitudes: the lower index is kept. Each output is the
+base plus the pruned vector, a model that mergekit reads, with prune_report.json beside it. Streams: about 0.4 GB
+of memory whatever the size of the model; magnitude reads the vectors twice. Several processes: torchrun
+--nproc-per-node 2 prune_task_vector_7b.py ... writes the same bytes. Stopped, the same command goes on.
+"""
+
+import argparse
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from common.checkpoint import Checkpoint, config_with_dtype, copy_companions, open_checkpoint
+from common.cli import add_output_flags, positive_int, run, sparsity
+from common.errors import DataError
+from common.headers import Tensor, read_json
+from common.plan import check_floats, check_places, mask_names, match, plan_shards
+from common.pruners import Pruning, masks_by_block
+from common.report import Tally, build, table
+from common.run import Job, describe, execute, input_files
+from common.sink import Output
+from common.staging import write_json
+from common.stream import Task, Worker, copy_tensor, new_hash
+from common.task_vector import TaskVector, read_task_vector, write_pruned_vector_json
+
+REPORT = "prune_report.json"
+USED_BY = {"n": ["nm"], "m": ["nm"], "sparsity_level": ["random", "magnitude"], "seed": ["random"]}
+DEFAULTS = {"n": 64, "m": 256, "sparsity_level": 0.75, "seed": 0}
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    vectors = parser.add_argument_group("vectors, in the order they are pruned")
+    vectors.add_argument("--task_vector_path1", metavar="DIR", help="first task vector; pruned as if alone")
+    vectors.add_argument("--task_vector_path2", metavar="DIR", help="second task vector")
+    vectors.add_argument("--save_directory1", metavar="DIR", help="where base + first pruned vector goes")
+    vectors.add_argument("--save_directory2", metavar="DIR", help="where base + second pruned vector goes")
+    vectors.add_argument(
+        "--task_vector_paths", nargs="+", metavar="DIR", help="any number of vectors instead of 1 and 2"
+    )
+    vectors.add_argument(
+        "--save_directories", nargs="+", metavar="DIR", help="as many outputs, in the same order"
+    )
+    vectors.add_argument(
+        "--base_model_path", metavar="DIR|ORG/NAME", help="default: the base recorded at extraction"
+    )
+    pruning = parser.add_argument_group("pruning")
+    pruning.add_argument(
+        "--pruning_method", choices=["nm", "random", "magnitude"], default="nm", help="default: nm"
+    )
+    pruning.add_argument("--n", type=positive_int, help="nm: elements to KEEP of every m (default: 64)")
+    pruning.add_argument("--m", type=positive_int, help="nm: elements in a run (default: 256; density = n/m)")
+    pruning.add_argument("--sparsity_level", type=sparsity, metavar="FRACTION",
+                         help="random, magnitude: fraction to ZERO (default: 0.75, density 0.25)")  # fmt: skip
+    pruning.add_argument("--conflict_aware", action=argparse.BooleanOptionalAction,
+                         help="keep positions no earlier vector kept first (default: yes for nm, no otherwise)")  # fmt: skip
+    pruning.add_argument("--rescale", action="store_true", help="multiply what is kept by 1/density (DARE)")
+    pruning.add_argument(
+        "--seed", type=int, help="random: masks depend on it, on order and names alone (default: 0)"
+    )
+    pruning.add_argument("--save_format", choices=["model", "task_vector"], default="model",
+                         help="model: base + pruned vector; task_vector: the pruned vector (default: model)")  # fmt: skip
+    pruning.add_argument(
+        "--device", default="cpu", metavar="cpu|cuda|cuda:1", help="where to prune; same bits (default: cpu)"
+    )
+    add_output_flags(parser)
+    args = parser.parse_args(argv)
+    settle(parser, args)
+    return args
+
+
+def settle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse flags that contradict each other or that the method does not use; fill in defaults."""
+    numbered = [args.task_vector_path1, args.task_vector_path2, args.save_directory1, args.save_directory2]
+    if (args.task_vector_paths or args.save_directories) and any(numbered):
+        parser.error(
+            "give either --task_vector_paths and --save_directories, or the numbered flags, not both"
+        )
+    if any(numbered):
+        if not all(numbered):
+            parser.error("--task_vector_path1, --task_vector_path2, --save_directory1 and --save_directory2 go together; "
+                         "for another number of vectors use --task_vector_paths and --save_directories")  # fmt: skip
+        args.task_vector_paths, args.save_directories = numbered[:2], numbered[2:]
+    if not args.task_vector_paths or not args.save_directories:
+        parser.error("give the vectors and where the results go: --task_vector_path1/2 and --save_directory1/2, "
+                     "or --task_vector_paths and --save_directories")  # fmt: skip
+    if len(args.task_vector_paths) != len(args.save_directories):
+        parser.error(
+            f"{len(args.task_vector_paths)} task vectors but {len(args.save_directories)} save directories"
+        )
+    for flag, methods in USED_BY.items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, DEFAULTS[flag])
+        elif args.pruning_method not in methods:
+            parser.error(
+                f"--{flag} is not used by --pruning_method {args.pruning_method}, only by {' and '.join(methods)}"
+            )
+    if args.n > args.m:
+        parser.error(f"--n {args.n} of --m {args.m}: n is how many of m are kept, so at most m")
+    if args.conflict_aware is None:
+        args.conflict_aware = args.pruning_method == "nm"
+
+
+def pruning_of(args: argparse.Namespace) -> Pruning:
+    density = args.n / args.m if args.pruning_method == "nm" else 1.0 - args.sparsity_level
+    return Pruning(args.pruning_method, density, args.n, args.m, args.seed, args.conflict_aware, args.rescale)
+
+
+# --- one tensor -------------------------------------------------------------------------------------
+
+
+class Overlaps:
+    """Counts of one tensor for all vectors, block by block."""
+
+    def __init__(self, pruning: Pruning, dtypes: list[str], numel: int, engine):
+        self._pruning, self._dtypes, self._engine = pruning, dtypes, engine
+        count = len(dtypes)
+        self.tallies = [Tally(numel=numel, both=[0] * count, either=[0] * count) for _ in dtypes]
+
+    def take(self, start: int, vectors: list, masks: list) -> None:
+        """Count one block."""
+        engine, kept = self._engine, [self._engine.count(mask) for mask in masks]
+        for j, tally in enumerate(self.tallies):
+            energies = engine.energy(vectors[j], self._dtypes[j], masks[j])
+            tally.kept += kept[j]
+            tally.energy_kept += energies[0]
+            tally.energy_dropped += energies[1]
+            tally.runs = engine.tally_runs(masks[j], start, self._pruning.m, tally.runs)
+            for i in range(j):
+                both = engine.count(masks[i] & masks[j])
+                for a, b in ((i, j), (j, i)):
+                    self.tallies[a].both[b] += both
+                    self.tallies[a].either[b] += kept[i] + kept[j] - both
+
+
+def prune_tensor(
+    task: Task, worker: Worker, pruning: Pruning, mask_name: str, save_format: str, engine
+) -> list[dict]:
+    """Prune one tensor of every vector; each record has hashes of base, vector and result, and the counts."""
+    base, vectors = (task.inputs[0], task.inputs[1:]) if save_format == "model" else (None, task.inputs)
+    dtypes = [vector.dtype for vector in vectors]
+    overlaps = Overlaps(pruning, dtypes, vectors[0].numel, engine)
+    hashes = {
+        key: new_hash() for key in ["base", *range(len(vectors)), *(f"out{j}" for j in range(len(vectors)))]
+    }
+    raw = {}
+
+    def read(j: int, start: int, stop: int):
+        raw[j] = worker.read(vectors[j], start, stop, j)
+        return engine.load(raw[j])
+
+    for start, stop, bits, masks in masks_by_block(
+        pruning, mask_name, dtypes, vectors[0].numel, read, engine
+    ):
+        below = None
+        if base:
+            raw["base"] = worker.read(base, start, stop, len(vectors))
+            hashes["base"].update(raw["base"])
+            below = engine.load(raw["base"])
+        for j, vector in enumerate(vectors):
+            hashes[j].update(raw[j])
+            out = apply_mask(below, base, bits[j], vector, masks[j], pruning.scale, engine)
+            hashes[f"out{j}"].update(out)
+            worker.write(task, j, start, out)
+        overlaps.take(start, bits, masks)
+    return [
+        {
+            "base": hashes["base"].hexdigest(),
+            "vector": hashes[j].hexdigest(),
+            "written": hashes[f"out{j}"].hexdigest(),
+            "tally": asdict(tally),
+        }
+        for j, tally in enumerate(overlaps.tallies)
+    ]
+
+
+def apply_mask(below, base: Tensor | None, bits, vector: Tensor, mask, scale: float, engine):
+    """The block to write: base + what the mask keeps, or what the mask keeps; refuses what is not finite."""
+    if base is None:
+        out, (bad_vector, overflow) = engine.keep_vector(bits, vector.dtype, mask, scale)
+        bad_base, dtype = False, vector.dtype
+    else:
+        out, (bad_base, bad_vector, overflow) = engine.add_kept(
+            below, base.dtype, bits, vector.dtype, mask, scale
+        )
+        dtype = base.dtype
+    for tensor, bad in ((base, bad_base), (vector, bad_vector)):
+        if bad:
+            raise DataError(
+                f"tensor {tensor.name!r} in {tensor.path}: holds NaN or infinity; take a sound copy of the model"
+            )
+    if overflow:
+        raise DataError(
+            f"tensor {vector.name!r} of {vector.path.parent}: a result is beyond the largest {dtype}; use base and vectors "
+            "in bfloat16 or float32, or no --rescale"
+        )
+    return engine.store(out)
+
+
+def process(task: Task, worker: Worker, pruning, names, save_format, device, expected) -> list[dict]:
+    """One task, checked against the hashes that extraction recorded."""
+    if not task.inputs[0].is_parameter:
+        return copy_tensor(task, worker)
+    records = prune_tensor(task, worker, pruning, names[task.name], save_format, engine_for(device))
+    for vector, record, hashes in zip(task.inputs[-len(records) :], records, expected, strict=True):
+        want = hashes[task.name]
+        if record["vector"] != want["vector"]:
+            raise DataError(
+                f"tensor {task.name!r} in {vector.path}: not the bytes that were extracted; extract the vector again"
+            )
+        if save_format == "model" and record["base"] != want["base"]:
+            raise DataError(
+                f"tensor {task.name!r} in {task.inputs[0].path}: not the base that {vector.path.parent} was extracted from; "
+                "give that one as --base_model_path, or extract the vector again"
+            )
+    return records
+
+
+def engine_for(device: str):
+    """The module that does the arithmetic."""
+    if device == "cpu":
+        from common import kernels
+
+        return kernels
+    from common.torch_kernels import engine
+
+    return engine(device)
+
+
+# --- the whole --------------------------------------------------------------------------------------
+
+
+def open_vectors(paths: list[str]) -> list[TaskVector]:
+    """The task vectors, all of one base. Raises DataError that names the first tensor that differs."""
+    vectors = [read_task_vector(open_checkpoint(path)) for path in paths]
+    first = vectors[0]
+    for other in vectors[1:]:
+        match(first.checkpoint, other.checkpoint)
+        for name, hashes in first.hashes.items():
+            if hashes["base"] != other.hashes[name]["base"]:
+                raise DataError(
+                    f"tensor {name!r}: {first.checkpoint.label} and {other.checkpoint.label} were extracted from different "
+                    "bases; extract both from the same one"
+                )
+    return vectors
+
+
+def open_base(vectors: list[TaskVector], args: argparse.Namespace) -> Checkpoint:
+    """The base model. Raises DataError that says which flag helps if the recorded one is gone."""
+    if args.base_model_path:
+        return open_checkpoint(args.base_model_path)
+    recorded = vectors[0].base_model_path
+    try:
+        return open_checkpoint(recorded)
+    except DataError as error:
+        raise DataError(
+            f"{error} (recorded in {vectors[0].checkpoint.label}; say where it is now with --base_model_path)"
+        ) from None
+
+
+def plan(base: Checkpoint | None, vectors: list[TaskVector], args: argparse.Namespace) -> Job:
+    """Everything decided before a weight is read. `base` is None when only vectors are written."""
+    checkpoints = [vector.checkpoint for vector in vectors]
+    whole = base or checkpoints[0]
+    check_floats(whole)
+    pairs = [match(whole, checkpoint) for checkpoint in checkpoints]
+    check_places([c.path for c in [whole, *checkpoints]], [Path(path) for path in args.save_directories])
+    pruning = pruning_of(args)
+
+    def described(j: int) -> list[tuple]:
+        typed = whole.tensors if base else checkpoints[j].tensors
+        return [(name, typed[name].dtype, typed[name].shape) for name in whole.tensors]
+
+    plans = [plan_shards(described(j), args.max_shard_size) for j in range(len(vectors))]
+    if len({tuple(tuple(s.name for s in shard.slots) for shard in shards) for shards in plans}) > 1:
+        raise DataError("the task vectors differ in dtype; extract them with the same --dtype")
+    tasks = [
+        Task(
+            name,
+            inputs(whole.tensors[name], base, [p.get(name) for p in pairs]),
+            tuple(s[i].slots[k] for s in plans),
+            i,
+        )
+        for i, shard in enumerate(plans[0])
+        for k, name in enumerate(slot.name for slot in shard.slots)
+    ]
+    parameters = parameters_of(pruning, args)
+    return Job(
+        title=f"prune {args.pruning_method}",
+        identity={
+            "script": "prune_task_vector_7b.py",
+            "parameters": parameters
+            | {"max_shard_size": args.max_shard_size, "outputs": args.save_directories},
+            "inputs": input_files([*([base] if base else []), *checkpoints]),
+        },
+        outputs=[Output(Path(path), tuple(s)) for path, s in zip(args.save_directories, plans, strict=True)],
+        tasks=tasks,
+        process=partial(
+            process,
+            pruning=pruning,
+            names=mask_names(whole),
+            save_format=args.save_format,
+            device=args.device,
+            expected=[vector.hashes for vector in vectors],
+        ),
+        complete=partial(complete, base, vectors, parameters, args),
+        passes=2 if pruning.method == "magnitude" else 1,
+    )
+
+
+def inputs(own: Tensor, base: Checkpoint | None, vectors: list[Tensor | None]) -> tuple[Tensor, ...]:
+    """What one task reads: buffers are carried over from `own`; parameters need base (for a model) and vectors."""
+    if not own.is_parameter:
+        return (own,)
+    return (own, *vectors) if base else tuple(vectors)
+
+
+def parameters_of(pruning: Pruning, args: argparse.Namespace) -> dict:
+    """What the masks depend on, as identity and report record it."""
+    used = {flag: getattr(args, flag) for flag, methods in USED_BY.items() if pruning.method in methods}
+    return {
+        "pruning_method": pruning.method,
+        **used,
+        "density": pruning.density,
+        "conflict_aware": pruning.conflict_aware,
+        "rescale": pruning.rescale,
+        "save_format": args.save_format,
+        "evenness_over_runs_of": pruning.m,
+    }
+
+
+def complete(base, vectors: list[TaskVector], parameters: dict, args, output: Output, records: dict) -> None:
+    """Add config, the fine-tuned model's tokenizer and the report to an output; print its table."""
+    own = [str(path) for path in args.save_directories].index(str(output.final))
+    vector = vectors[own]
+    copy_companions(vector.checkpoint.path, output.part)
+    source = base or vector.checkpoint
+    dtypes = {source.tensors[name].dtype for name in records if source.tensors[name].is_parameter}
+    config = config_with_dtype(source.config, dtypes.pop()) if len(dtypes) == 1 else None
+    (output.part / "config.json").write_text(config or (source.path / "config.json").read_text())
+    if base is None:
+        write_pruned_vector_json(output.part, vector, records)
+    labels = [v.checkpoint.label for v in vectors]
+    report = build(parameters | {"hash": "xxh3_128"}, labels, own, records)
+    write_json(output.part / REPORT, report)
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    vectors = open_vectors(args.task_vector_paths)
+    base = open_base(vectors, args) if args.save_format == "model" else None
+    job = plan(base, vectors, args)
+    if args.dry_run:
+        print(describe(job, [*([base] if base else []), *(vector.checkpoint for vector in vectors)]))
+        return
+    execute(job, args.overwrite)
+    for path, output in zip(args.save_directories, job.outputs, strict=True):
+        print(table(read_json(output.final / REPORT)))
+        print(
+            f"wrote {path} ({output.nbytes / 1e9:.3f} GB), the figures of every tensor in {path}/{REPORT}\n"
+        )
+
+
+if __name__ == "__main__":
+    run(main)
