@@ -38,6 +38,7 @@ from pathlib import Path
 from common import cli
 from common.checkpoint import open_checkpoint
 from common.comparison import compare
+from common.errors import DataError
 from common.evaluation import read_eval_recipe
 from common.merging import (
     REPORT_NAME,
@@ -52,7 +53,7 @@ from common.merging import (
     plan_merge,
 )
 from common.recipes import read_recipe
-from common.scoring import Model, check_tokenizer, score
+from common.scoring import Model, check_tokenizer, only_process, score
 from common.staging import refuse_existing
 from common.sweep import Sweep, plan_candidates, plan_scorings, weight_choices
 from common.sweep import run as run_sweep
@@ -248,6 +249,11 @@ def main(argv=None) -> None:
         compare(args.compare, Path(args.plot_path))
         return
     sweeping, output_path = bool(args.weights or args.weight_grid), Path(args.output_path)
+    if not args.eval_only and not only_process():
+        raise DataError(
+            "several processes were started, and a merge needs one: run it alone with --merge_only, then "
+            "score with `accelerate launch merge_and_evaluate_7b.py --eval_only …`"
+        )
 
     # Recipes, headers and tasks first: every refusal comes before anything is written.
     settings = MergeSettings(args.max_shard_size, args.device or "cpu", args.seed)

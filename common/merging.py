@@ -151,6 +151,9 @@ def _run_mergekit(recipe: Recipe, directory: Path, settings: MergeSettings) -> N
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
+    from common.merge_methods import register
+
+    register()
     remaps_tokens = {"tokenizer", "tokenizer_source", "chat_template"} & recipe.config.keys()
     options = MergeOptions(
         out_shard_size=settings.max_shard_size,
@@ -160,7 +163,7 @@ def _run_mergekit(recipe: Recipe, directory: Path, settings: MergeSettings) -> N
     )
     try:
         run_merge(MergeConfiguration.model_validate(recipe.config), str(directory), options, recipe.text)
-    except OSError:
+    except (OSError, DataError):
         raise
     except Exception as error:  # mergekit raises many types, and all mean the same to the user
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -155,8 +155,12 @@ def check_keys(path: str, config: dict) -> None:
 
 
 def _method(path: str, name: str):
+    """mergekit's merge method of that name, or ours."""
     from mergekit.merge_methods import registry
 
+    from common.merge_methods import register
+
+    register()
     known = {method.spec.name: method for method in registry.registered_methods()}
     if name not in known:
         raise DataError(f"{path}: unknown merge_method {name!r}; known are {', '.join(sorted(known))}")
@@ -205,15 +209,36 @@ def _check_values(path: str, method, where: str, parameters: dict) -> None:
     """Each value must be what the method's parameter takes; numbers must be finite."""
     for spec in method.spec.parameters:
         for value in _scalars(parameters[spec.name]) if spec.name in parameters else []:
+            line = f"{path}: {where}: {spec.name} is {value!r:.60}"
             if spec.value_type is float and not is_number(value):
-                raise DataError(f"{path}: {where}: {spec.name} is {value!r:.60}, needed is a finite number")
+                raise DataError(f"{line}, needed is a finite number")
             try:
                 spec.validate(value)
-            except ValueError:
+            except ValueError as error:
+                reason = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error)
+                raise DataError(f"{line}; {reason[:1].lower()}{reason[1:]}") from None
+
+
+def _check_counts(path: str, method, holders: list[tuple[str, dict, bool]]) -> None:
+    """n:m of our cabs: whole numbers, n at most m, for every model."""
+    defaults = {spec.name: spec.default for spec in method.spec.parameters}
+    (_, shared, _), *models = holders
+    for where, parameters, _ in models:
+        n, m = ({**defaults, **shared, **parameters}[name] for name in ("n", "m"))
+        for name, setting in (("n", n), ("m", m)):
+            if (
+                isinstance(setting, list)
+                and len(setting) > 1
+                and not any(isinstance(item, dict) for item in setting)
+            ):
                 raise DataError(
-                    f"{path}: {where}: {spec.name} is {value!r:.60}, needed is "
-                    f"{getattr(spec.value_type, '__name__', spec.value_type)}"
-                ) from None
+                    f"{path}: {where}: {name} is the gradient {setting!r:.60}, needed is one whole number"
+                )
+        if max(_scalars(n)) > min(_scalars(m)):
+            raise DataError(
+                f"{path}: {where}: n is {max(_scalars(n))} and m is {min(_scalars(m))}; cabs keeps n of every "
+                "m, so n is at most m"
+            )
 
 
 def check_method(path: str, config: dict) -> None:
@@ -235,6 +260,8 @@ def check_method(path: str, config: dict) -> None:
             raise DataError(
                 f"{path}: {where} has no {missing[0]}; merge_method {method.spec.name} needs one per model"
             )
+    if method.spec.name == "cabs":
+        _check_counts(path, method, holders)
 
 
 # --- the weight, lambda ---------------------------------------------------------------------------
