@@ -1,0 +1,325 @@
+"""The pruning rule and the arithmetic: bit for bit against the oracle, and properties of every mask."""
+
+import hypothesis.strategies as st
+import numpy as np
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+
+from common import kernels
+from common.pruners import Pruning, masks_by_block, random_key, scopes
+
+INTEGERS = {"F16": torch.int16, "BF16": torch.int16, "F32": torch.int32}
+UNSIGNED = {"F16": np.uint16, "BF16": np.uint16, "F32": np.uint32}
+SMALL, LARGE = 4, 256  # m that is ranked side by side, and run by run; few, because each is compiled
+
+
+def bits_of(tensor: torch.Tensor, code: str) -> np.ndarray:
+    """The flat bit patterns of a tensor, as the kernels take them."""
+    return tensor.view(INTEGERS[code]).numpy().view(UNSIGNED[code]).reshape(-1)
+
+
+def tensor_of(bits: np.ndarray, code: str) -> torch.Tensor:
+    """The values of bit patterns: tensor_of(np.array([0x3C00], np.uint16), "F16") -> tensor([1.])."""
+    return torch.from_numpy(bits.view(f"i{bits.itemsize}").copy()).view(oracle.DTYPES[code])
+
+
+def our_masks(pruning: Pruning, vectors: list, code: str, name="x", block=None) -> list[list[bool]]:
+    """The masks of whole vectors, put together from blocks that must follow one another without a gap."""
+    flat = [bits_of(vector, code) for vector in vectors]
+    found, expected = [[] for _ in vectors], 0
+    for start, stop, read, masks in masks_by_block(
+        pruning, name, [code] * len(flat), flat[0].size, lambda j, a, b: flat[j][a:b], kernels, block
+    ):
+        assert start == expected and all(
+            np.array_equal(r, f[start:stop]) for r, f in zip(read, flat, strict=True)
+        )
+        expected = stop
+        for mask, part in zip(found, masks, strict=True):
+            mask += part.astype(bool).tolist()
+    assert expected == flat[0].size
+    return found
+
+
+def pruning_of(method: str, n: int, m: int, aware: bool) -> Pruning:
+    return Pruning(method, n / m, n, m, seed=3, conflict_aware=aware)
+
+
+def values(kind: str, count: int, numel: int, code: str, seed: int = 0) -> list[torch.Tensor]:
+    """`count` vectors: all distinct, full of ties, mostly zeros of both signs, or any finite bits."""
+    rng = np.random.default_rng([seed, count, numel])
+    out = []
+    for _ in range(count):
+        normal = rng.standard_normal(numel)
+        if kind == "ties":
+            normal = np.round(normal * 2) / 2
+        if kind == "zeros":
+            normal = np.where(rng.random(numel) < 0.9, np.copysign(0.0, normal), normal)
+        tensor = torch.tensor(normal, dtype=torch.float64).to(oracle.DTYPES[code])
+        if kind == "bits":
+            raw = rng.integers(0, 1 << (8 * UNSIGNED[code]().itemsize), numel).astype(UNSIGNED[code])
+            tensor = torch.nan_to_num(tensor_of(raw, code), nan=-0.0, posinf=1.0, neginf=-1.0)
+        out.append(tensor)
+    return out
+
+
+# --- ranking against the oracle -------------------------------------------------------------------
+
+
+def expect_oracle(method, vectors, code, n, m, aware, block=None):
+    """Compare one case with the oracle, and say which case it was."""
+    ours = our_masks(pruning_of(method, n, m, aware), vectors, code, block=block)
+    flat = [vector.tolist() for vector in vectors]
+    theirs = oracle.ranked_masks(flat, oracle.scopes(method, len(flat[0]), n, m, n / m), aware)
+    assert ours == theirs, (method, code, n, m, aware, block)
+
+
+@pytest.mark.parametrize("code", ["F16", "BF16", "F32"])
+@pytest.mark.parametrize("aware", [True, False])
+@pytest.mark.parametrize("m, ns", [(SMALL, (1, 2, 3, 4)), (LARGE, (1, 64, 128, 200, 256))])
+def test_nm_is_the_oracles(code, aware, m, ns):
+    """n below, at and above m/2, ties, zeros; whole runs, tails, and tensors smaller than a run."""
+    for n in ns:
+        for numel in (1, m - 1, m, 128 * SMALL * 2 + 7 * m + 3):
+            for kind in ("ties", "zeros", "bits"):
+                for count in (1, 2, 3):
+                    expect_oracle("nm", values(kind, count, numel, code, n), code, n, m, aware)
+
+
+@pytest.mark.parametrize("code", ["F16", "BF16", "F32"])
+@pytest.mark.parametrize("aware", [True, False])
+def test_scopes_larger_than_a_block(code, aware):
+    """magnitude, and nm with m beyond a block: several passes over blocks, thresholds with ties."""
+    for kind in ("ties", "bits"):
+        for count in (1, 2, 3):
+            vectors = values(kind, count, 700, code)
+            for n in (1, 120, 200):
+                expect_oracle("nm", vectors, code, n, 300, aware, block=64)
+                expect_oracle("magnitude", vectors, code, n, 300, aware, block=64)
+
+
+def test_the_textbook_case():
+    """CABS by hand: 2:4, the second vector takes what the first left, lower index first among equals."""
+    first, second = torch.tensor([4.0, -3.0, 2.0, 1.0]).half(), torch.tensor([9.0, 8.0, -5.0, 5.0]).half()
+    masks = our_masks(pruning_of("nm", 2, 4, True), [first, second], "F16")
+    assert masks == [[True, True, False, False], [False, False, True, True]]
+    masks = our_masks(pruning_of("nm", 3, 4, True), [first, second], "F16")  # densities add up to 1.5
+    assert masks == [[True, True, True, False], [True, True, False, True]]
+
+
+def test_tails_keep_their_share():
+    """A last run of r keeps ceil(n*r/m); magnitude keeps round(density * numel), half to even."""
+    assert scopes(pruning_of("nm", 64, 256, True), 259) == [(0, 256, 64), (256, 259, 1)]
+    assert scopes(pruning_of("nm", 3, 4, True), 7) == [(0, 4, 3), (4, 7, 3)]
+    assert [scopes(Pruning("magnitude", 0.25), numel)[0][2] for numel in (1, 2, 6, 10)] == [0, 0, 2, 2]
+
+
+@pytest.mark.parametrize("method", ["nm", "magnitude", "random"])
+def test_blocks_do_not_change_masks(method):
+    """Any block size gives the masks of one block."""
+    vectors = values("ties", 3, 3000, "F16")
+    for aware in (True, False):
+        pruning = pruning_of(method, 1, SMALL, aware)
+        whole = our_masks(pruning, vectors, "F16")
+        assert all(our_masks(pruning, vectors, "F16", block=block) == whole for block in (4, 100, 1024, 2996))
+
+
+def test_topk_agrees_on_distinct_values():
+    """torch.topk keeps the same where no two magnitudes are equal."""
+    vector = torch.randperm(2560, generator=torch.Generator().manual_seed(0)).float() * 0.37 - 400
+    for n, m in ((1, SMALL), (200, LARGE)):
+        want = torch.zeros(2560 // m, m).scatter_(1, vector.abs().view(-1, m).topk(n).indices, 1).bool()
+        assert our_masks(pruning_of("nm", n, m, True), [vector], "F32") == [want.flatten().tolist()]
+    kept = torch.zeros(2560).scatter_(0, vector.abs().topk(640).indices, 1).bool()
+    assert our_masks(Pruning("magnitude", 0.25), [vector], "F32") == [kept.tolist()]
+
+
+# --- random ---------------------------------------------------------------------------------------
+
+KNOWN_ANSWERS = [  # Random123's kat_vectors: counter, key -> words
+    ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    ([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0],
+     [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]),
+]  # fmt: skip
+
+
+def test_philox_known_answers():
+    """The oracle's generator gives the published words; ours gives the oracle's, from any start."""
+    for counter, key, words in KNOWN_ANSWERS:
+        assert oracle.philox(counter, key) == words
+    assert kernels.draws(0, 4, 0).tolist() == KNOWN_ANSWERS[0][2]
+    for key in (1, 2**32, 0x299F31D0A4093822, 2**64 - 1):
+        for start in (0, 4, 2**34):
+            words = oracle.philox(
+                [start // 4 & 0xFFFFFFFF, start // 4 >> 32, 0, 0], [key & 0xFFFFFFFF, key >> 32]
+            )
+            assert kernels.draws(start, 4, key).tolist() == words
+        assert kernels.draws(0, 1001, key).tolist() == oracle.draws(1001, key).tolist()
+
+
+@pytest.mark.parametrize("density", [0.1, 0.25, 1 / 3, 0.5, 0.7, 1.0])
+@pytest.mark.parametrize("aware", [True, False])
+def test_random_is_the_oracles(density, aware):
+    vectors = values("ties", 3, 1999, "F16")
+    pruning = Pruning("random", density, seed=11, conflict_aware=aware)
+    for name in ("model.embed_tokens.weight", "ünïcode"):
+        want = oracle.random_masks(1999, 3, density, aware, 11, name)
+        assert our_masks(pruning, vectors, "F16", name) == want
+    assert random_key(pruning, 0, "x") != random_key(pruning, 1, "x")
+
+
+def test_random_keeps_its_density():
+    """Each of four conflict-aware vectors keeps its expected share; the overlap is the least possible."""
+    count, numel = 4, 40_000
+    for density in (0.2, 0.4, 0.6):
+        pruning = Pruning("random", density, seed=5, conflict_aware=True)
+        masks = np.array(our_masks(pruning, values("ties", count, numel, "F16"), "F16"))
+        assert np.abs(masks.mean(axis=1) - density).max() < 5 * (0.25 / numel) ** 0.5
+        if 2 * density <= 1:
+            assert not (masks[0] & masks[1]).any()
+        else:  # what is free is taken whole
+            assert (masks[0] | masks[1]).all()
+
+
+# --- properties -----------------------------------------------------------------------------------
+
+FLOATS = st.floats(-8, 8, width=16)
+
+
+@st.composite
+def cases(draw):
+    """(n, m, vectors) with few distinct values, so that ties are the rule."""
+    m = draw(st.sampled_from([SMALL, LARGE]))
+    n, numel, count = draw(st.integers(1, m)), draw(st.integers(1, 600)), draw(st.integers(1, 3))
+    pool = draw(st.lists(FLOATS, min_size=1, max_size=6))
+    picks = np.random.default_rng(draw(st.integers(0, 99))).integers(0, len(pool), (count, numel))
+    return n, m, [torch.tensor(np.array(pool)[row]).half() for row in picks]
+
+
+@settings(max_examples=80, deadline=None)
+@given(cases())
+def test_properties_of_conflict_aware_nm(case):
+    """Exactly k kept a scope; the first as if alone; overlap 0 while there is room, else the least possible."""
+    n, m, vectors = case
+    pruning = pruning_of("nm", n, m, True)
+    masks = np.array(our_masks(pruning, vectors, "F16"))
+    assert our_masks(pruning, vectors[:1], "F16")[0] == masks[0].tolist()
+    for start, stop, k in scopes(pruning, vectors[0].numel()):
+        part = masks[:, start:stop]
+        assert (part.sum(axis=1) == k).all()
+        times = part.sum(axis=0)  # how often each position is kept: as even as it can be
+        assert times.max() <= -(-k * len(vectors) // (stop - start))
+        assert times.min() >= k * len(vectors) // (stop - start)
+        assert part.any(axis=0).sum() == min(k * len(vectors), stop - start)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(), st.integers(0, 2**63), st.booleans())
+def test_properties_of_other_methods(case, seed, aware):
+    """magnitude keeps round(density*numel) and nothing smaller than what it drops; random obeys its seed."""
+    n, m, vectors = case
+    numel = vectors[0].numel()
+    mask = np.array(our_masks(pruning_of("magnitude", n, m, False), vectors[:1], "F16")[0])
+    size = vectors[0].abs().numpy()
+    assert mask.sum() == round(n / m * numel)
+    assert not mask.any() or mask.all() or size[mask].min() >= size[~mask].max()
+    pruning = Pruning("random", n / m, seed=seed, conflict_aware=aware)
+    masks = our_masks(pruning, vectors, "F16")
+    assert masks == our_masks(pruning, [v.flip(0) for v in vectors], "F16")  # values do not count
+    assert masks[0] == our_masks(pruning, vectors[:1], "F16")[0]
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+
+def expect_conversion(tensor: torch.Tensor, source: str, target: str, clamp: bool):
+    """Bits and counts of one conversion against torch."""
+    out, (changed, zeroed, not_finite, overflow) = kernels.convert(
+        bits_of(tensor, source), source, target, clamp
+    )
+    want = oracle.convert(tensor, oracle.DTYPES[target], clamp)
+    finite = tensor.isfinite()
+    assert torch.equal(oracle.bits(tensor_of(out, target))[finite], oracle.bits(want)[finite])
+    assert bool(not_finite) == (not finite.all().item())
+    if finite.all():
+        assert bool(overflow) == tensor.to(oracle.DTYPES[target]).isinf().any().item()
+        assert changed == (want.double() != tensor.double()).sum()
+        assert zeroed == ((want == 0) & (tensor != 0)).sum()
+
+
+@pytest.mark.parametrize("source", ["F16", "BF16"])
+@pytest.mark.parametrize("target", ["F16", "BF16", "F32"])
+def test_convert_every_16_bit_value(source, target):
+    """All 65536 patterns, all finite ones, and the finite ones clamped."""
+    every = tensor_of(np.arange(65536, dtype=np.uint16), source)
+    expect_conversion(every, source, target, False)
+    for clamp in (False, True):
+        expect_conversion(every[every.isfinite()], source, target, clamp)
+
+
+@pytest.mark.parametrize("target", ["F16", "BF16"])
+def test_convert_float32_around_every_16_bit_value(target):
+    """Every 16-bit value, the halfway points between neighbours and the float32 numbers next to those."""
+    every = tensor_of(np.arange(65536, dtype=np.uint16), target)
+    every = torch.cat([every[every.isfinite()], torch.tensor([65519.0, 65520.0, 3.3895e38]).to(every.dtype)])
+    exact = torch.sort(every.float()).values
+    middle = ((exact[1:].double() + exact[:-1].double()) / 2).float()
+    points = torch.cat([exact, middle, torch.tensor([65519.996, 65520.0, 1e-45, -1e-45, 2.0**-25, 3.4e38])])
+    nearby = [points, points.nextafter(torch.tensor(1e30)), points.nextafter(torch.tensor(-1e30))]
+    for clamp in (False, True):
+        expect_conversion(torch.cat(nearby).clamp(-3.4e38, 3.4e38), "F32", target, clamp)
+
+
+@pytest.mark.parametrize("source, target", [("F16", "F16"), ("BF16", "F16"), ("F32", "F16"), ("F32", "BF16")])
+def test_subtract_is_the_oracles(source, target):
+    """Fine-tuned in `source`, base in `target`, over values of every size."""
+    finetuned = values("bits", 1, 20_000, source)[0].clamp(-30_000, 30_000)
+    base = values("bits", 1, 20_000, target, 1)[0].clamp(-30_000, 30_000)
+    out, flags = kernels.subtract(bits_of(finetuned, source), source, bits_of(base, target), target, target)
+    want = oracle.extract(finetuned, base, oracle.DTYPES[target])
+    assert oracle.same(tensor_of(out, target), want) and not any(flags)
+
+
+@pytest.mark.parametrize("code", ["F16", "BF16", "F32"])
+def test_results_are_the_oracles(code):
+    """Both save formats, with and without rescale; negative zeros stay where the rule says so."""
+    limit = 15_000 if code == "F16" else 1e37
+    base, vector = (v.clamp(-limit, limit) for v in values("bits", 2, 5000, code))
+    base[:4] = torch.tensor([-0.0, -0.0, 0.0, 1.0])
+    vector[:4] = torch.tensor([-0.0, 0.0, -0.0, -0.0])
+    mask = np.random.default_rng(0).random(5000) < 0.4
+    mask[:4] = True
+    for density in (1.0, 0.4, 1 / 3):
+        scale = torch.tensor(1 / density, dtype=torch.float32)
+        args = bits_of(vector, code), code, mask.view(np.uint8), 1 / density
+        out, _ = kernels.add_kept(bits_of(base, code), code, *args)
+        assert oracle.same(tensor_of(out, code), oracle.model_tensor(base, vector, mask.tolist(), scale))
+        out, _ = kernels.keep_vector(*args)
+        assert oracle.same(tensor_of(out, code), oracle.vector_tensor(vector, mask.tolist(), scale))
+    dropped = ~torch.from_numpy(mask)
+    assert not oracle.bits(tensor_of(out, code))[dropped].any()  # +0.0, not -0.0
+
+
+def test_flags_of_what_is_not_finite():
+    """Each input's NaN or infinity is told apart from an overflow of the result."""
+    one, nan, inf, big = (
+        torch.tensor([value]).half() for value in (1.0, float("nan"), float("inf"), 60_000.0)
+    )
+    keep, scale = np.ones(1, np.uint8), 1.0
+
+    def add(base, vector, mask=keep, scale=scale):
+        return kernels.add_kept(bits_of(base, "F16"), "F16", bits_of(vector, "F16"), "F16", mask, scale)[1]
+
+    assert [tuple(map(bool, add(*pair))) for pair in ((one, one), (one, big), (big, big))] == [
+        (False, False, False), (False, False, False), (False, False, True)]  # fmt: skip
+    for bad in (nan, inf):
+        assert add(bad, one)[0] and not add(bad, one)[1]
+        assert add(one, bad)[1] and not add(one, bad)[0]
+        assert add(one, bad, keep * 0)[1], "seen also where the mask drops it"
+        assert kernels.keep_vector(bits_of(bad, "F16"), "F16", keep * 0, 1.0)[1][0]
+        assert kernels.subtract(bits_of(bad, "F16"), "F16", bits_of(one, "F16"), "F16", "F16")[1][0]
+        assert kernels.subtract(bits_of(one, "F16"), "F16", bits_of(bad, "F16"), "F16", "F16")[1][1]
+    assert kernels.subtract(bits_of(big, "F16"), "F16", bits_of(-big, "F16"), "F16", "F16")[1][2]
+    assert add(one, big, keep, 4.0)[2]
