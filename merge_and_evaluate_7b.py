@@ -52,7 +52,7 @@ from common.merging import (
     origin,
     plan_merge,
 )
-from common.recipes import read_recipe
+from common.recipes import read_recipe, with_weights
 from common.scoring import Model, check_tokenizer, only_process, score
 from common.staging import refuse_existing
 from common.sweep import Sweep, plan_candidates, plan_scorings, weight_choices
@@ -208,19 +208,24 @@ def parse_args(argv=None) -> argparse.Namespace:
     return args
 
 
-def print_plan(merge_plan, settings, eval_recipe, output_path: Path) -> None:
+def print_plan(merge_plan, settings, eval_recipe, output_path: Path, merges: int) -> None:
     """What --dry_run prints: what is read and written, and what it takes."""
     if merge_plan:
-        print(f"merge {merge_plan.recipe.path}: {merge_plan.recipe.config['merge_method']}")
-        for checkpoint in merge_plan.checkpoints:
-            print(f"  read   {checkpoint.label}, {checkpoint.nbytes / 1e9:.2f} GB")
-        memory = memory_needed(merge_plan, settings)
+        recipe, nbytes = merge_plan.recipe, merge_plan.nbytes
         print(
-            f"  write  {merge_plan.save_path}, {merge_plan.nbytes / 1e9:.2f} GB; memory {memory / 1e9:.1f} GB"
+            f"merge   {recipe.path}: {recipe.config['merge_method']}"
+            + (f", {merges} weights" if merges else "")
         )
+        for checkpoint in merge_plan.checkpoints:
+            print(f"reads   {checkpoint.nbytes / 1e9:8.3f} GB  {checkpoint.label}")
+        print(f"writes  {nbytes / 1e9:8.3f} GB  {merge_plan.save_path}")
+        print(
+            f"disk    {nbytes * min(max(merges, 1), 2) / 1e9:8.3f} GB  to be free (more with --keep_models)"
+        )
+        print(f"memory  {memory_needed(merge_plan, settings) / 1e9:8.3f} GB  for the merge, about")
     if eval_recipe:
-        print(f"score {eval_recipe.path}: {', '.join(eval_recipe.tasks)}")
-        print(f"  write  {output_path}")
+        print(f"score   {eval_recipe.path}: {', '.join(eval_recipe.tasks)}")
+        print(f"writes  {output_path}")
 
 
 def scored_model(path: str, name: str) -> Model:
@@ -248,7 +253,7 @@ def main(argv=None) -> None:
     if args.compare:
         compare(args.compare, Path(args.plot_path))
         return
-    sweeping, output_path = bool(args.weights or args.weight_grid), Path(args.output_path)
+    choices = weight_choices(args.weights, args.weight_grid)
     if not args.eval_only and not only_process():
         raise DataError(
             "several processes were started, and a merge needs one: run it alone with --merge_only, then "
@@ -261,24 +266,25 @@ def main(argv=None) -> None:
     eval_recipe = (
         None if args.merge_only else read_eval_recipe(args.eval_recipe, args.device, args.batch_size)
     )
+    trials = {weights: with_weights(merge_plan.recipe, weights) for weights in choices}
+    output_path = Path(args.output_path)
     name = args.name or (merge_plan.recipe.name if merge_plan else Path(args.save_path).name)
     choosing, reporting = (
         plan_scorings(eval_recipe, args.choose_on, args.report_on) if eval_recipe else (None, None)
     )
-    if eval_recipe and not sweeping:
+    if eval_recipe and not trials:
         refuse_existing(output_path, args.overwrite)
     if eval_recipe:
         check_tokenizer(
             eval_recipe, merge_plan.checkpoints if merge_plan else [open_checkpoint(args.save_path)]
         )
     if args.dry_run:
-        print_plan(merge_plan, settings, eval_recipe, output_path)
+        print_plan(merge_plan, settings, eval_recipe, output_path, len(trials))
         return
 
-    if sweeping:
+    if trials:
         digests = input_digests(merge_plan)
-        choices = weight_choices(args.weights, args.weight_grid)
-        candidates = plan_candidates(merge_plan, choices, digests, settings, output_path)
+        candidates = plan_candidates(merge_plan, trials, digests, settings, output_path)
         sweep = Sweep(name, candidates, choosing, reporting, merge_plan.save_path, output_path)
         run_sweep(sweep, digests, settings, args.keep_models, args.overwrite)
         return

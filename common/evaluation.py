@@ -124,6 +124,20 @@ class Tasks:
     manager: object
     names: list[str]
 
+    def only(self, names: list[str]) -> "Tasks":
+        """The part of these tasks that `names` mean."""
+        return Tasks(
+            self.manager, list(dict.fromkeys(t for name in names for t in _matches(self.manager, name)))
+        )
+
+    @property
+    def leaves(self) -> list[str]:
+        """The tasks themselves, where `names` may be groups; YAML files stand for themselves."""
+        index = self.manager.task_index
+        return [
+            leaf for name in self.names for leaf in (leaf_tasks(index, [name]) if name in index else [name])
+        ]
+
 
 def find_tasks(recipe: EvalRecipe, names: list[str]) -> Tasks:
     """The tasks that `names` mean. Raises DataError for one that nobody knows.
@@ -137,12 +151,11 @@ def find_tasks(recipe: EvalRecipe, names: list[str]) -> Tasks:
     metadata = {**model_arguments(recipe), **(recipe.config.get("metadata") or {})}
     for with_own in (False, True) if include else (True,):
         manager = TaskManager(include_path=include, include_defaults=with_own, metadata=metadata)
-        found = {name: _matches(manager, name) for name in names}
-        if all(found.values()):
-            return Tasks(manager, list(dict.fromkeys(task for tasks in found.values() for task in tasks)))
-    unknown = next(name for name, tasks in found.items() if not tasks)
+        unknown = [name for name in names if not _matches(manager, name)]
+        if not unknown:
+            return Tasks(manager, []).only(names)
     raise DataError(
-        f"{recipe.path}: lm-eval knows no task {unknown!r}; `lm_eval ls tasks` lists its own, "
+        f"{recipe.path}: lm-eval knows no task {unknown[0]!r}; `lm_eval ls tasks` lists its own, "
         "include_path adds yours"
     )
 
@@ -247,8 +260,10 @@ def _task_files(recipe: EvalRecipe, tasks: Tasks) -> list[Path]:
     include = recipe.config["include_path"]
     files = {path for path in Path(include).rglob("*") if path.is_file()} if include else set()
     index = tasks.manager.task_index
-    for name in leaf_tasks(index, [name for name in tasks.names if name in index]) or []:
-        files |= {Path(path) for path in _data_files(index[name].cfg or {})}
+    for name in tasks.leaves:
+        files |= (
+            {Path(path) for path in _data_files(index[name].cfg or {})} if name in index else {Path(name)}
+        )
     return sorted(path for path in files if "__pycache__" not in path.parts)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from common.checkpoint import Checkpoint
 from common.errors import DataError
-from common.evaluation import EvalRecipe, Tasks, eval_identity, evaluate, find_tasks
+from common.evaluation import EvalRecipe, Tasks, eval_identity, evaluate
 from common.headers import read_json
 from common.results import print_results, provenance, with_summary, write_results, write_samples
 from common.scores import missing_scores
@@ -29,11 +29,6 @@ class Scoring:
 
     recipe: EvalRecipe
     tasks: Tasks
-
-
-def plan_scoring(recipe: EvalRecipe, names: list[str]) -> Scoring:
-    """The scoring on the tasks that `names` mean; DataError for a task that nobody knows."""
-    return Scoring(recipe, find_tasks(recipe, names))
 
 
 def only_process() -> bool:

@@ -4,24 +4,23 @@ Every weight has a results file of its own, recognised by content, so an interru
 was. Of the merged models only the best so far stays on disk.
 """
 
-import csv
-import io
 import itertools
 import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common import comparison, merging, scoring, staging
+from common import merging, scoring
 from common.errors import DataError
-from common.evaluation import EvalRecipe, eval_identity, leaf_tasks
+from common.evaluation import EvalRecipe, eval_identity, find_tasks
 from common.hashing import text_hash
 from common.headers import read_json
 from common.merging import MergePlan, MergeSettings
-from common.recipes import with_weights
+from common.overview import label, write_overview
+from common.recipes import Recipe
 from common.results import write_results
 from common.scoring import Model, Scoring
-from common.staging import refuse_existing, write_file
+from common.staging import move, refuse_existing
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,13 +33,9 @@ class Candidate:
     results_path: Path
     origin: dict
 
-    @property
-    def label(self) -> str:
-        return " / ".join(f"{weight:g}" for weight in self.weights)
-
     def model(self, name: str) -> Model:
         """The model that the merge makes, as it is scored."""
-        return Model(str(self.merge.save_path), f"{name} {self.label}", self.identity, self.origin)
+        return Model(str(self.merge.save_path), f"{name} {label(self.weights)}", self.identity, self.origin)
 
 
 @dataclass(frozen=True)
@@ -67,27 +62,24 @@ class Sweep:
 
 
 def weight_choices(weights: list[float] | None, grids: list[list[float]] | None) -> list[tuple[float, ...]]:
-    """([0.6, 0.9], None) -> [(0.6,), (0.9,)]; (None, [[1, 2], [3]]) -> [(1, 3), (2, 3)]; each once."""
-    choices = itertools.product(weights) if weights else itertools.product(*grids)
-    return list(dict.fromkeys(choices))
+    """([0.6, 0.9], None) -> [(0.6,), (0.9,)]; (None, [[1, 2], [3]]) -> [(1, 3), (2, 3)]; each once; none: []."""
+    grids = [weights] if weights else grids
+    return list(dict.fromkeys(itertools.product(*grids))) if grids else []
 
 
 def plan_candidates(
     merge_plan: MergePlan,
-    choices: list[tuple[float, ...]],
+    trials: dict[tuple[float, ...], Recipe],
     digests: dict,
     settings: MergeSettings,
     output_path: Path,
 ) -> tuple[Candidate, ...]:
-    """The merges that are tried; raises DataError where the recipe has no weight to set."""
+    """The merges that are tried: for each choice of weights the recipe with them in it."""
     candidates = []
-    for weights in choices:
-        recipe = with_weights(merge_plan.recipe, weights)
-        label = ("weight_" if len(weights) == 1 else "weights_") + "_".join(
-            f"{weight:g}" for weight in weights
-        )
-        directory = merge_plan.save_path.with_name(f"{merge_plan.save_path.name}_{label}")
-        results = output_path.with_name(f"{output_path.stem}_{label}.json")
+    for weights, recipe in trials.items():
+        ending = ("weight_" if len(weights) == 1 else "weights_") + "_".join(f"{w:g}" for w in weights)
+        directory = merge_plan.save_path.with_name(f"{merge_plan.save_path.name}_{ending}")
+        results = output_path.with_name(f"{output_path.stem}_{ending}.json")
         identity = merging.merge_identity(recipe, digests, settings)
         merge = replace(merge_plan, recipe=recipe, save_path=directory)
         made = merging.origin(recipe, digests, settings)
@@ -100,24 +92,19 @@ def plan_scorings(
 ) -> tuple[Scoring, Scoring | None]:
     """(what decides, what is reported; None for the same). Raises DataError if a task would be in both."""
     if not choose_on:
-        return scoring.plan_scoring(recipe, recipe.tasks), None
+        return Scoring(recipe, find_tasks(recipe, recipe.tasks)), None
     report_on = report_on or [name for name in recipe.tasks if name not in choose_on]
     if not report_on:
         raise DataError(f"{recipe.path}: all its tasks are in --choose_on; name others with --report_on")
-    choosing = scoring.plan_scoring(recipe, choose_on)
-    reporting = scoring.plan_scoring(recipe, report_on)
-    both = set(_leaves(choosing)) & set(_leaves(reporting))
+    tasks = find_tasks(recipe, [*choose_on, *report_on])
+    choosing, reporting = Scoring(recipe, tasks.only(choose_on)), Scoring(recipe, tasks.only(report_on))
+    both = set(choosing.tasks.leaves) & set(reporting.tasks.leaves)
     if both:
         raise DataError(
             f"{recipe.path}: task {min(both)!r} would choose the weight and report it; "
             "name what to report with --report_on"
         )
     return choosing, reporting
-
-
-def _leaves(part: Scoring) -> list[str]:
-    index = part.tasks.manager.task_index
-    return leaf_tasks(index, [name for name in part.tasks.names if name in index]) or part.tasks.names
 
 
 def check_outputs(sweep: Sweep, overwrite: bool) -> None:
@@ -167,7 +154,7 @@ def score_candidates(
         model = candidate.model(sweep.name)
         document = scoring.finished(sweep.choosing, model, candidate.results_path)
         print(
-            f"weight {candidate.label} ({number} of {len(sweep.candidates)}): "
+            f"weight {label(candidate.weights)} ({number} of {len(sweep.candidates)}): "
             f"{'scores are there from before' if document else 'merge and score'}"
         )
         if not document:
@@ -245,97 +232,16 @@ def run(sweep: Sweep, digests: dict, settings: MergeSettings, keep_models: bool,
     if not done:
         directory = merged_model(sweep, winner, digests, settings, overwrite)
         if directory != sweep.save_path:
-            staging.replace(directory, sweep.save_path)
+            move(directory, sweep.save_path)
         report_winner(sweep, winner, documents)
-    write_overview(sweep, documents, winner)
-
-
-# --- overview -------------------------------------------------------------------------------------
-
-
-def overview_rows(documents: dict) -> list[comparison.Row]:
-    return [
-        comparison.Row(candidate.label, document["summary"], document["provenance"])
-        for candidate, document in documents.items()
-    ]
-
-
-def overview_csv(documents: dict, winner: Candidate) -> str:
-    """One line per candidate: its weights, every task's score and standard error, the average, whether chosen."""
-    rows = overview_rows(documents)
-    tasks = comparison.columns(rows)
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    weight_heads = (
-        ["weight"] if len(winner.weights) == 1 else [f"weight_{i}" for i in range(1, len(winner.weights) + 1)]
+    scored = {candidate.weights: document for candidate, document in documents.items()}
+    write_overview(scored, winner.weights, sweep.output_path)
+    print(
+        f"chosen: weight {label(winner.weights)}, by the average of {', '.join(sweep.choosing.tasks.names)}"
     )
-    writer.writerow(
-        [
-            *weight_heads,
-            *[f"{task}{end}" for task in tasks for end in ("", "_stderr")],
-            "average",
-            "average_stderr",
-            "chosen",
-        ]
-    )
-    for (candidate, document), row in zip(documents.items(), rows, strict=True):
-        scores = [row.tasks[task][key] for task in tasks for key in ("value", "stderr")]
-        summary = document["summary"]
-        writer.writerow(
-            [
-                *candidate.weights,
-                *scores,
-                summary["average"],
-                summary["average_stderr"],
-                int(candidate == winner),
-            ]
-        )
-    return out.getvalue()
-
-
-def draw_overview(documents: dict, winner: Candidate, path: Path) -> None:
-    """Score against weight: a line per task, the average in black with its standard error, the choice marked."""
-    from matplotlib.figure import Figure
-
-    candidates = sorted(documents, key=lambda candidate: candidate.weights)
-    one = len(winner.weights) == 1
-    places = [candidate.weights[0] for candidate in candidates] if one else list(range(len(candidates)))
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axis = figure.subplots()
-    summaries = [documents[candidate]["summary"] for candidate in candidates]
-    for task in summaries[0]["tasks"]:
-        values = [100 * summary["tasks"][task]["value"] for summary in summaries]
-        axis.plot(places, values, marker="o", markersize=3, linewidth=1, label=task)
-    averages = [100 * summary["average"] for summary in summaries]
-    errors = [100 * (summary["average_stderr"] or 0) for summary in summaries]
-    axis.errorbar(
-        places, averages, yerr=errors, color="black", marker="o", linewidth=2.5, capsize=3, label="average"
-    )
-    axis.axvline(
-        places[candidates.index(winner)], color="grey", linestyle=":", label=f"chosen: {winner.label}"
-    )
-    if not one:
-        axis.set_xticks(places, [candidate.label for candidate in candidates], rotation=45, ha="right")
-    axis.set_xlabel(
-        "weight of each task vector (λ)" if one else "weights of the task vectors (λ), in the recipe's order"
-    )
-    axis.set_ylabel("score, percent; bars: standard error of the average")
-    axis.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize=8)
-    comparison.save_figure(figure, path)
-
-
-def write_overview(sweep: Sweep, documents: dict, winner: Candidate) -> None:
-    """Print the table of all candidates, write it as CSV, draw it, and say what was chosen on what."""
-    stem = sweep.output_path.with_suffix("")
-    table, picture = stem.with_name(stem.name + "_sweep.csv"), stem.with_name(stem.name + "_sweep.png")
-    write_file(table, overview_csv(documents, winner).encode())
-    draw_overview(documents, winner, picture)
-    print(comparison.table(overview_rows(documents), "weight"))
-    print(f"chosen: weight {winner.label}, by the average of {', '.join(sweep.choosing.tasks.names)}")
     if not sweep.reporting and len(documents) > 1:
         print(
             "These are the tasks it is reported on as well, which flatters it; --choose_on keeps them apart."
         )
-    for path in (table, picture, sweep.output_path, sweep.save_path):
+    for path in (sweep.output_path, sweep.save_path):
         print(f"wrote {path}")

@@ -1,0 +1,293 @@
+"""Sweeps over the weight: what is tried, kept, chosen and reported, and that an interrupted one goes on."""
+
+import csv
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT, save_tasks
+
+import common.scoring
+import merge_and_evaluate_7b as script
+from common.errors import DataError
+from common.recipes import read_recipe, with_weights
+from common.sweep import weight_choices
+
+RECIPE = {
+    "merge_method": "task_arithmetic",
+    "base_model": "./base",
+    "models": [
+        {"model": "./wild", "parameters": {"weight": 1.2}},
+        {"model": "./west", "parameters": {"weight": 0.7}},
+    ],
+    "dtype": "float32",
+    "out_dtype": "float16",
+}
+PEAKS = {"colours": 0.9, "shades": 0.3, "tints": 0.6}  # the weight at which the stand-in scores best
+
+
+@pytest.fixture
+def here(models, tmp_path, monkeypatch):
+    for model in models.iterdir():
+        (tmp_path / model.name).symlink_to(model)
+    save_tasks(tmp_path / "tasks", PEAKS)
+    write(tmp_path / "recipe.yml", RECIPE)
+    write(tmp_path / "eval.yml", {"include_path": "./tasks", "tasks": list(PEAKS), "batch_size": 4})
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(path, value) -> None:
+    path.write_text(yaml.safe_dump(value, sort_keys=False))
+
+
+def sweep(*flags: str) -> None:
+    script.main(["--recipe", "recipe.yml", "--eval_recipe", "eval.yml", "--save_path", "merged", *flags])
+
+
+def there(folder) -> set[str]:
+    return {path.name for path in folder.iterdir()} - {
+        "base",
+        "wild",
+        "west",
+        "tasks",
+        "recipe.yml",
+        "eval.yml",
+    }
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[str]:
+    """A stand-in for lm-eval, which knows the weight from the model; returns the list of models it was asked about."""
+    models = []
+
+    def stand_in(recipe, model, tasks, identity):
+        models.append(model)
+        config = yaml.safe_load(Path(model, "mergekit_config.yml").read_text())
+        weight = config["models"][0]["parameters"]["weight"]
+        scores = {
+            name: {"acc,none": 0.9 - abs(weight - PEAKS[name]), "acc_stderr,none": 0.01}
+            for name in tasks.names
+        }
+        empty = ("group_subtasks", "n-shot", "n-samples", "higher_is_better", "versions", "configs")
+        return {"results": scores, **{key: {} for key in empty}}
+
+    monkeypatch.setattr(common.scoring, "evaluate", stand_in)
+    return models
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+def test_weight_choices():
+    assert weight_choices([0.6, 0.9, 0.6], None) == [(0.6,), (0.9,)]
+    assert weight_choices(None, [[1, 2], [3, 4]]) == [(1, 3), (1, 4), (2, 3), (2, 4)]
+    assert weight_choices(None, None) == []
+
+
+def test_weights_go_where_the_recipe_has_them(here):
+    recipe = read_recipe("recipe.yml")
+    assert [m["parameters"]["weight"] for m in with_weights(recipe, (0.5,)).config["models"]] == [0.5, 0.5]
+    assert [m["parameters"]["weight"] for m in with_weights(recipe, (0.5, 2.0)).config["models"]] == [
+        0.5,
+        2.0,
+    ]
+    assert recipe.config["models"][0]["parameters"]["weight"] == 1.2
+    with pytest.raises(DataError, match="recipe.yml: 3 grids of weights for 2 models with a weight"):
+        with_weights(recipe, (1.0, 2.0, 3.0))
+
+
+def test_weights_that_would_cancel_are_not_swept(here):
+    """ties divides by the sum of the weights: equal ones change nothing, so its lambda is swept, or nothing."""
+    write(here / "recipe.yml", {**RECIPE, "merge_method": "ties", "parameters": {"lambda": 1.0}})
+    changed = with_weights(read_recipe("recipe.yml"), (0.5,)).config
+    assert changed["parameters"]["lambda"] == 0.5 and changed["models"] == RECIPE["models"]
+    write(here / "recipe.yml", {**RECIPE, "merge_method": "ties"})
+    with pytest.raises(
+        DataError, match="divides by the sum of the weights, so equal weights cancel; set `normalize"
+    ):
+        sweep("--weights", "0.5", "1")
+
+
+def test_a_recipe_without_weights_is_refused(here):
+    write(here / "recipe.yml", {"merge_method": "model_stock", "base_model": "./base",
+                                "models": [{"model": "./wild"}, {"model": "./west"}]})  # fmt: skip
+    with pytest.raises(DataError, match="recipe.yml: no model has a `weight` under its `parameters`"):
+        sweep("--weights", "1")
+    assert there(here) == set()
+
+
+# --- a whole sweep --------------------------------------------------------------------------------
+
+
+def test_every_weight_is_scored_and_the_best_is_kept(here, asked, capsys):
+    sweep("--weights", "0.3", "0.6", "0.9", "--name", "TA")
+    assert asked == ["merged_weight_0.3", "merged_weight_0.6", "merged_weight_0.9"]
+    assert there(here) == {"merged", "results.json", "results_sweep.csv", "results_sweep.png",
+                           "results_weight_0.3.json", "results_weight_0.6.json", "results_weight_0.9.json"}  # fmt: skip
+    config = yaml.safe_load((here / "merged" / "mergekit_config.yml").read_text())
+    assert [model["parameters"]["weight"] for model in config["models"]] == [0.6, 0.6]
+    summary = json.loads((here / "results.json").read_text())["summary"]
+    assert summary["name"] == "TA" and summary["weights"] == [0.6]
+    assert summary["chosen"]["on"] == list(PEAKS) and summary["chosen"]["held_out"] is False
+    assert "which flatters it" in capsys.readouterr().out
+
+
+def test_table_csv_and_files_agree(here, asked, capsys):
+    sweep("--weights", "0.3", "0.6")
+    printed = capsys.readouterr().out
+    with open("results_sweep.csv") as file:
+        lines = list(csv.DictReader(file))
+    for line in lines:
+        summary = json.loads((here / f"results_weight_{line['weight']}.json").read_text())["summary"]
+        assert float(line["average"]) == summary["average"]
+        assert all(float(line[task]) == summary["tasks"][task]["value"] for task in PEAKS)
+        assert all(float(line[f"{task}_stderr"]) == 0.01 for task in PEAKS)
+        assert f"\n| {line['weight']} |" in printed
+    assert [line["chosen"] for line in lines] == ["0", "1"]
+    assert (here / "results_sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_keep_models_keeps_them(here, asked):
+    sweep("--weights", "0.3", "0.6", "--keep_models")
+    assert {"merged", "merged_weight_0.3"} <= there(here)
+
+
+def test_a_grid_has_a_weight_per_model(here, asked):
+    sweep("--weight_grid", "0.3", "0.6", "--weight_grid", "1", "2")
+    labels = ["0.3_1", "0.3_2", "0.6_1", "0.6_2"]
+    assert asked == [f"merged_weights_{label}" for label in labels]
+    config = yaml.safe_load((here / "merged" / "mergekit_config.yml").read_text())
+    assert [model["parameters"]["weight"] for model in config["models"]] == [
+        0.6,
+        1.0,
+    ]  # the first of two equal ones
+    assert (here / "results_sweep.csv").read_text().startswith("weight_1,weight_2,colours,")
+
+
+def test_chosen_on_some_tasks_reported_on_others(here, asked):
+    """colours alone says 0.9, all together 0.6; the scores that are reported never chose."""
+    sweep("--weights", "0.3", "0.6", "0.9", "--choose_on", "colours")
+    document = json.loads((here / "results.json").read_text())
+    assert document["summary"]["weights"] == [0.9] and list(document["summary"]["tasks"]) == [
+        "shades",
+        "tints",
+    ]
+    chosen = document["summary"]["chosen"]
+    assert chosen["on"] == ["colours"] and chosen["held_out"] is True
+    assert [tried["average"] for tried in chosen["candidates"]] == pytest.approx([0.3, 0.6, 0.9])
+    assert (
+        document["provenance"]["tasks"] == ["shades", "tints"] and document["provenance"]["model"] == "merged"
+    )
+
+
+def test_report_on_names_what_is_reported(here, asked):
+    sweep("--weights", "0.3", "--choose_on", "colours", "--report_on", "tints")
+    assert list(json.loads((here / "results.json").read_text())["summary"]["tasks"]) == ["tints"]
+
+
+def test_no_task_both_chooses_and_reports(here, asked):
+    for flags, line in [(["--choose_on", "colours", "--report_on", "col*"], "task 'colours' would choose the weight and "
+                         "report it; name what to report with --report_on"),
+                        (["--choose_on", *PEAKS], "all its tasks are in --choose_on; name others with --report_on")]:  # fmt: skip
+        with pytest.raises(DataError) as error:
+            sweep("--weights", "0.3", *flags)
+        assert str(error.value) == f"eval.yml: {line}" and there(here) == set()
+
+
+def test_a_group_is_opened_to_see_what_is_in_it(here, asked):
+    group = {"group": "both", "task": ["colours", {"task": "shades", "num_fewshot": 0}]}
+    write(here / "tasks" / "both.yaml", group)
+    with pytest.raises(DataError, match="task 'shades' would choose the weight and report it"):
+        sweep("--weights", "0.3", "--choose_on", "both", "--report_on", "shades")
+
+
+# --- going on -------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_sweep_goes_on(here, asked, monkeypatch):
+    """Stopped while the second model is scored: nothing is scored twice, and what comes out is the same."""
+    stand_in = common.scoring.evaluate
+
+    def stops(recipe, model, tasks, identity):
+        if model == "merged_weight_0.6":
+            raise KeyboardInterrupt
+        return stand_in(recipe, model, tasks, identity)
+
+    monkeypatch.setattr(common.scoring, "evaluate", stops)
+    with pytest.raises(KeyboardInterrupt):
+        sweep("--weights", "0.3", "0.6", "0.9")
+    assert there(here) == {"merged_weight_0.3", "merged_weight_0.6", "results_weight_0.3.json"}
+    monkeypatch.setattr(common.scoring, "evaluate", stand_in)
+    sweep("--weights", "0.3", "0.6", "0.9")
+    assert asked == ["merged_weight_0.3", "merged_weight_0.6", "merged_weight_0.9"]
+    assert "merged" in there(here) and not any(name.startswith("merged_") for name in there(here))
+
+    sweep("--weights", "0.3", "0.6", "0.9")  # done: nothing is merged or scored again, the table is printed
+    assert len(asked) == 3
+    with pytest.raises(DataError, match="results.json: already there"):
+        sweep("--weights", "0.3", "0.6", "0.9", "1.2")
+    sweep("--weights", "0.3", "0.6", "0.9", "1.2", "--overwrite")
+    assert asked[3:] == ["merged_weight_1.2"]
+
+
+def test_a_model_that_is_gone_is_merged_again(here, asked):
+    sweep("--weights", "0.3", "0.6")
+    shutil.rmtree(here / "merged")
+    (here / "results.json").unlink()
+    sweep("--weights", "0.3", "0.6")
+    assert len(asked) == 2 and (here / "merged" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("change", ["model", "eval recipe", "task", "data"])
+def test_scores_of_something_else_are_not_taken(here, asked, change):
+    """Other weights in the model's files, another eval recipe, task file or question: the old scores do not count."""
+    sweep("--weights", "0.3")
+    if change == "model":
+        folder = (here / "wild").resolve()
+        (here / "wild").unlink()
+        shutil.copytree(folder, here / "wild")
+        shard = next((here / "wild").glob("*.safetensors"))
+        data = bytearray(shard.read_bytes())
+        data[-1] ^= 1
+        shard.write_bytes(data)
+    elif change == "eval recipe":
+        write(
+            here / "eval.yml", {"include_path": "./tasks", "tasks": list(PEAKS), "batch_size": 4, "limit": 5}
+        )
+    else:
+        path = here / "tasks" / ("colours.yaml" if change == "task" else "colours.jsonl")
+        path.write_text(path.read_text().replace("the", "that") + "\n")
+    (here / "results.json").unlink()
+    with pytest.raises(
+        DataError, match="results_weight_0.3.json: already there; give --overwrite to replace it"
+    ):
+        sweep("--weights", "0.3")
+    sweep("--weights", "0.3", "--overwrite")
+    assert len(asked) == 2
+
+
+def test_killed_for_real_and_run_again(here):
+    """kill -9 once the first scores are there, with lm-eval itself; then the same command finishes."""
+    command = [sys.executable, str(ROOT / "merge_and_evaluate_7b.py"), "--recipe", "recipe.yml", "--eval_recipe",
+               "eval.yml", "--save_path", "merged", "--weights", "0.3", "0.9", "--choose_on", "colours"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = here / "results_weight_0.3.json"
+    while process.poll() is None and not first.is_file():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (here / "results.json").exists()
+    before = first.stat().st_mtime_ns
+    sweep("--weights", "0.3", "0.9", "--choose_on", "colours")
+    assert first.stat().st_mtime_ns == before
+    summary = json.loads((here / "results.json").read_text())["summary"]
+    averages = [tried["average"] for tried in summary["chosen"]["candidates"]]
+    assert summary["weights"] == [[0.3, 0.9][int(np.argmax(averages))]]
+    assert not any(name.endswith(".part") or "merged_" in name for name in there(here))
