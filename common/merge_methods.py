@@ -10,19 +10,22 @@ anything the base's bits stay. mergekit-yaml cannot load these methods, merge_an
 
 import math
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Annotated
 
 import numpy as np
 import torch
+from mergekit.common import ModelReference
 from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import BasePolicy, InputContract, PerNonBase, TensorEntry, TensorGroup
 from mergekit.merge_methods.easy_define import merge_method
 from pydantic import Field
 
 from common import kernels
+from common.checkpoint import open_checkpoint
 from common.errors import DataError
 from common.headers import DTYPE_CODES
+from common.plan import mask_names
 from common.pruners import Pruning, masks_by_block
 
 Count = Annotated[int, Field(ge=1)]
@@ -52,21 +55,20 @@ def _code(tensor: torch.Tensor) -> str:
     return DTYPE_CODES[str(tensor.dtype).removeprefix("torch.")]
 
 
-def _vector_block(
-    group: TensorGroup, entry: TensorEntry, base: np.ndarray, tuned: np.ndarray, target: str, span
-):
-    """The bits of one block of a task vector, as extract_task_vector_7b.py forms them."""
-    block = slice(*span)
-    code = _code(group.base.tensor)
-    vector, (bad_tuned, bad_base, overflow) = kernels.subtract(tuned[block], code, base[block], code, target)
-    for bad, model in ((bad_base, group.base.id), (bad_tuned, entry.id)):
-        if bad:
-            raise DataError(
-                f"tensor {group.metadata.name!r} of {model} holds NaN or infinity; take another model"
-            )
-    if overflow:
+def _vector(
+    group: TensorGroup, entry: TensorEntry, tuned: np.ndarray, base: np.ndarray, target: str
+) -> np.ndarray:
+    """A block of a task vector from blocks of both models, as extract_task_vector_7b.py forms it."""
+    code, name = _code(group.base.tensor), group.metadata.name
+    vector = kernels.subtract(
+        kernels.round_to(tuned, code, target), kernels.round_to(base, code, target), target
+    )
+    if not kernels.all_finite(vector, target):
+        for bits, model in ((base, group.base.id), (tuned, entry.id)):
+            if not kernels.all_finite(bits, code):
+                raise DataError(f"tensor {name!r} of {model} holds NaN or infinity; take another model")
         raise DataError(
-            f"tensor {group.metadata.name!r}: {entry.id} minus base overflows the task vector's dtype; "
+            f"tensor {name!r}: {entry.id} minus base is beyond the largest number of the task vector's dtype; "
             "set vector_dtype: bfloat16 or float32 under `parameters`"
         )
     return vector
@@ -106,13 +108,29 @@ def _merge(group: TensorGroup, weights: list[float], vector_dtype: str, masks_of
     out_bits = _bits(out)
 
     def read(j, start, stop):
-        return _vector_block(group, group.non_base[j], base_bits, tuned[j], target, (start, stop))
+        return _vector(group, group.non_base[j], tuned[j][start:stop], base_bits[start:stop], target)
 
     for start, stop, vectors, masks in masks_of(target, out_bits.size, read):
         block = out_bits[start:stop]
         for weight, vector, mask in zip(weights, vectors, masks, strict=True):
-            block[:], _ = kernels.add_kept(block, "F32", vector, target, mask, weight)
+            block[:] = kernels.add_kept(block, "F32", vector, target, mask, weight)
     return out.to(base.dtype)
+
+
+@cache
+def _mask_names(base_path: str) -> dict[str, str]:
+    return mask_names(open_checkpoint(base_path))
+
+
+def _mask_name(group: TensorGroup) -> str:
+    """What random masks are drawn under: the tensor's name, a tied head's embedding's."""
+    name, model = group.metadata.name, group.base.id
+    return _mask_names(model.model.path).get(name, name) if isinstance(model, ModelReference) else name
+
+
+def _as_by_sparsity(density: float) -> float:
+    """The density that --sparsity_level 1 - density comes to in float64: 0.3 -> 0.30000000000000004."""
+    return 1.0 - (1.0 - density)
 
 
 def _pruned(group: TensorGroup, weight, pruning: Pruning, vector_dtype: str) -> torch.Tensor:
@@ -120,7 +138,7 @@ def _pruned(group: TensorGroup, weight, pruning: Pruning, vector_dtype: str) -> 
 
     def masks_of(target, numel, read):
         dtypes = [target] * len(group.non_base)
-        return masks_by_block(pruning, group.metadata.name, dtypes, numel, read, kernels)
+        return masks_by_block(pruning, _mask_name(group), dtypes, numel, read, kernels)
 
     weights = [value * pruning.scale for value in weight.values_for(group.non_base)]
     return _merge(group, weights, vector_dtype, masks_of)
@@ -155,7 +173,7 @@ def magnitude(
     vector_dtype: VectorDtype = "float16",
 ) -> torch.Tensor:
     """Keep the largest `density` of each tensor of each task vector."""
-    pruning = Pruning("magnitude", density, conflict_aware=conflict_aware, rescale=rescale)
+    pruning = Pruning("magnitude", _as_by_sparsity(density), conflict_aware=conflict_aware, rescale=rescale)
     return _pruned(group, weight, pruning, vector_dtype)
 
 
@@ -174,12 +192,15 @@ def random(
     vector_dtype: VectorDtype = "float16",
 ) -> torch.Tensor:
     """Keep each position with probability `density`; with `rescale` what is kept is divided by it."""
-    pruning = Pruning("random", density, seed=seed, conflict_aware=conflict_aware, rescale=rescale)
+    pruning = Pruning(
+        "random", _as_by_sparsity(density), seed=seed, conflict_aware=conflict_aware, rescale=rescale
+    )
     return _pruned(group, weight, pruning, vector_dtype)
 
 
 def register() -> None:
-    """Make the three known to mergekit by name, once per process."""
+    """Make the three known to mergekit by name, once per process, and forget the models of earlier merges."""
+    _mask_names.cache_clear()
     known = {method.spec.name for method in registry.registered_methods()}
     for method in (cabs, magnitude, random):
         if method.spec.name not in known:
