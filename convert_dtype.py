@@ -20,7 +20,7 @@ from common.headers import DTYPE_CODES
 from common.plan import check_floats, check_places, plan_shards
 from common.run import Job, describe, execute, input_files
 from common.sink import Output
-from common.stream import Task, Worker, blocks, copy_tensor, new_hash
+from common.stream import Task, Worker, blocks, copy_tensor, new_hash, refuse_not_finite
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -39,8 +39,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def convert_tensor(task: Task, worker: Worker, dtype: str, clamp: bool) -> list[dict]:
-    """Round one tensor to `dtype`; its record counts the values changed and zeroed."""
+def convert_tensor(task: Task, worker: Worker, dtype: str) -> list[dict]:
+    """Round one tensor to `dtype`; its record counts the values changed and zeroed.
+
+    What overflows is clamped here, and refused in complete() unless that was asked for.
+    """
     from common import kernels
 
     source, digest = task.inputs[0], new_hash()
@@ -48,14 +51,14 @@ def convert_tensor(task: Task, worker: Worker, dtype: str, clamp: bool) -> list[
     overflow = False
     for start, stop in blocks(source.numel, kernels.BLOCK):
         bits = worker.read(source, start, stop)
-        out, (c, z, not_finite, over) = kernels.convert(bits, source.dtype, dtype, clamp)
-        if not_finite:
-            raise DataError(
-                f"tensor {task.name!r} in {source.path}: holds NaN or infinity; take a sound copy of the model"
-            )
+        refuse_not_finite(source, bits, kernels)
+        out = kernels.round_to(bits, source.dtype, dtype)
+        if not kernels.all_finite(out, dtype):
+            overflow, out = True, kernels.clamp(out, dtype)
+        c, z = kernels.changes(bits, source.dtype, out, dtype)
         digest.update(out)
         worker.write(task, 0, start, out)
-        changed, zeroed, overflow = changed + c, zeroed + z, overflow or over
+        changed, zeroed = changed + c, zeroed + z
     return [{"changed": changed, "zeroed": zeroed, "overflow": overflow, "written": digest.hexdigest()}]
 
 
@@ -81,14 +84,14 @@ def plan(model: Checkpoint, args: argparse.Namespace) -> Job:
         },
         outputs=[Output(Path(args.save_path), tuple(shards))],
         tasks=tasks,
-        process=partial(process, dtype=target, clamp=args.clamp),
+        process=partial(process, dtype=target),
         complete=partial(complete, model, target, args.clamp),
     )
 
 
-def process(task: Task, worker: Worker, dtype: str, clamp: bool) -> list[dict]:
+def process(task: Task, worker: Worker, dtype: str) -> list[dict]:
     if task.inputs[0].is_parameter:
-        return convert_tensor(task, worker, dtype, clamp)
+        return convert_tensor(task, worker, dtype)
     return copy_tensor(task, worker)
 
 

@@ -25,7 +25,7 @@ from common.headers import DTYPE_CODES, Tensor
 from common.plan import check_floats, check_places, match, must_be_equal, plan_shards
 from common.run import Job, describe, execute, input_files
 from common.sink import Output
-from common.stream import Task, Worker, blocks, copy_tensor, new_hash, same_bytes
+from common.stream import Task, Worker, blocks, copy_tensor, new_hash, refuse_not_finite, same_bytes
 from common.task_vector import config_notes, write_task_vector_json
 
 
@@ -44,13 +44,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def refuse_not_finite(tensor: Tensor, found: bool) -> None:
-    if found:
-        raise DataError(
-            f"tensor {tensor.name!r} in {tensor.path}: holds NaN or infinity; take a sound copy of the model"
-        )
-
-
 def extract_tensor(task: Task, worker: Worker, dtype: str) -> list[dict]:
     """Subtract one tensor; its record has the hashes of the base's bytes and of the vector's."""
     from common import kernels
@@ -59,12 +52,11 @@ def extract_tensor(task: Task, worker: Worker, dtype: str) -> list[dict]:
     base_hash, vector_hash, differs = new_hash(), new_hash(), 0
     for start, stop in blocks(base.numel, kernels.BLOCK):
         left, right = worker.read(finetuned, start, stop, 0), worker.read(base, start, stop, 1)
-        out, (bad_left, bad_right, overflow) = kernels.subtract(
-            left, finetuned.dtype, right, base.dtype, dtype
-        )
-        refuse_not_finite(finetuned, bad_left)
-        refuse_not_finite(base, bad_right)
-        if overflow:
+        refuse_not_finite(finetuned, left, kernels)
+        refuse_not_finite(base, right, kernels)
+        rounded = kernels.round_to(left, finetuned.dtype, dtype), kernels.round_to(right, base.dtype, dtype)
+        out = kernels.subtract(*rounded, dtype)
+        if not kernels.all_finite(out, dtype):
             raise DataError(
                 f"tensor {task.name!r}: a value of {finetuned.path} or {base.path}, or their difference, is beyond "
                 f"the largest {dtype}; extract with --dtype bfloat16 or float32"

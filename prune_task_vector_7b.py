@@ -34,7 +34,7 @@ from common.report import Tally, build, table
 from common.run import Job, describe, execute, input_files
 from common.sink import Output
 from common.staging import write_json
-from common.stream import Task, Worker, copy_tensor, new_hash
+from common.stream import Task, Worker, copy_tensor, new_hash, refuse_not_finite
 from common.task_vector import TaskVector, read_task_vector, write_pruned_vector_json
 
 REPORT = "prune_report.json"
@@ -140,7 +140,7 @@ class Overlaps:
             energies = engine.energy(vectors[j], self._dtypes[j], masks[j])
             tally.kept += kept[j]
             tally.energy_kept += energies[0]
-            tally.energy_dropped += energies[1]
+            tally.energy += energies[1]
             tally.runs = engine.tally_runs(masks[j], start, self._pruning.m, tally.runs)
             for i in range(j):
                 both = engine.count(masks[i] & masks[j])
@@ -173,8 +173,10 @@ def prune_tensor(
             raw["base"] = worker.read(base, start, stop, len(vectors))
             hashes["base"].update(raw["base"])
             below = engine.load(raw["base"])
+            refuse_not_finite(base, below, engine)
         for j, vector in enumerate(vectors):
             hashes[j].update(raw[j])
+            refuse_not_finite(vector, bits[j], engine)
             out = apply_mask(below, base, bits[j], vector, masks[j], pruning.scale, engine)
             hashes[f"out{j}"].update(out)
             worker.write(task, j, start, out)
@@ -191,21 +193,12 @@ def prune_tensor(
 
 
 def apply_mask(below, base: Tensor | None, bits, vector: Tensor, mask, scale: float, engine):
-    """The block to write: base + what the mask keeps, or what the mask keeps; refuses what is not finite."""
+    """The block to write: base + what the mask keeps, or what the mask keeps. Raises DataError on overflow."""
     if base is None:
-        out, (bad_vector, overflow) = engine.keep_vector(bits, vector.dtype, mask, scale)
-        bad_base, dtype = False, vector.dtype
+        out, dtype = engine.keep_vector(bits, vector.dtype, mask, scale), vector.dtype
     else:
-        out, (bad_base, bad_vector, overflow) = engine.add_kept(
-            below, base.dtype, bits, vector.dtype, mask, scale
-        )
-        dtype = base.dtype
-    for tensor, bad in ((base, bad_base), (vector, bad_vector)):
-        if bad:
-            raise DataError(
-                f"tensor {tensor.name!r} in {tensor.path}: holds NaN or infinity; take a sound copy of the model"
-            )
-    if overflow:
+        out, dtype = engine.add_kept(below, base.dtype, bits, vector.dtype, mask, scale), base.dtype
+    if not engine.all_finite(out, dtype):
         raise DataError(
             f"tensor {vector.name!r} of {vector.path.parent}: a result is beyond the largest {dtype}; use base and vectors "
             "in bfloat16 or float32, or no --rescale"

@@ -36,7 +36,7 @@ class Tally:
     both: list[int] = field(default_factory=list)  # per vector: kept by this one and that one
     either: list[int] = field(default_factory=list)
     energy_kept: float = 0.0
-    energy_dropped: float = 0.0
+    energy: float = 0.0
     runs: list[int] = field(default_factory=lambda: [0, 0, 0, 0])  # see kernels.tally_runs
 
     def add(self, other: "Tally") -> None:
@@ -48,7 +48,7 @@ class Tally:
             a + b for a, b in zip(self.either or [0] * len(other.either), other.either, strict=True)
         ]
         self.energy_kept += other.energy_kept
-        self.energy_dropped += other.energy_dropped
+        self.energy += other.energy
         self.runs = [a + b for a, b in zip(self.runs, other.runs, strict=True)]
 
 
@@ -71,7 +71,7 @@ def measures(tally: Tally, labels: list[str], own: int) -> dict:
         "overlap": {
             label: _ratio(tally.both[i], tally.either[i]) for i, label in enumerate(labels) if i != own
         },
-        "l2_share": _ratio(tally.energy_kept, tally.energy_kept + tally.energy_dropped),
+        "l2_share": _ratio(tally.energy_kept, tally.energy),
         "evenness": _ratio(total * total, runs * squares),
     }
 

@@ -6,6 +6,7 @@ directory is renamed to its final name. `.run/run.json` says which run a directo
 goes on from the last whole shard, any other is refused.
 """
 
+import ctypes
 import json
 import os
 import shutil
@@ -19,6 +20,10 @@ from common.plan import Shard, index_text
 from common.staging import lock, move, part_of, refuse_existing, sync, write_file
 
 RUN = ".run"
+_PUSH = 16 << 20  # bytes
+_SYNC_FILE_RANGE = getattr(
+    ctypes.CDLL(None), "sync_file_range", None
+)  # only a hint: fsync is what makes durable
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,10 @@ class Sink:
 
     def write(self, shard: int, output: int, offset: int, data) -> None:
         """Put bytes at `offset` of a shard of one output."""
-        write_all(self._open(shard)[output], memoryview(data).cast("B"), offset)
+        file, view = self._open(shard)[output], memoryview(data).cast("B")
+        write_all(file, view, offset)
+        if offset // _PUSH != (offset + len(view)) // _PUSH:
+            start_writing(file, offset // _PUSH * _PUSH, _PUSH)
 
     def finish_tensor(self, shard: int, name: str, records: list[dict]) -> None:
         """Take a tensor's record for each output; the shard's last tensor makes the shard whole."""
@@ -155,6 +163,12 @@ class Sink:
                 os.close(file)
                 self._temporary(output, shard).unlink(missing_ok=True)
         self._files.clear()
+
+
+def start_writing(file: int, offset: int, nbytes: int) -> None:
+    """Tell the kernel to begin writing a range to disk now, so that the disk works while we compute (Linux)."""
+    if _SYNC_FILE_RANGE:
+        _SYNC_FILE_RANGE(file, ctypes.c_longlong(offset), ctypes.c_longlong(nbytes), ctypes.c_uint(2))
 
 
 def write_all(file: int, data, offset: int) -> None:

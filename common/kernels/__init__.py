@@ -12,13 +12,24 @@ torch_kernels.py.
 
 import numpy as np
 
-from common.kernels.arithmetic import BITS_DTYPE, add_kept, convert, energy, keep_vector, subtract
+from common.kernels.arithmetic import (
+    BITS_DTYPE,
+    add_kept,
+    all_finite,
+    changes,
+    clamp,
+    energy,
+    keep_vector,
+    round_to,
+    subtract,
+)  # fmt: skip
 from common.kernels.philox import draws, random_mask
 from common.kernels.ranking import MAGNITUDE_BITS, count_digits, nm_mask, tally_runs, threshold_mask
 
 __all__ = [
-    "BITS_DTYPE", "BLOCK", "MAGNITUDE_BITS", "add_kept", "convert", "count", "count_digits", "count_nonzero", "draws", "energy",
-    "keep_vector", "load", "nm_mask", "random_mask", "store", "subtract", "tally_runs", "threshold_mask",
+    "BITS_DTYPE", "BLOCK", "MAGNITUDE_BITS", "add_kept", "all_finite", "changes", "clamp", "count", "count_digits",
+    "count_nonzero", "draws", "energy", "keep_vector", "load", "nm_mask", "random_mask", "round_to", "store",
+    "subtract", "tally_runs", "threshold_mask",
 ]  # fmt: skip
 
 BLOCK = 1 << 18  # elements: with its inputs, masks and outputs a block stays in a core's L2 cache

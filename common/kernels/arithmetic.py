@@ -12,13 +12,14 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 F16, BF16, F32 = 0, 1, 2
+_NAME = ("F16", "BF16", "F32")
 _KIND = {"F16": F16, "BF16": BF16, "F32": F32}
 BITS_DTYPE = {"F16": np.uint16, "BF16": np.uint16, "F32": np.uint32}
 # All bits below the sign; the least bits that are not finite. As uint32, because numba widens Python's
 # integers to 64 bits, which halves the lanes.
 _MAGNITUDE = {F16: np.uint32(0x7FFF), BF16: np.uint32(0x7FFF), F32: np.uint32(0x7FFFFFFF)}
 _INFINITY = {F16: np.uint32(0x7C00), BF16: np.uint32(0x7F80), F32: np.uint32(0x7F800000)}
-_CHUNK = 4096  # elements counted in 32 bits (as wide as a float32 lane) before a 64-bit sum takes over
+_CHUNK = 4096  # elements summed in float32 before a float64 sum takes over
 
 
 # --- bits to values and back --------------------------------------------------------------------
@@ -80,81 +81,92 @@ def _bits(value, kind):
 # --- convert and extract ------------------------------------------------------------------------
 
 
-@njit(nogil=True, inline="always")
-def _convert_chunk(bits, out, source, target, clamp, limits):
-    magnitude_in, infinity_in, magnitude_out, infinity_out = limits
-    changed, zeroed, not_finite, overflow = np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0)
-    for i in range(bits.size):
-        value = _value(bits[i], source)
-        new = _bits(value, target)
-        over = np.uint32(np.uint32(new & magnitude_out) >= infinity_out)
-        if clamp and over:
-            new = np.uint32(new - np.uint32(new & magnitude_out) + infinity_out - np.uint32(1))
-        out[i] = new
-        zero = np.uint32(np.uint32(new & magnitude_out) == np.uint32(0))
-        changed = np.uint32(changed + np.uint32(_value(new, target) != value))
-        zeroed = np.uint32(zeroed + np.uint32(zero & np.uint32(value != np.float32(0))))
-        overflow = np.uint32(overflow | over)
-        not_finite = np.uint32(not_finite | np.uint32(np.uint32(bits[i] & magnitude_in) >= infinity_in))
-    return changed, zeroed, not_finite, overflow
+@cache
+def _largest_kernel(kind):
+    as_bits = BITS_DTYPE[_NAME[kind]]
+    magnitude = as_bits(_MAGNITUDE[kind])
+
+    @njit(nogil=True, cache=True)
+    def largest(bits):
+        most = as_bits(0)
+        for i in range(bits.size):
+            most = max(most, as_bits(bits[i] & magnitude))
+        return most
+
+    return largest
+
+
+def all_finite(bits, dtype) -> bool:
+    """Whether there is no NaN and no infinity among values of `dtype`."""
+    kind = _KIND[dtype]
+    return bool(_largest_kernel(kind)(bits) < _INFINITY[kind])
 
 
 @cache
-def _convert_kernel(source, target, clamp):
-    limits = (_MAGNITUDE[source], _INFINITY[source], _MAGNITUDE[target], _INFINITY[target])
-
+def _round_kernel(source, target):
     @njit(nogil=True, cache=True)
-    def convert(bits, out):
-        changed = zeroed = not_finite = overflow = 0
-        for start in range(0, bits.size, _CHUNK):
-            part = slice(start, start + _CHUNK)
-            c, z, n, o = _convert_chunk(bits[part], out[part], source, target, clamp, limits)
-            changed, zeroed, not_finite, overflow = changed + c, zeroed + z, not_finite | n, overflow | o
-        return changed, zeroed, not_finite != 0, overflow != 0
+    def round_bits(bits, out):
+        for i in range(bits.size):
+            out[i] = _bits(_value(bits[i], source), target)
 
-    return convert
+    return round_bits
 
 
-def convert(bits, source, target, clamp):
-    """Round `bits` of dtype `source` to dtype `target`, to nearest even -> (bits, counts).
-
-    counts: (values changed, non-zero values that became zero, input had NaN or infinity, a finite value
-    became infinite). With `clamp` such a value becomes the largest finite one of its sign instead.
-    """
+def round_to(bits, source, target):
+    """Values of dtype `source` -> dtype `target`, rounded to nearest even; too large ones become infinite."""
+    if source == target:
+        return bits
     out = np.empty(bits.size, BITS_DTYPE[target])
-    return out, _convert_kernel(_KIND[source], _KIND[target], clamp)(bits, out)
+    _round_kernel(_KIND[source], _KIND[target])(bits, out)
+    return out
+
+
+def clamp(bits, dtype):
+    """The same values, but the largest finite one of its sign instead of an infinity."""
+    magnitude, infinity = (
+        BITS_DTYPE[dtype](_MAGNITUDE[_KIND[dtype]]),
+        BITS_DTYPE[dtype](_INFINITY[_KIND[dtype]]),
+    )
+    return np.where((bits & magnitude) == infinity, bits - bits.dtype.type(1), bits)
 
 
 @cache
-def _subtract_kernel(left, right, target):
-    magnitude_left, infinity_left = _MAGNITUDE[left], _INFINITY[left]
-    magnitude_right, infinity_right = _MAGNITUDE[right], _INFINITY[right]
-    magnitude_out, infinity_out = _MAGNITUDE[target], _INFINITY[target]
+def _changes_kernel(source, target):
+    magnitude = _MAGNITUDE[target]
 
     @njit(nogil=True, cache=True)
-    def subtract(finetuned, base, out):
-        bad_left = bad_right = overflow = np.uint32(0)
-        for i in range(base.size):
-            a = _bits(_value(finetuned[i], left), target)
-            b = _bits(_value(base[i], right), target)
-            new = _bits(_value(a, target) - _value(b, target), target)
-            out[i] = new
-            bad_left = np.uint32(bad_left | np.uint32((finetuned[i] & magnitude_left) >= infinity_left))
-            bad_right = np.uint32(bad_right | np.uint32((base[i] & magnitude_right) >= infinity_right))
-            overflow = np.uint32(overflow | np.uint32((new & magnitude_out) >= infinity_out))
-        return bad_left != 0, bad_right != 0, overflow != 0
+    def changes(bits, out):
+        changed, zeroed = np.uint32(0), np.uint32(0)
+        for i in range(bits.size):
+            value = _value(bits[i], source)
+            changed = np.uint32(changed + np.uint32(_value(out[i], target) != value))
+            zero = np.uint32(np.uint32(out[i] & magnitude) == np.uint32(0))
+            zeroed = np.uint32(zeroed + np.uint32(zero & np.uint32(value != np.float32(0))))
+        return changed, zeroed
+
+    return changes
+
+
+def changes(bits, source, out, target):
+    """(values that rounding changed, non-zero ones it made zero), for fewer than 2**32 elements."""
+    return (0, 0) if source == target else _changes_kernel(_KIND[source], _KIND[target])(bits, out)
+
+
+@cache
+def _subtract_kernel(kind):
+    @njit(nogil=True, cache=True)
+    def subtract(left, right, out):
+        for i in range(left.size):
+            out[i] = _bits(_value(left[i], kind) - _value(right[i], kind), kind)
 
     return subtract
 
 
-def subtract(finetuned, finetuned_dtype, base, base_dtype, target):
-    """finetuned - base -> (bits, flags): both rounded to dtype `target`, subtracted in float32, rounded once.
-
-    flags: (finetuned had NaN or infinity, base had, the result or a rounded input overflowed).
-    """
-    kernel = _subtract_kernel(_KIND[finetuned_dtype], _KIND[base_dtype], _KIND[target])
-    out = np.empty(base.size, BITS_DTYPE[target])
-    return out, kernel(finetuned, base, out)
+def subtract(left, right, dtype):
+    """left - right, in float32, rounded once to `dtype`, which all three have."""
+    out = np.empty_like(left)
+    _subtract_kernel(_KIND[dtype])(left, right, out)
+    return out
 
 
 # --- what the masks are applied to --------------------------------------------------------------
@@ -162,77 +174,75 @@ def subtract(finetuned, finetuned_dtype, base, base_dtype, target):
 
 @cache
 def _add_kernel(base_kind, vector_kind):
-    base_magnitude, base_infinity = _MAGNITUDE[base_kind], _INFINITY[base_kind]
-    vector_magnitude, vector_infinity = _MAGNITUDE[vector_kind], _INFINITY[vector_kind]
-
     @njit(nogil=True, cache=True)
     def add(base, vector, mask, scale, out):
-        bad_base = bad_vector = overflow = np.uint32(0)
         for i in range(base.size):
             total = _bits(_value(base[i], base_kind) + _value(vector[i], vector_kind) * scale, base_kind)
-            new = np.uint32(total) if mask[i] else np.uint32(base[i])
-            out[i] = new
-            bad_base = np.uint32(bad_base | np.uint32(np.uint32(base[i] & base_magnitude) >= base_infinity))
-            bad_vector = np.uint32(
-                bad_vector | np.uint32(np.uint32(vector[i] & vector_magnitude) >= vector_infinity)
-            )
-            overflow = np.uint32(overflow | np.uint32(np.uint32(new & base_magnitude) >= base_infinity))
-        return bad_base != 0, bad_vector != 0, overflow != 0
+            out[i] = np.uint32(total) if mask[i] else np.uint32(base[i])
 
     return add
 
 
 def add_kept(base, base_dtype, vector, vector_dtype, mask, scale):
-    """round(base + scale * vector) where mask keeps, in float32, rounded once; elsewhere base's own bits -> (bits, flags).
-
-    flags: (base had NaN or infinity, vector had, a sum overflowed base's dtype).
-    """
+    """round(base + scale * vector) where mask keeps, in float32, rounded once; elsewhere base's own bits."""
     out = np.empty_like(base)
-    return out, _add_kernel(_KIND[base_dtype], _KIND[vector_dtype])(
-        base, vector, mask, np.float32(scale), out
-    )
+    _add_kernel(_KIND[base_dtype], _KIND[vector_dtype])(base, vector, mask, np.float32(scale), out)
+    return out
 
 
 @cache
 def _keep_kernel(kind):
-    magnitude, infinity = _MAGNITUDE[kind], _INFINITY[kind]
-
     @njit(nogil=True, cache=True)
     def keep(vector, mask, scale, out):
-        bad, overflow = np.uint32(0), np.uint32(0)
         for i in range(vector.size):
             scaled = _bits(_value(vector[i], kind) * scale, kind)
-            new = np.uint32(scaled) if mask[i] else np.uint32(0)
-            out[i] = new
-            bad = np.uint32(bad | np.uint32(np.uint32(vector[i] & magnitude) >= infinity))
-            overflow = np.uint32(overflow | np.uint32(np.uint32(new & magnitude) >= infinity))
-        return bad != 0, overflow != 0
+            out[i] = np.uint32(scaled) if mask[i] else np.uint32(0)
 
     return keep
 
 
 def keep_vector(vector, dtype, mask, scale):
-    """round(scale * vector) where mask keeps, +0.0 elsewhere -> (bits, (had NaN or infinity, overflowed))."""
+    """round(scale * vector) where mask keeps, +0.0 elsewhere."""
     out = np.empty_like(vector)
-    return out, _keep_kernel(_KIND[dtype])(vector, mask, np.float32(scale), out)
+    _keep_kernel(_KIND[dtype])(vector, mask, np.float32(scale), out)
+    return out
+
+
+# --- what the report measures -------------------------------------------------------------------
+
+# Sums may be regrouped, which is what lets them vectorise; the report rounds to what does not depend on it.
+_REGROUP = {"reassoc", "contract"}
+
+
+@njit(nogil=True, inline="always")
+def _chunk_energy(vector, mask, kind, as_sum):
+    kept, every = as_sum(0), as_sum(0)
+    for i in range(vector.size):
+        value = as_sum(_value(vector[i], kind))
+        square = value * value
+        kept += square if mask[i] else as_sum(0)
+        every += square
+    return kept, every
 
 
 @cache
 def _energy_kernel(kind):
-    # Sums may be regrouped (that is what lets them vectorise); the report rounds to what does not depend on it.
-    @njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+    as_sum = (
+        np.float32 if kind == F16 else np.float64
+    )  # squares of float16 values stay far from float32's limits
+
+    @njit(nogil=True, cache=True, fastmath=_REGROUP)
     def energy(vector, mask):
-        kept = dropped = np.float64(0.0)
-        for i in range(vector.size):
-            value = np.float64(_value(vector[i], kind))
-            square = value * value
-            kept += square if mask[i] else 0.0
-            dropped += 0.0 if mask[i] else square
-        return kept, dropped
+        kept = every = 0.0
+        for start in range(0, vector.size, _CHUNK):
+            part = slice(start, start + _CHUNK)
+            k, e = _chunk_energy(vector[part], mask[part], kind, as_sum)
+            kept, every = kept + k, every + e
+        return kept, every
 
     return energy
 
 
 def energy(vector, dtype, mask):
-    """(sum of squares kept, sum of squares dropped), float64."""
+    """(sum of squares of what is kept, sum of all squares), float64, good to about 6 digits."""
     return _energy_kernel(_KIND[dtype])(vector, mask)

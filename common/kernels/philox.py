@@ -1,5 +1,7 @@
 """Random numbers by position: Philox4x32-10."""
 
+from functools import cache
+
 import numpy as np
 from numba import njit
 
@@ -15,8 +17,11 @@ def _philox_round(c, key0, key1, step):
     return (b >> _HALF) ^ c[1] ^ k0, b & _LOW, (a >> _HALF) ^ c[3] ^ k1, a & _LOW
 
 
-@njit(nogil=True, cache=True)
-def _philox_kernel(first, key0, key1, word0, word1, word2, word3):
+_PIECE = 1024  # counters at a time: their words stay in the first-level cache
+
+
+@njit(nogil=True, inline="always")
+def _philox(first, key0, key1, word0, word1, word2, word3):
     for i in range(word0.size):
         counter = np.uint64(first + np.uint64(i))
         c = counter & _LOW, counter >> _HALF, np.uint64(0), np.uint64(0)
@@ -30,10 +35,21 @@ def _philox_kernel(first, key0, key1, word0, word1, word2, word3):
         word0[i], word1[i], word2[i], word3[i] = c
 
 
-@njit(nogil=True, cache=True)
-def _interleave_kernel(word0, word1, word2, word3, out):
+@njit(nogil=True, inline="always")
+def _interleave(word0, word1, word2, word3, out):
     for i in range(word0.size):
         out[i, 0], out[i, 1], out[i, 2], out[i, 3] = word0[i], word1[i], word2[i], word3[i]
+
+
+@njit(nogil=True, cache=True)
+def _draw_kernel(first, key0, key1, out):
+    words = np.empty((4, _PIECE), np.uint32)
+    for start in range(0, out.shape[0], _PIECE):
+        part = out[start : start + _PIECE]
+        size = part.shape[0]
+        word0, word1, word2, word3 = words[0, :size], words[1, :size], words[2, :size], words[3, :size]
+        _philox(np.uint64(first + np.uint64(start)), key0, key1, word0, word1, word2, word3)
+        _interleave(word0, word1, word2, word3, part)
 
 
 def draws(start, count, key):
@@ -42,30 +58,33 @@ def draws(start, count, key):
     Philox4x32-10, the counter-based generator of Salmon et al. (SC 2011): position p is word p % 4 of the
     block with counter p // 4, so any part of the stream can be had without the rest. `start` % 4 is 0.
     """
-    blocks = -(-count // 4)
-    words, out = np.empty((4, blocks), np.uint32), np.empty((blocks, 4), np.uint32)
-    _philox_kernel(np.uint64(start // 4), np.uint64(key & 0xFFFFFFFF), np.uint64(key >> 32), *words)
-    _interleave_kernel(*words, out)
+    out = np.empty((-(-count // 4), 4), np.uint32)
+    _draw_kernel(np.uint64(start // 4), np.uint64(key & 0xFFFFFFFF), np.uint64(key >> 32), out)
     return out.reshape(-1)[:count]
 
 
-@njit(nogil=True, cache=True)
-def _random_kernel(numbers, taken, limits, mask):
-    for i in range(numbers.size):
-        mask[i] = numbers[i] < limits[taken[i]]
+@cache
+def _random_kernel(levels):
+    @njit(nogil=True, cache=True)
+    def keep(first, key0, key1, taken, limits, mask):
+        numbers = np.empty((_PIECE, 4), np.uint32)
+        flat = numbers.reshape(-1)
+        for start in range(0, mask.size, 4 * _PIECE):
+            _draw_kernel(np.uint64(first + np.uint64(start // 4)), key0, key1, numbers)
+            part, earlier = mask[start : start + 4 * _PIECE], taken[start : start + 4 * _PIECE]
+            for i in range(part.size):
+                part[i] = flat[i] < limits[earlier[i] if levels else 0]
 
-
-@njit(nogil=True, cache=True)
-def _plain_random_kernel(numbers, limit, mask):
-    for i in range(numbers.size):
-        mask[i] = numbers[i] < limit
+    return keep
 
 
 def random_mask(start, count, key, taken, limits):
-    """Keep position start + i where its draw is below limits[taken[i]] (of 2**32) -> mask uint8 [count]."""
-    numbers, mask = draws(start, count, key), np.empty(count, np.uint8)
-    if len(limits) == 1:
-        _plain_random_kernel(numbers, np.uint64(limits[0]), mask)
-    else:
-        _random_kernel(numbers, taken, np.array(limits, np.uint64), mask)
+    """Keep position start + i where its draw is below limits[taken[i]] (of 2**32) -> mask uint8 [count].
+
+    With one limit `taken` is not read. `start` % 4 is 0.
+    """
+    mask = np.empty(count, np.uint8)
+    several = len(limits) > 1
+    words = np.uint64(start // 4), np.uint64(key & 0xFFFFFFFF), np.uint64(key >> 32)
+    _random_kernel(several)(*words, taken if several else mask, np.array(limits, np.uint64), mask)
     return mask

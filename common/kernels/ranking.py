@@ -9,6 +9,7 @@ from functools import cache
 import numpy as np
 from numba import njit
 
+_CHUNK = 4096  # keys compared at a time
 MAGNITUDE_BITS = {"F16": 15, "BF16": 15, "F32": 31}
 
 
@@ -191,6 +192,17 @@ def count_digits(bits, dtype, taken, levels, shift, width, prefix):
     return counts.sum(axis=0, dtype=np.int64)
 
 
+@njit(nogil=True, inline="always")
+def _compare(keys, least, mask):
+    """mask = keys that reach `least`; how many equal it, counted as wide as a key, so that the loop vectorises."""
+    as_key = keys.dtype.type
+    tied = as_key(0)
+    for i in range(keys.size):
+        mask[i] = keys[i] >= least
+        tied = as_key(tied + as_key(keys[i] == least))
+    return np.int64(tied)
+
+
 @cache
 def _threshold_kernel(key_dtype, magnitude_bits, levels):
     as_key = np.dtype(key_dtype).type
@@ -198,19 +210,29 @@ def _threshold_kernel(key_dtype, magnitude_bits, levels):
 
     @njit(nogil=True, cache=True)
     def threshold(bits, taken, least, ties, mask):
-        tied = 0
-        for i in range(bits.size):
-            key = _key(bits[i], taken[i], magnitude, as_key, magnitude_bits, levels)
-            mask[i] = key >= least
-            tied += key == least
-        if tied <= ties:
-            return tied
-        left = ties
-        for i in range(bits.size):
-            if _key(bits[i], taken[i], magnitude, as_key, magnitude_bits, levels) == least:
-                mask[i] = left > 0
-                left -= left > 0
-        return ties
+        scratch, left = np.empty(_CHUNK, as_key), ties
+        for start in range(0, bits.size, _CHUNK):
+            part, earlier, kept = (
+                bits[start : start + _CHUNK],
+                taken[start : start + _CHUNK],
+                mask[start : start + _CHUNK],
+            )
+            keys = scratch[: part.size]
+            for i in range(part.size):
+                keys[i] = _key(part[i], earlier[i], magnitude, as_key, magnitude_bits, levels)
+            tied = _compare(keys, least, kept)
+            if tied > left:  # from here on only the first `left` ties are kept
+                for i in range(keys.size):
+                    kept[i] = keys[i] > least
+                for i in range(keys.size):
+                    if left == 0:
+                        break
+                    if keys[i] == least:
+                        kept[i] = 1
+                        left -= 1
+            else:
+                left -= tied
+        return ties - left
 
     return threshold
 
