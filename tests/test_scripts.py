@@ -318,7 +318,7 @@ def test_mergekit_merges_what_prune_wrote(zoos, tmp_path, kind):
             assert steps.max() <= 1
             off += int((steps != 0).sum())
             touched += int(kept.sum())
-    assert touched > 1000 and off <= max(1, touched // 10_000)
+    assert touched > 1000 and off <= touched / 1000  # of so few; in float16 it would be 0.3 % and more
 
 
 # --- the report -----------------------------------------------------------------------------------
