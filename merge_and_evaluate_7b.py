@@ -173,7 +173,7 @@ def check_combination(parser: argparse.ArgumentParser, given: set[str]) -> None:
     """Usage error for flags that contradict or do not use one another."""
     sweep = {"weights", "weight_grid", "choose_on", "report_on", "keep_models"}
     refusals = [
-        ("compare", given - {"compare", "plot_path", "overwrite"}),
+        ("compare", given - {"compare", "plot_path"}),
         ("eval_only", given & ({"merge_only", "recipe", "max_shard_size", "seed"} | sweep)),
         ("merge_only", given & ({"eval_recipe", "output_path", "batch_size", "name"} | sweep)),
         ("weights", given & {"weight_grid"}),
