@@ -1,0 +1,162 @@
+"""The kernels in torch, for a GPU: the same rules, the same bits as common.kernels.
+
+Arrays are flat tensors on one device: int16 bits of float16 and bfloat16, int32 bits of float32, masks uint8.
+Every step is an exact integer operation or a single correctly rounded float32 one, so nothing depends on the
+device (the report's sums of squares may differ in digits that it does not print).
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from common.errors import DataError
+from common.kernels.ranking import MAGNITUDE_BITS
+
+_FLOAT = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+_INFINITY = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000}
+_BLOCK_ON_GPU, _BLOCK_ON_CPU = 1 << 24, 1 << 18  # elements
+
+
+def _magnitudes(bits, dtype):
+    wide = torch.int64 if dtype == "F32" else torch.int32
+    return bits.to(wide) & ((1 << MAGNITUDE_BITS[dtype]) - 1)
+
+
+def _keys(bits, dtype, taken, levels):
+    """What ranks a position (see common.kernels.ranking)."""
+    keys = _magnitudes(bits, dtype)
+    return keys if not levels else keys | (levels - taken.to(keys.dtype)) << MAGNITUDE_BITS[dtype]
+
+
+def _keep_largest(keys, k: int, key_bits: int):
+    """Mask of the k largest in each row of keys [runs, m]; among equal keys the first. -> bool [runs, m]"""
+    threshold = torch.zeros_like(keys[:, :1])
+    for bit in range(key_bits - 1, -1, -1):
+        candidate = threshold | (1 << bit)
+        reached = (keys >= candidate).sum(1, keepdim=True, dtype=torch.int32) >= k
+        threshold = torch.where(reached, candidate, threshold)
+    above, ties = keys > threshold, keys == threshold
+    left = k - above.sum(1, keepdim=True, dtype=torch.int32)
+    return above | (ties & (ties.cumsum(1, dtype=torch.int32) <= left))
+
+
+def nm_mask(bits, dtype, taken, levels, n, m):
+    """Keep n of every m consecutive elements; a last run of r keeps ceil(n*r/m)."""
+    keys = _keys(bits, dtype, taken, levels)
+    key_bits = MAGNITUDE_BITS[dtype] + levels.bit_length()
+    full = bits.numel() // m * m
+    parts = [_keep_largest(keys[:full].view(-1, m), n, key_bits).view(-1)] if full else []
+    if full < bits.numel():
+        rest = bits.numel() - full
+        parts.append(_keep_largest(keys[full:].view(1, -1), -(-n * rest // m), key_bits).view(-1))
+    return torch.cat(parts).to(torch.uint8)
+
+
+def count_digits(bits, dtype, taken, levels, shift, width, prefix):
+    """How many keys with the leading digits `prefix` have each value of the next digit -> numpy int64 [2**width]."""
+    keys = _keys(bits, dtype, taken, levels).to(torch.int64)
+    chosen = keys[keys >> (shift + width) == prefix]
+    counts = torch.bincount((chosen >> shift) & ((1 << width) - 1), minlength=1 << width)
+    return counts.cpu().numpy()
+
+
+def threshold_mask(bits, dtype, taken, levels, least, ties):
+    """Keep keys above `least` and the first `ties` that equal it -> (mask, how many ties it used)."""
+    keys = _keys(bits, dtype, taken, levels)
+    tied = keys == least
+    mask = (keys > least) | (tied & (tied.cumsum(0) <= ties))
+    return mask.to(torch.uint8), min(ties, int(tied.sum()))
+
+
+def draws(start, count, key, device):
+    """int64 [count]: Philox4x32-10 words of positions start, start + 1, … (see common.kernels.philox)."""
+    low = 0xFFFFFFFF
+    counter = torch.arange(start // 4, start // 4 - (-count // 4), dtype=torch.int64, device=device)
+    c = [counter & low, counter >> 32, torch.zeros_like(counter), torch.zeros_like(counter)]
+    k0, k1 = key & low, key >> 32
+    for _ in range(10):
+        # A product of 32-bit words wraps in int64 but keeps its 64 bits; the mask undoes the signed shift.
+        a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+        c = [(b >> 32 & low) ^ c[1] ^ k0, b & low, (a >> 32 & low) ^ c[3] ^ k1, a & low]
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return torch.stack(c, 1).view(-1)[:count]
+
+
+def _random_mask(start, count, key, taken, limits, device):
+    numbers = draws(start, count, key, device)
+    table = torch.tensor(limits, dtype=torch.int64, device=device)
+    return (numbers < (table[taken.long()] if len(limits) > 1 else table)).to(torch.uint8)
+
+
+def all_finite(bits, dtype) -> bool:
+    """Whether there is no NaN and no infinity among values of `dtype`."""
+    return int(_magnitudes(bits, dtype).max()) < _INFINITY[dtype]
+
+
+def add_kept(base, base_dtype, vector, vector_dtype, mask, scale):
+    """round(base + scale * vector) where mask keeps, in float32, rounded once; elsewhere base's own bits."""
+    scaled = vector.view(_FLOAT[vector_dtype]).float() * np.float32(scale).item()
+    total = (base.view(_FLOAT[base_dtype]).float() + scaled).to(_FLOAT[base_dtype])
+    return torch.where(mask.bool(), total.view(base.dtype), base)
+
+
+def keep_vector(vector, dtype, mask, scale):
+    """round(scale * vector) where mask keeps, +0.0 elsewhere."""
+    scaled = (vector.view(_FLOAT[dtype]).float() * np.float32(scale).item()).to(_FLOAT[dtype])
+    return torch.where(mask.bool(), scaled.view(vector.dtype), torch.zeros_like(vector))
+
+
+def energy(vector, dtype, mask):
+    """(sum of squares of what is kept, sum of all squares)."""
+    squares = vector.view(_FLOAT[dtype]).double().square_()
+    return float((squares * mask).sum()), float(squares.sum())
+
+
+def tally_runs(mask, start, m, state):
+    """Count what is kept in each whole run of m -> the new state (see common.kernels.ranking)."""
+    kept, runs, total, squares = state
+    first = -start % m  # where in this block the first run begins that is not open already
+    closes_open = first <= mask.numel()
+    kept += int(mask[:first].sum())
+    if not closes_open:
+        return [kept, runs, total, squares]
+    if start % m or first:
+        runs, total, squares, kept = runs + 1, total + kept, squares + kept * kept, 0
+    whole = mask[first : first + (mask.numel() - first) // m * m].view(-1, m).sum(1, dtype=torch.int64)
+    rest = mask[first + whole.numel() * m :]
+    return [
+        int(rest.sum()),
+        runs + whole.numel(),
+        total + int(whole.sum()),
+        squares + int((whole * whole).sum()),
+    ]
+
+
+def engine(device: str) -> SimpleNamespace:
+    """The functions of common.kernels on a torch device. Raises DataError where torch has no such device."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(
+            f"--device {device}: not usable here ({reason:.120}); use --device cpu, or a torch built for it"
+        ) from None
+    return SimpleNamespace(
+        BLOCK=_BLOCK_ON_CPU if torch.device(device).type == "cpu" else _BLOCK_ON_GPU,
+        MAGNITUDE_BITS=MAGNITUDE_BITS,
+        load=lambda bits: torch.from_numpy(bits.view(f"int{8 * bits.itemsize}")).to(device),
+        store=lambda bits: bits.cpu().numpy().view(f"uint{8 * bits.element_size()}"),
+        count=lambda mask: int(mask.sum(dtype=torch.int64)),
+        random_mask=lambda start, count, key, taken, limits: _random_mask(
+            start, count, key, taken, limits, device
+        ),
+        add_kept=add_kept,
+        all_finite=all_finite,
+        count_digits=count_digits,
+        energy=energy,
+        keep_vector=keep_vector,
+        nm_mask=nm_mask,
+        tally_runs=tally_runs,
+        threshold_mask=threshold_mask,
+    )

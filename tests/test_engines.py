@@ -1,0 +1,78 @@
+"""Two ways to the same answer: the torch kernels give the bits of the compiled ones, on every device there is."""
+
+import numpy as np
+import pytest
+import torch
+
+from common import kernels
+from common.pruners import Pruning, masks_by_block
+from common.torch_kernels import draws, engine
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+BITS = {"F16": np.uint16, "BF16": np.uint16, "F32": np.uint32}
+
+
+def values(dtype: str, numel: int, seed: int) -> np.ndarray:
+    """Bits of finite values with many ties, zeros of both signs and subnormals."""
+    numbers = np.random.default_rng(seed).standard_normal(numel).astype(np.float32)
+    numbers[::3] = np.round(numbers[::3])
+    numbers[::7] *= np.float32(1e-8)
+    if dtype == "F16":
+        return numbers.astype(np.float16).view(np.uint16)
+    return numbers.view(np.uint32) if dtype == "F32" else (numbers.view(np.uint32) >> 16).astype(np.uint16)
+
+
+def pruned(pruning, dtype, vectors, base, arithmetic, block):
+    """Masks, results and counts of one tensor as an engine makes them, as numpy arrays."""
+    out = []
+    states = [[0] * 4 for _ in vectors]
+    held = {}
+
+    def read(j, start, stop):
+        held[j] = vectors[j][start:stop].copy()
+        return arithmetic.load(held[j])
+
+    numel = base.size
+    for start, stop, bits, masks in masks_by_block(
+        pruning, "t", [dtype] * len(vectors), numel, read, arithmetic, block
+    ):
+        below = arithmetic.load(base[start:stop].copy())
+        for j, mask in enumerate(masks):
+            states[j] = arithmetic.tally_runs(mask, start, pruning.m, states[j])
+            added = arithmetic.add_kept(below, dtype, bits[j], dtype, mask, pruning.scale)
+            kept = arithmetic.keep_vector(bits[j], dtype, mask, pruning.scale)
+            out += [arithmetic.store(added), arithmetic.store(kept), np.array([arithmetic.count(mask)])]
+            assert arithmetic.all_finite(added, dtype)
+    return np.concatenate([part.astype(np.uint64) for part in out]), states
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
+@pytest.mark.parametrize(
+    ("method", "n", "m"),
+    [("nm", 3, 32), ("nm", 64, 256), ("nm", 700, 1000), ("magnitude", 64, 256), ("random", 64, 256)],
+)
+@pytest.mark.parametrize("conflict_aware", [True, False])
+def test_same_bits(device, dtype, method, n, m, conflict_aware):
+    vectors, base = [values(dtype, 2311, seed) for seed in (1, 2, 3)], values(dtype, 2311, 4)
+    pruning = Pruning(method, n / m, n, m, seed=5, conflict_aware=conflict_aware, rescale=True)
+    for block in (1 << 18, 300):
+        ours = pruned(pruning, dtype, vectors, base, kernels, block)
+        theirs = pruned(pruning, dtype, vectors, base, engine(device), block)
+        np.testing.assert_array_equal(ours[0], theirs[0])
+        assert ours[1] == theirs[1]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_same_random_numbers(device):
+    for start, count, key in ((0, 9, 0), (4096, 5000, 2**63 + 12345), (4 * (2**32 - 1), 12, 7)):
+        theirs = draws(start, count, key, device).cpu().numpy()
+        np.testing.assert_array_equal(kernels.draws(start, count, key), theirs)
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_not_finite_is_seen(bad):
+    bits = np.array([1, bad, 2], np.float16).view(np.uint16)
+    arithmetic = engine("cpu")
+    assert not kernels.all_finite(bits, "F16")
+    assert not arithmetic.all_finite(arithmetic.load(bits), "F16")
