@@ -8,6 +8,8 @@ header length, JSON padded with spaces, then the tensors' bytes, contiguous).
 
 import json
 import os
+import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +38,7 @@ DTYPE_CODES = {name: code for code, name in DTYPE_NAMES.items()}
 
 MAX_HEADER_BYTES = 25_000_000  # the largest public checkpoints have shards with headers of a few MB
 MAX_DIMENSIONS = 16
+MAX_DEPTH = 50  # of objects and lists in a config.json; Python's own limit would be hit while writing it
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
@@ -62,24 +65,36 @@ class Tensor:
 
 
 def parse_json(data: bytes, where: str):
-    """The value of one JSON text; a name that occurs twice in an object is refused."""
+    """The value of one JSON text; a name that occurs twice in an object is refused, and text that is no Unicode."""
 
     def unique(pairs):
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) != len(keys):
-            double = next(key for i, key in enumerate(keys) if key in keys[:i])
-            raise DataError(f"{where}: the name {double!r} occurs twice; download or write the file again")
-        return dict(pairs)
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            double = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise DataError(f"{where}: the name {double!r:.80} occurs twice; download or write the file again")
+        return found
 
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+        text = data.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=unique)
+        if re.search(r"\\u[dD]", text):
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair could not be written again
+        return value
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise DataError(f"{where}: no valid JSON ({reason:.100}); download or write the file again") from None
 
 
+def _is_deeper(value, depth: int) -> bool:
+    """Whether objects and lists are nested more than `depth` deep: _is_deeper({"a": [1]}, 1) -> True."""
+    if not isinstance(value, dict | list):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return depth == 0 or any(_is_deeper(item, depth - 1) for item in inner)
+
+
 def read_json(path: Path) -> dict:
-    """The object in a JSON file of at most MAX_HEADER_BYTES."""
+    """The object in a JSON file of at most MAX_HEADER_BYTES, nested at most MAX_DEPTH deep."""
     if path.stat().st_size > MAX_HEADER_BYTES:
         raise DataError(
             f"{path}: {path.stat().st_size} bytes, more than the {MAX_HEADER_BYTES} a JSON file here may have"
@@ -87,6 +102,8 @@ def read_json(path: Path) -> dict:
     value = parse_json(path.read_bytes(), str(path))
     if not isinstance(value, dict):
         raise DataError(f"{path}: a JSON object is needed, found {type(value).__name__}")
+    if _is_deeper(value, MAX_DEPTH):
+        raise DataError(f"{path}: nested more than {MAX_DEPTH} deep; get the checkpoint from a source you trust")
     return value
 
 
@@ -186,7 +203,7 @@ def read_index(path: Path, suffix: str) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise DataError(f"{path}: needs a 'weight_map' of tensor names to files; download it again")
     for name, file in weight_map.items():
-        plain = isinstance(file, str) and file.endswith(suffix) and not set(file) & set("/\\\0")
+        plain = isinstance(file, str) and file.endswith(suffix) and file.isprintable() and not set(file) & set("/\\")
         if not plain or file.startswith("."):
             raise DataError(
                 f"{path}: tensor {name!r} is mapped to {file!r:.80}, which is no plain file name "
