@@ -136,6 +136,9 @@ def draw(rows: list[Row], path: Path) -> None:
         _draw_panel(axis, rows, name, shared)
     for axis in axes[len(names) :]:
         axis.set_visible(False)
+    figure.supxlabel(
+        "score (percent for accuracies), bars: one standard error, red: the best of a panel", fontsize=9
+    )
     save_figure(figure, path)
 
 

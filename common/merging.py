@@ -15,7 +15,7 @@ from common.checkpoint import Checkpoint, companion_files, copy_companions, open
 from common.errors import DataError
 from common.hashing import file_hash, text_hash
 from common.headers import DTYPE_CODES, DTYPE_NAMES, Tensor, read_headers, read_json
-from common.recipes import Recipe, model_paths
+from common.recipes import Recipe, model_paths, with_paths
 from common.staging import staged_directory, write_json
 
 REPORT_NAME = "merge_report.json"
@@ -143,7 +143,13 @@ def already_merged(save_path: Path, identity: str) -> bool:
 # --- merge ----------------------------------------------------------------------------------------
 
 
-def _run_mergekit(recipe: Recipe, directory: Path, settings: MergeSettings) -> None:
+def _local_config(merge_plan: MergePlan) -> dict:
+    """The recipe's config with directories only: given a Hub id, mergekit would ask the Hub again."""
+    models = {model.label: model for model in merge_plan.checkpoints}
+    return with_paths(merge_plan.recipe.config, lambda p: p if Path(p).is_dir() else str(models[p].path))
+
+
+def _run_mergekit(merge_plan: MergePlan, directory: Path, settings: MergeSettings) -> None:
     """Let mergekit write the merge into an empty directory. Raises DataError with mergekit's own reason."""
     from mergekit.architecture.auto import infer_architecture_info
     from mergekit.config import MergeConfiguration
@@ -154,6 +160,7 @@ def _run_mergekit(recipe: Recipe, directory: Path, settings: MergeSettings) -> N
     from common.merge_methods import register
 
     register()
+    recipe = merge_plan.recipe
     remaps_tokens = {"tokenizer", "tokenizer_source", "chat_template"} & recipe.config.keys()
     options = MergeOptions(
         out_shard_size=settings.max_shard_size,
@@ -162,10 +169,14 @@ def _run_mergekit(recipe: Recipe, directory: Path, settings: MergeSettings) -> N
         copy_tokenizer=bool(remaps_tokens),
     )
     try:
-        run_merge(MergeConfiguration.model_validate(recipe.config), str(directory), options, recipe.text)
-    except (OSError, DataError):
+        run_merge(
+            MergeConfiguration.model_validate(_local_config(merge_plan)), str(directory), options, recipe.text
+        )
+    except DataError:
         raise
     except Exception as error:  # mergekit raises many types, and all mean the same to the user
+        if isinstance(error, OSError) and error.errno:  # a full disk and its like have their own line
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{recipe.path}: mergekit could not merge: {reason:.300}") from error
     finally:  # mergekit keeps open files and guesses by path for the life of the process
@@ -206,6 +217,14 @@ def check_merged(directory: Path, recipe: Recipe) -> dict[str, str]:
     return hashes
 
 
+def _name_card(directory: Path, name: str) -> None:
+    """mergekit's model card takes its title from the directory it wrote to."""
+    card = directory / "README.md"
+    card.write_text(
+        card.read_text(encoding="utf-8").replace(f"# {directory.name}", f"# {name}", 1), encoding="utf-8"
+    )
+
+
 def _add_tokenizer(directory: Path, checkpoints: tuple[Checkpoint, ...]) -> None:
     """Tokenizer and generation config of the base, or of the first model that has one, unless mergekit wrote one."""
     donor = next((model.path for model in checkpoints if any(model.path.glob("tokenizer*"))), None)
@@ -218,7 +237,8 @@ def merge(merge_plan: MergePlan, digests: dict[str, str], settings: MergeSetting
     recipe = merge_plan.recipe
     with staged_directory(merge_plan.save_path, overwrite) as part:
         plan.check_disk({merge_plan.save_path: merge_plan.nbytes})
-        _run_mergekit(recipe, part, settings)
+        _run_mergekit(merge_plan, part, settings)
+        _name_card(part, merge_plan.save_path.name)
         _add_tokenizer(part, merge_plan.checkpoints)
         report = {
             "identity": merge_identity(recipe, digests, settings),

@@ -49,7 +49,7 @@ def read_recipe(path: str) -> Recipe:
     """The recipe at `path`, with every key, parameter and weight checked and paths made safe for mergekit."""
     text, config = read_yaml(path)
     check_keys(path, config)
-    config = with_safe_paths(config)
+    config = with_paths(config, safe_path)
     check_method(path, config)
     return Recipe(path, text, config)
 
@@ -94,11 +94,12 @@ def safe_path(path: str) -> str:
     return expanded if os.path.isdir(expanded) else path
 
 
-def with_safe_paths(config: dict) -> dict:
+def with_paths(config: dict, new_path) -> dict:
+    """The recipe's config with new_path(path) in place of every model's path."""
     config = deepcopy(config)
     for holder, key in [(config, "base_model")] + [(entry, "model") for entry in entries(config)]:
         if isinstance(holder.get(key), str):
-            holder[key] = safe_path(holder[key])
+            holder[key] = new_path(holder[key])
     return config
 
 

@@ -117,6 +117,7 @@ def test_merged_directory_is_whole(here):
     assert AutoTokenizer.from_pretrained("merged")("the sky").input_ids == [3, 8]
     hashes = json.loads((here / "merged" / "merge_report.json").read_text())["tensors"]
     assert hashes == {tensor.name: check_tensor(tensor)[0] for tensor in read_headers(here / "merged")}
+    assert "\n# merged\n" in (here / "merged" / "README.md").read_text()
     modes = {path.stat().st_mode & 0o777 for path in (here / "merged").iterdir()}
     assert modes == {0o644}
 
@@ -129,6 +130,21 @@ def test_a_relative_path_with_one_slash_works_offline(here):
     write(here / "recipe.yml", yaml.safe_load(yaml.safe_dump(RECIPE).replace("./", "models/")))
     merge()
     assert (here / "merged" / "tokenizer.json").is_file()
+
+
+def test_a_hub_id_is_merged_from_its_download(here, monkeypatch):
+    """mergekit gets the snapshot's directory, so that a cached model merges offline."""
+    import common.checkpoint
+
+    local = common.checkpoint.local_directory
+    monkeypatch.setattr(
+        common.checkpoint, "local_directory", lambda path: local("west" if path == "org/west" else path)
+    )
+    models = [RECIPE["models"][0], {"model": "org/west", "parameters": {"weight": 0.7}}]
+    write(here / "recipe.yml", {**RECIPE, "models": models})
+    merge()
+    report = json.loads((here / "merged" / "merge_report.json").read_text())
+    assert list(report["models"]) == ["./base", "./wild", "org/west"]
 
 
 def test_the_same_command_goes_on_after_the_merge(here, monkeypatch, capsys):
@@ -179,7 +195,7 @@ def test_response_cache_is_apart_for_every_model(here):
 def test_dry_run_writes_nothing(here, capsys):
     run("--dry_run")
     printed = capsys.readouterr().out
-    assert "read   ./wild" in printed and "write  merged" in printed and "colours, shades" in printed
+    assert "GB  ./wild" in printed and "GB  merged" in printed and "colours, shades" in printed
     assert left_over(here) == set()
 
 
