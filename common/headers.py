@@ -71,7 +71,9 @@ def parse_json(data: bytes, where: str):
         found = dict(pairs)
         if len(found) != len(pairs):
             double = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise DataError(f"{where}: the name {double!r:.80} occurs twice; download or write the file again")
+            raise DataError(
+                f"{where}: the name {double!r:.80} occurs twice; download or write the file again"
+            )
         return found
 
     try:
@@ -103,7 +105,9 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise DataError(f"{path}: a JSON object is needed, found {type(value).__name__}")
     if _is_deeper(value, MAX_DEPTH):
-        raise DataError(f"{path}: nested more than {MAX_DEPTH} deep; get the checkpoint from a source you trust")
+        raise DataError(
+            f"{path}: nested more than {MAX_DEPTH} deep; get the checkpoint from a source you trust"
+        )
     return value
 
 
@@ -203,7 +207,12 @@ def read_index(path: Path, suffix: str) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise DataError(f"{path}: needs a 'weight_map' of tensor names to files; download it again")
     for name, file in weight_map.items():
-        plain = isinstance(file, str) and file.endswith(suffix) and file.isprintable() and not set(file) & set("/\\")
+        plain = (
+            isinstance(file, str)
+            and file.endswith(suffix)
+            and file.isprintable()
+            and not set(file) & set("/\\")
+        )
         if not plain or file.startswith("."):
             raise DataError(
                 f"{path}: tensor {name!r} is mapped to {file!r:.80}, which is no plain file name "
