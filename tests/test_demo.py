@@ -72,7 +72,7 @@ def test_tokenizer_gives_back_every_sentence_with_digits_apart():
 def test_models_are_sharded_checkpoints_that_share_names_shapes_and_tokenizer(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    make_models.main(["--save_path", str(tmp_path), "--base_epochs", "1", "--epochs", "1"])
+    make_models.make_models(tmp_path, seed=0, base_epochs=1, epochs=1)
     models = {name: AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("base", *TOPICS)}
     shapes = {name: {k: v.shape for k, v in model.state_dict().items()} for name, model in models.items()}
     assert shapes["base"] == shapes["countries"] == shapes["elements"]
