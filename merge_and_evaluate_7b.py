@@ -38,10 +38,10 @@ from pathlib import Path
 from common import cli
 from common.checkpoint import open_checkpoint
 from common.comparison import compare
-from common.errors import DataError
-from common.evaluation import read_eval_recipe
+from common.evaluation import EvalRecipe, read_eval_recipe
 from common.merging import (
     REPORT_NAME,
+    MergePlan,
     MergeSettings,
     already_merged,
     input_digests,
@@ -53,7 +53,7 @@ from common.merging import (
     plan_merge,
 )
 from common.recipes import read_recipe, with_weights
-from common.scoring import Model, check_tokenizer, only_process, score
+from common.scoring import Model, check_one_process, check_tokenizer, score
 from common.staging import refuse_existing
 from common.sweep import Sweep, plan_candidates, plan_scorings, weight_choices
 from common.sweep import run as run_sweep
@@ -208,34 +208,24 @@ def parse_args(argv=None) -> argparse.Namespace:
     return args
 
 
-def print_plan(merge_plan, settings, eval_recipe, output_path: Path, merges: int) -> None:
-    """What --dry_run prints: what is read and written, and what it takes."""
-    if merge_plan:
-        recipe, nbytes = merge_plan.recipe, merge_plan.nbytes
-        print(
-            f"merge   {recipe.path}: {recipe.config['merge_method']}"
-            + (f", {merges} weights" if merges else "")
-        )
-        for checkpoint in merge_plan.checkpoints:
-            print(f"reads   {checkpoint.nbytes / 1e9:8.3f} GB  {checkpoint.label}")
-        print(f"writes  {nbytes / 1e9:8.3f} GB  {merge_plan.save_path}")
-        print(
-            f"disk    {nbytes * min(max(merges, 1), 2) / 1e9:8.3f} GB  to be free (more with --keep_models)"
-        )
-        print(f"memory  {memory_needed(merge_plan, settings) / 1e9:8.3f} GB  for the merge, about")
-    if eval_recipe:
-        print(f"score   {eval_recipe.path}: {', '.join(eval_recipe.tasks)}")
-        print(f"writes  {output_path}")
+def print_merge(merge_plan: MergePlan, settings: MergeSettings, merges: int) -> None:
+    """What --dry_run says of the merge: what is read and written, and what it takes."""
+    several = f", {merges} weights" if merges > 1 else ""
+    print(f"merge   {merge_plan.recipe.path}: {merge_plan.recipe.config['merge_method']}{several}")
+    for checkpoint in merge_plan.checkpoints:
+        print(f"reads   {checkpoint.nbytes / 1e9:8.3f} GB  {checkpoint.label}")
+    print(f"writes  {merge_plan.nbytes / 1e9:8.3f} GB  {merge_plan.save_path}")
+    print(f"disk    {merge_plan.nbytes * min(merges, 2) / 1e9:8.3f} GB  to be free; more with --keep_models")
+    print(f"memory  {memory_needed(merge_plan, settings) / 1e9:8.3f} GB  for the merge, about")
 
 
-def scored_model(path: str, name: str) -> Model:
-    """The model of --eval_only: a directory or a Hub id, its headers checked, its content hashed."""
-    checkpoint = open_checkpoint(path)
-    place = path if Path(path).is_dir() else str(checkpoint.path)
-    return Model(place, name, model_digest(checkpoint), {})
+def print_scoring(eval_recipe: EvalRecipe, output_path: Path) -> None:
+    """What --dry_run says of the scoring."""
+    print(f"score   {eval_recipe.path}: {', '.join(eval_recipe.tasks)}")
+    print(f"writes  {output_path}")
 
 
-def merged_model(merge_plan, settings: MergeSettings, name: str, overwrite: bool) -> Model:
+def merged_model(merge_plan: MergePlan, settings: MergeSettings, name: str, overwrite: bool) -> Model:
     """Merge, unless the output holds this very merge from an earlier run that did not get to scoring."""
     if not (merge_plan.save_path / REPORT_NAME).is_file():
         refuse_existing(merge_plan.save_path, overwrite)
@@ -248,38 +238,41 @@ def merged_model(merge_plan, settings: MergeSettings, name: str, overwrite: bool
     return Model(str(merge_plan.save_path), name, identity, origin(merge_plan.recipe, digests, settings))
 
 
-def main(argv=None) -> None:
-    args = parse_args(argv)
-    if args.compare:
-        compare(args.compare, Path(args.plot_path))
-        return
-    choices = weight_choices(args.weights, args.weight_grid)
-    if not args.eval_only and not only_process():
-        raise DataError(
-            "several processes were started, and a merge needs one: run it alone with --merge_only, then "
-            "score with `accelerate launch merge_and_evaluate_7b.py --eval_only …`"
-        )
+# In each of the two below, recipes, headers and tasks come first: every refusal, before anything is written.
 
-    # Recipes, headers and tasks first: every refusal comes before anything is written.
-    settings = MergeSettings(args.max_shard_size, args.device or "cpu", args.seed)
-    merge_plan = None if args.eval_only else plan_merge(read_recipe(args.recipe), args.save_path)
-    eval_recipe = (
-        None if args.merge_only else read_eval_recipe(args.eval_recipe, args.device, args.batch_size)
-    )
-    trials = {weights: with_weights(merge_plan.recipe, weights) for weights in choices}
-    output_path = Path(args.output_path)
-    name = args.name or (merge_plan.recipe.name if merge_plan else Path(args.save_path).name)
-    choosing, reporting = (
-        plan_scorings(eval_recipe, args.choose_on, args.report_on) if eval_recipe else (None, None)
-    )
-    if eval_recipe and not trials:
-        refuse_existing(output_path, args.overwrite)
-    if eval_recipe:
-        check_tokenizer(
-            eval_recipe, merge_plan.checkpoints if merge_plan else [open_checkpoint(args.save_path)]
-        )
+
+def evaluate_only(args: argparse.Namespace) -> None:
+    """Score the model in --save_path."""
+    eval_recipe = read_eval_recipe(args.eval_recipe, args.device, args.batch_size)
+    checkpoint, output_path = open_checkpoint(args.save_path), Path(args.output_path)
+    scoring, _ = plan_scorings(eval_recipe, None, None)
+    check_tokenizer(eval_recipe, [checkpoint])
+    refuse_existing(output_path, args.overwrite)
     if args.dry_run:
-        print_plan(merge_plan, settings, eval_recipe, output_path, len(trials))
+        print_scoring(eval_recipe, output_path)
+        return
+    place = args.save_path if Path(args.save_path).is_dir() else str(checkpoint.path)
+    name = args.name or Path(args.save_path).name
+    score(scoring, Model(place, name, model_digest(checkpoint), {}), output_path)
+
+
+def merge_and_evaluate(args: argparse.Namespace) -> None:
+    """Merge by --recipe, for every weight that is asked for, and score what comes out."""
+    settings = MergeSettings(args.max_shard_size, args.device or "cpu", args.seed)
+    merge_plan = plan_merge(read_recipe(args.recipe), args.save_path)
+    choices = weight_choices(args.weights, args.weight_grid)
+    trials = {weights: with_weights(merge_plan.recipe, weights) for weights in choices}
+    name, output_path = args.name or merge_plan.recipe.name, Path(args.output_path)
+    if not args.merge_only:
+        eval_recipe = read_eval_recipe(args.eval_recipe, args.device, args.batch_size)
+        choosing, reporting = plan_scorings(eval_recipe, args.choose_on, args.report_on)
+        check_tokenizer(eval_recipe, merge_plan.checkpoints)
+    if not args.merge_only and not trials:
+        refuse_existing(output_path, args.overwrite)
+    if args.dry_run:
+        print_merge(merge_plan, settings, max(len(trials), 1))
+        if not args.merge_only:
+            print_scoring(eval_recipe, output_path)
         return
 
     if trials:
@@ -288,12 +281,20 @@ def main(argv=None) -> None:
         sweep = Sweep(name, candidates, choosing, reporting, merge_plan.save_path, output_path)
         run_sweep(sweep, digests, settings, args.keep_models, args.overwrite)
         return
-    if merge_plan:
-        model = merged_model(merge_plan, settings, name, args.overwrite)
-    else:
-        model = scored_model(args.save_path, name)
-    if eval_recipe:
+    model = merged_model(merge_plan, settings, name, args.overwrite)
+    if not args.merge_only:
         score(choosing, model, output_path)
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    if args.compare:
+        compare(args.compare, Path(args.plot_path))
+    elif args.eval_only:
+        evaluate_only(args)
+    else:
+        check_one_process()
+        merge_and_evaluate(args)
 
 
 if __name__ == "__main__":

@@ -31,9 +31,13 @@ class Scoring:
     tasks: Tasks
 
 
-def only_process() -> bool:
-    """False under `accelerate launch` and torchrun with several processes."""
-    return int(os.environ.get("WORLD_SIZE", "1")) == 1
+def check_one_process() -> None:
+    """DataError under torchrun and `accelerate launch` with several processes, each of which would merge."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise DataError(
+            "several processes were started, and a merge needs one: merge with --merge_only, then score "
+            "with `accelerate launch merge_and_evaluate_7b.py --eval_only …`"
+        )
 
 
 def finished(scoring: Scoring, model: Model, path: Path) -> dict | None:

@@ -433,3 +433,9 @@ def test_exit_codes(here):
         found.stderr
         == "error: none.yml: no such recipe; the ones that come with this collection are in recipes/\n"
     )
+
+
+def test_several_processes_do_not_merge(here, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DataError, match="several processes were started, and a merge needs one"):
+        merge()
