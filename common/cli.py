@@ -13,12 +13,12 @@ _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2*
 
 
 def positive_int(text: str) -> int:
-    """'64' -> 64; anything that is no whole number of at least 1 is a usage error."""
+    """'64' -> 64; anything that is no whole number of at least 1 (and below 2**63) is a usage error."""
     try:
         value = int(text)
     except ValueError:
         value = 0
-    if value < 1:
+    if not 1 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return value
 

@@ -88,12 +88,24 @@ def check_floats(checkpoint: Checkpoint) -> None:
         )
 
 
+def _check_kinds(base: Checkpoint, other: Checkpoint) -> None:
+    """Refuse a tensor that is a parameter (floating point) in one model and a buffer in the other."""
+    for name, theirs in other.tensors.items():
+        mine = base.tensors.get(name, theirs)
+        if mine.is_parameter != theirs.is_parameter:
+            raise DataError(
+                f"tensor {name!r} is {theirs.dtype} in {other.label} but {mine.dtype} in {base.label}; "
+                "take versions of both models in floating point"
+            )
+
+
 def match(base: Checkpoint, other: Checkpoint) -> dict[str, Tensor]:
     """{name: other's tensor} for every parameter of base, matched by name; tied heads are resolved.
 
     Raises DataError that names what is missing, left over, or of another shape.
     """
     check_floats(other)
+    _check_kinds(base, other)
     pairs = {}
     for name, mine in base.tensors.items():
         if not mine.is_parameter:

@@ -45,10 +45,17 @@ def lock(directory: Path) -> int:
     raise DataError(f"{directory}: another run is writing there; wait for it, or write elsewhere")
 
 
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _empty(directory: Path) -> None:
     for path in directory.iterdir():
         if path.name != ".run":
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            _remove(path)
 
 
 def settle(part: Path) -> None:
@@ -63,13 +70,13 @@ def settle(part: Path) -> None:
 
 def move(part: Path, final: Path) -> None:
     """Rename a directory; what was under the new name goes once the new one is in its place."""
-    old = final.with_name(final.name + ".old")
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
+    old = part.with_name(part.name + ".old")  # a name that only we use
+    if os.path.lexists(final):
+        _remove(old)
         os.rename(final, old)
     os.rename(part, final)
     sync(final.absolute().parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
