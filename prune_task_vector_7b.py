@@ -206,22 +206,30 @@ def apply_mask(below, base: Tensor | None, bits, vector: Tensor, mask, scale: fl
     return engine.store(out)
 
 
-def process(task: Task, worker: Worker, pruning, names, save_format, device, expected) -> list[dict]:
+def check_hashes(task: Task, record: dict, want: dict, vector: TaskVector, save_format: str) -> None:
+    """Refuse bytes that are not those that extraction recorded (`want`), of the base or of the vector."""
+    if save_format == "model" and record["base"] != want["base"]:
+        raise DataError(
+            f"tensor {task.name!r} in {task.inputs[0].path}: not the base that {vector.checkpoint.label} was extracted from; "
+            "give that one as --base_model_path, or extract the vector again"
+        )
+    if record["vector"] != want["vector"]:
+        raise DataError(
+            f"tensor {task.name!r} in {vector.checkpoint.path}: not the bytes that were extracted; extract the vector again"
+        )
+
+
+def process(task: Task, worker: Worker, pruning, names, save_format, device, vectors) -> list[dict]:
     """One task, checked against the hashes that extraction recorded."""
-    if not task.inputs[0].is_parameter:
-        return copy_tensor(task, worker)
-    records = prune_tensor(task, worker, pruning, names[task.name], save_format, engine_for(device))
-    for vector, record, hashes in zip(task.inputs[-len(records) :], records, expected, strict=True):
-        want = hashes.get(task.name) or hashes[names[task.name]]  # a tied head that was not spelled out
-        if record["vector"] != want["vector"]:
-            raise DataError(
-                f"tensor {task.name!r} in {vector.path}: not the bytes that were extracted; extract the vector again"
-            )
-        if save_format == "model" and record["base"] != want["base"]:
-            raise DataError(
-                f"tensor {task.name!r} in {task.inputs[0].path}: not the base that {vector.path.parent} was extracted from; "
-                "give that one as --base_model_path, or extract the vector again"
-            )
+    if task.inputs[0].is_parameter:
+        records = prune_tensor(task, worker, pruning, names[task.name], save_format, engine_for(device))
+    else:
+        records = [record | {"vector": record["base"]} for record in copy_tensor(task, worker)]
+    for record, vector in zip(records, vectors, strict=True):
+        # A tied head may not be spelled out there; a buffer may be in this copy of the base alone.
+        want = vector.hashes.get(task.name) or vector.hashes.get(names[task.name])
+        if want:
+            check_hashes(task, record, want, vector, save_format)
     return records
 
 
@@ -310,7 +318,7 @@ def plan(base: Checkpoint | None, vectors: list[TaskVector], args: argparse.Name
             names=mask_names(whole),
             save_format=args.save_format,
             device=args.device,
-            expected=[vector.hashes for vector in vectors],
+            vectors=vectors,
         ),
         complete=partial(complete, base, vectors, parameters, args),
         passes=2 if pruning.method == "magnitude" else 1,
