@@ -38,7 +38,7 @@ from pathlib import Path
 from common import cli
 from common.checkpoint import open_checkpoint
 from common.comparison import compare
-from common.evaluation import EvalRecipe, read_eval_recipe
+from common.evaluation import EvalRecipe, check_device, read_eval_recipe
 from common.merging import (
     REPORT_NAME,
     MergePlan,
@@ -258,6 +258,7 @@ def evaluate_only(args: argparse.Namespace) -> None:
 
 def merge_and_evaluate(args: argparse.Namespace) -> None:
     """Merge by --recipe, for every weight that is asked for, and score what comes out."""
+    check_device(args.device)
     settings = MergeSettings(args.max_shard_size, args.device or "cpu", args.seed)
     merge_plan = plan_merge(read_recipe(args.recipe), args.save_path)
     choices = weight_choices(args.weights, args.weight_grid)

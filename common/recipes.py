@@ -269,18 +269,16 @@ def check_method(path: str, config: dict) -> None:
 
 
 def weighted_entries(recipe: Recipe) -> list[dict]:
-    """The model entries whose weight a sweep can set, in the recipe's order."""
+    """The entries whose weight a sweep can set: models, in the recipe's order, or else the recipe as a whole."""
     base = _path_of(recipe.config.get("base_model"))
-    found = [
-        entry
-        for entry in entries(recipe.config)
-        if _path_of(entry.get("model")) != base and "weight" in (entry.get("parameters") or {})
-    ]
+    models = [entry for entry in entries(recipe.config) if _path_of(entry.get("model")) != base]
+    found = [entry for entry in [*models, recipe.config] if "weight" in (entry.get("parameters") or {})]
+    found = [entry for entry in found if entry is not recipe.config] or found
     for entry in found:
         weight = entry["parameters"]["weight"]
         if not is_number(weight):
             raise DataError(
-                f"{recipe.path}: model {_path_of(entry['model'])}: weight is {weight!r:.60}; "
+                f"{recipe.path}: {_path_of(entry.get('model')) or 'parameters'}: weight is {weight!r:.60}; "
                 "a sweep needs one number there, which it then replaces"
             )
     if not found:

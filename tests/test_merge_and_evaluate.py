@@ -439,3 +439,11 @@ def test_several_processes_do_not_merge(here, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(DataError, match="several processes were started, and a merge needs one"):
         merge()
+
+
+def test_what_a_killed_merge_left_is_not_published(here):
+    (here / "merged.part").mkdir()
+    (here / "merged.part" / "model-00007-of-00009.safetensors").write_bytes(b"half")
+    merge()
+    assert {path.name for path in (here / "merged").glob("*.safetensors")} == {"model.safetensors"}
+    assert left_over(here) == {"merged"}

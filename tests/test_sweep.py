@@ -104,6 +104,21 @@ def test_weights_go_where_the_recipe_has_them(here):
         with_weights(recipe, (1.0, 2.0, 3.0))
 
 
+def test_a_weight_for_all_models_is_swept_too(here):
+    write(here / "recipe.yml", {"merge_method": "task_arithmetic", "base_model": "./base", "parameters": {"weight": 1.0},
+                                "models": [{"model": "./wild"}, {"model": "./west"}]})  # fmt: skip
+    assert with_weights(read_recipe("recipe.yml"), (0.5,)).config["parameters"] == {"weight": 0.5}
+
+
+def test_a_gradient_is_not_swept(here):
+    models = [{"model": "./wild", "parameters": {"weight": [0.1, 0.9]}}]
+    write(here / "recipe.yml", {**RECIPE, "models": models})
+    with pytest.raises(
+        DataError, match=r"recipe.yml: ./wild: weight is \[0.1, 0.9\]; a sweep needs one number there"
+    ):
+        with_weights(read_recipe("recipe.yml"), (0.5,))
+
+
 def test_weights_that_would_cancel_are_not_swept(here):
     """ties divides by the sum of the weights: equal ones change nothing, so its lambda is swept, or nothing."""
     write(here / "recipe.yml", {**RECIPE, "merge_method": "ties", "parameters": {"lambda": 1.0}})
