@@ -87,12 +87,18 @@ def make(directory: Path, layers: int, seed: int = 0) -> None:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--save_path", type=Path, required=True, help="where the three models go")
-    parser.add_argument("--layers", type=positive_int, default=4, help="layers; 32 are Mistral-7B (default: 4)")
+    parser.add_argument(
+        "--layers", type=positive_int, default=4, help="layers; 32 are Mistral-7B (default: 4)"
+    )
     args = parser.parse_args(argv)
     make(args.save_path, args.layers)
-    print(f"wrote base, finetuned1 and finetuned2 to {args.save_path} ({3 * model_bytes(args.layers) / 1e9:.1f} GB)")
+    print(
+        f"wrote base, finetuned1 and finetuned2 to {args.save_path} ({3 * model_bytes(args.layers) / 1e9:.1f} GB)"
+    )
 
 
 if __name__ == "__main__":
