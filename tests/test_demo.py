@@ -2,10 +2,12 @@
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 DEMO = Path(__file__).resolve().parent.parent / "examples" / "tiny_mistral"
 sys.path.insert(0, str(DEMO))
@@ -81,3 +83,16 @@ def test_models_are_sharded_checkpoints_that_share_names_shapes_and_tokenizer(tm
         index = json.loads((tmp_path / name / "model.safetensors.index.json").read_text())
         assert len(set(index["weight_map"].values())) > 1
         assert AutoTokenizer.from_pretrained(tmp_path / name)("The capital")["input_ids"][0] == 0
+
+
+@pytest.mark.parametrize("recipe", sorted((DEMO / "recipes").glob("*.yml")), ids=lambda path: path.stem)
+def test_recipes_load_in_their_tools_and_are_used_by_the_demo(recipe):
+    from mergekit.config import MergeConfiguration
+
+    content = yaml.safe_load(recipe.read_text())
+    if recipe.stem == "evaluate":
+        assert content["tasks"] == ["tiny_test"]
+    else:
+        config = MergeConfiguration.model_validate(content)
+        assert len(config.models) == 2
+    assert re.search(rf"\b{recipe.stem}\b", (DEMO / "run.sh").read_text())
