@@ -129,8 +129,8 @@ def main(argv=None) -> None:
     if args.dry_run:
         print(describe(job, [finetuned, base]))
         return
-    execute(job, args.overwrite)
-    print(f"wrote {args.save_path} ({job.outputs[0].nbytes / 1e9:.3f} GB, {args.dtype})")
+    if execute(job, args.overwrite):
+        print(f"wrote {args.save_path} ({job.outputs[0].nbytes / 1e9:.3f} GB, {args.dtype})")
 
 
 if __name__ == "__main__":

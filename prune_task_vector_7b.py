@@ -370,7 +370,8 @@ def main(argv=None) -> None:
     if args.dry_run:
         print(describe(job, [*([base] if base else []), *(vector.checkpoint for vector in vectors)]))
         return
-    execute(job, args.overwrite)
+    if not execute(job, args.overwrite):
+        return
     for path, output in zip(args.save_directories, job.outputs, strict=True):
         print(table(read_json(output.final / REPORT)))
         print(

@@ -61,18 +61,22 @@ def _parents(job: Job) -> str:
     return ", ".join(sorted({str(output.final.absolute().parent) for output in job.outputs}))
 
 
-def execute(job: Job, overwrite: bool) -> None:
+def execute(job: Job, overwrite: bool) -> bool:
     """Do the job, or go on with it where an earlier run of the same command stopped.
 
-    Raises DataError for bad data (what was written is removed: going on would meet the same data again); whatever
-    else stops it leaves whole shards in <save_path>.part for the next run.
+    Returns whether this process is the one that published. Raises DataError for bad data (what was written is
+    removed: going on would meet the same data again); whatever else stops it leaves whole shards in
+    <save_path>.part for the next run.
     """
     processes = group()
     holds = _claim(job, overwrite) if processes.is_main else []
-    wait_for_everyone(processes)
+    wait_for_everyone(processes)  # until the output is claimed
     try:
-        if not all(sink.already_published(output, job.identity) for output in job.outputs):
-            _stream(job, processes)
+        whole = sink.whole_shards([output for output in job.outputs if output.part.is_dir()], job.outputs)
+        wait_for_everyone(
+            processes
+        )  # until all have seen what is there, before anyone adds to it or publishes
+        _stream(job, processes, whole)
         if processes.is_main:
             sink.publish(job.outputs, job.complete)
     except DataError:
@@ -81,51 +85,52 @@ def execute(job: Job, overwrite: bool) -> None:
     finally:
         for descriptor in holds:
             os.close(descriptor)
+    return processes.is_main
 
 
 def _claim(job: Job, overwrite: bool) -> list[int]:
+    """Lock every output that this run has not published yet, and check that there is room for the rest of it."""
     waiting = [output for output in job.outputs if not sink.already_published(output, job.identity)]
-    holds = [sink.claim(output, job.identity, overwrite) for output in waiting]
-    if (
-        waiting
-        and len(waiting) < len(job.outputs)
-        and len(sink.whole_shards(waiting)) < len(waiting[0].shards)
-    ):
-        raise DataError(
-            f"{waiting[0].part}: incomplete, though the other outputs of this run are there; give --overwrite"
-        )
-    if waiting:
-        whole = sink.whole_shards(waiting)
+    holds = []
+    try:
+        for output in waiting:
+            holds.append(sink.claim(output, job.identity, overwrite))
+        whole = sink.whole_shards(waiting, job.outputs)
+        if len(waiting) < len(job.outputs) and len(whole) < len(job.outputs[0].shards):
+            raise DataError(
+                f"{waiting[0].part}: incomplete, though the other outputs of this run are there; "
+                "delete those, or start afresh with --overwrite"
+            )
         check_disk(
             {o.final: sum(s.nbytes for i, s in enumerate(o.shards) if i not in whole) for o in waiting}
         )
+    except DataError:
+        for output, descriptor in zip(waiting, holds, strict=False):
+            sink.release(output, descriptor)
+        raise
     return holds
 
 
-def _stream(job: Job, processes: Group) -> None:
+def _stream(job: Job, processes: Group, whole: set[int]) -> None:
     """Process this process's shards; the main one then waits until the others' are whole too."""
-    waiting = [output for output in job.outputs if output.part.is_dir()]
-    whole = sink.whole_shards(waiting)
     mine = deal([shard.nbytes for shard in job.outputs[0].shards], processes)
     tasks = [task for task in job.tasks if task.shard in mine - whole]
-    total = sum(job.moves(task) for task in job.tasks)
-    done = sum(job.moves(task) for task in job.tasks if task.shard in whole)
     bar = tqdm(
-        total=total,
-        initial=done,
+        total=sum(job.moves(task) for task in job.tasks),
+        initial=sum(job.moves(task) for task in job.tasks if task.shard in whole),
         unit="B",
         unit_scale=True,
         desc=job.title,
         disable=not processes.is_main,
         mininterval=0.2,
     )
+    lock = threading.Lock()
+
+    def moved(nbytes: int) -> None:
+        with lock:
+            bar.update(nbytes)
+
     with bar:
-        lock = threading.Lock()
-
-        def moved(nbytes: int) -> None:
-            with lock:
-                bar.update(nbytes)
-
         if tasks:
             stream.run(tasks, job.process, sink.Sink(job.outputs), moved, stream.worker_count())
         if processes.is_main:
@@ -134,7 +139,7 @@ def _stream(job: Job, processes: Group) -> None:
 
 def _wait_for_others(job: Job, seen: set[int], bar: tqdm) -> None:
     while len(seen) < len(job.outputs[0].shards):
-        new = sink.whole_shards(job.outputs) - seen
+        new = sink.whole_shards(job.outputs, job.outputs) - seen
         bar.update(sum(job.moves(task) for task in job.tasks if task.shard in new))
         seen = seen | new
         time.sleep(0.2)

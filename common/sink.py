@@ -91,16 +91,20 @@ def claim(output: Output, identity: dict, overwrite: bool) -> int:
     return descriptor
 
 
-def whole_shards(outputs: list[Output]) -> set[int]:
-    """The numbers of the shards that are whole in every output."""
+def whole_shards(waiting: list[Output], outputs: list[Output]) -> set[int]:
+    """The numbers of the shards that are whole in every output that waits to be published (of all `outputs`)."""
     return {
         i
         for i in range(len(outputs[0].shards))
-        if all(
-            _record_path(output, i).is_file() and (output.part / output.shards[i].filename).is_file()
-            for output in outputs
-        )
+        if all(_record_path(o, i).is_file() and (o.part / o.shards[i].filename).is_file() for o in waiting)
     }
+
+
+def release(output: Output, descriptor: int) -> None:
+    """Give up a claim; a .part in which nothing was written goes."""
+    if all(path.name == RUN for path in output.part.iterdir()):
+        shutil.rmtree(output.part, ignore_errors=True)
+    os.close(descriptor)
 
 
 def _record_path(output: Output, shard: int) -> Path:
