@@ -20,6 +20,7 @@ of memory whatever the size of the model; magnitude reads the vectors twice. Sev
 """
 
 import argparse
+import os
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -222,7 +223,7 @@ def check_hashes(task: Task, record: dict, want: dict, vector: TaskVector, save_
 def process(task: Task, worker: Worker, pruning, names, save_format, device, vectors) -> list[dict]:
     """One task, checked against the hashes that extraction recorded."""
     if task.inputs[0].is_parameter:
-        records = prune_tensor(task, worker, pruning, names[task.name], save_format, engine_for(device))
+        records = prune_tensor(task, worker, pruning, names[task.name], save_format, engine)
     else:
         records = [record | {"vector": record["base"]} for record in copy_tensor(task, worker)]
     for record, vector in zip(records, vectors, strict=True):
@@ -234,14 +235,16 @@ def process(task: Task, worker: Worker, pruning, names, save_format, device, vec
 
 
 def engine_for(device: str):
-    """The module that does the arithmetic."""
+    """What does the arithmetic; `cuda` under torchrun is each process's own GPU. Raises DataError if it is not there."""
     if device == "cpu":
         from common import kernels
 
         return kernels
     from common.torch_kernels import engine
 
-    return engine(device)
+    return engine(
+        f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+    )
 
 
 # --- the whole --------------------------------------------------------------------------------------
@@ -317,7 +320,7 @@ def plan(base: Checkpoint | None, vectors: list[TaskVector], args: argparse.Name
             pruning=pruning,
             names=mask_names(whole),
             save_format=args.save_format,
-            device=args.device,
+            engine=engine_for(args.device),
             vectors=vectors,
         ),
         complete=partial(complete, base, vectors, parameters, args),
