@@ -220,7 +220,7 @@ def check_hashes(task: Task, record: dict, want: dict, vector: TaskVector, save_
         )
 
 
-def process(task: Task, worker: Worker, pruning, names, save_format, device, vectors) -> list[dict]:
+def process(task: Task, worker: Worker, pruning, names, save_format, engine, vectors) -> list[dict]:
     """One task, checked against the hashes that extraction recorded."""
     if task.inputs[0].is_parameter:
         records = prune_tensor(task, worker, pruning, names[task.name], save_format, engine)
