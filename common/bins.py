@@ -49,6 +49,7 @@ def _records(path: Path) -> dict[int, int]:
         except (
             zipfile.BadZipFile,
             NotImplementedError,
+            OSError,
             RuntimeError,
             ValueError,
             EOFError,

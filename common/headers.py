@@ -38,6 +38,7 @@ DTYPE_CODES = {name: code for code, name in DTYPE_NAMES.items()}
 
 MAX_HEADER_BYTES = 25_000_000  # the largest public checkpoints have shards with headers of a few MB
 MAX_DIMENSIONS = 16
+MAX_NAME = 1000  # characters of a tensor's name
 MAX_DEPTH = 50  # of objects and lists in a config.json; Python's own limit would be hit while writing it
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -129,6 +130,8 @@ def _shape_bytes(shape: list, dtype: str, limit: int) -> int | None:
 
 def _check_entry(path: Path, name: str, entry, data_bytes: int) -> tuple[str, tuple[int, ...], int, int]:
     """(dtype, shape, begin, end) of one header entry, every number of it checked."""
+    if len(name) > MAX_NAME:
+        raise DataError(f"{path}: a tensor's name of {len(name)} characters, at most {MAX_NAME} are accepted")
     where = f"tensor {name!r} in {path}"
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise DataError(f"{where}: the header needs dtype, shape and data_offsets; download the file again")
@@ -201,19 +204,20 @@ def read_file_header(path: Path) -> list[Tensor]:
     return [Tensor(n, d, s, path, start + b, e - b) for n, d, s, b, e in entries]
 
 
+def _is_plain_name(file, suffix: str) -> bool:
+    """Whether a name from an index is that of a file in the same directory, and fit to be printed."""
+    if not isinstance(file, str) or not file.endswith(suffix) or file.startswith("."):
+        return False
+    return file.isprintable() and len(file.encode()) <= 255 and not set(file) & set("/\\")
+
+
 def read_index(path: Path, suffix: str) -> dict[str, str]:
     """{tensor name: file name} of an index; file names must be plain names that end in `suffix`."""
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise DataError(f"{path}: needs a 'weight_map' of tensor names to files; download it again")
     for name, file in weight_map.items():
-        plain = (
-            isinstance(file, str)
-            and file.endswith(suffix)
-            and file.isprintable()
-            and not set(file) & set("/\\")
-        )
-        if not plain or file.startswith("."):
+        if not _is_plain_name(file, suffix):
             raise DataError(
                 f"{path}: tensor {name!r} is mapped to {file!r:.80}, which is no plain file name "
                 f"ending in {suffix}; get the checkpoint from a source you trust"
