@@ -21,7 +21,6 @@ of memory whatever the size of the model; magnitude reads the vectors twice. Sev
 
 import argparse
 import os
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -30,12 +29,13 @@ from common.cli import add_output_flags, positive_int, run, sparsity
 from common.errors import DataError
 from common.headers import Tensor, read_json
 from common.plan import check_floats, check_places, mask_names, match, plan_shards
-from common.pruners import Pruning, masks_by_block
-from common.report import Tally, build, table
+from common.prune_tensor import prune_tensor
+from common.pruners import Pruning
+from common.report import build, table
 from common.run import Job, describe, execute, input_files
 from common.sink import Output
 from common.staging import write_json
-from common.stream import Task, Worker, copy_tensor, new_hash, refuse_not_finite
+from common.stream import Task, Worker, copy_tensor
 from common.task_vector import TaskVector, read_task_vector, write_pruned_vector_json
 
 REPORT = "prune_report.json"
@@ -123,90 +123,6 @@ def pruning_of(args: argparse.Namespace) -> Pruning:
     return Pruning(args.pruning_method, density, args.n, args.m, args.seed, args.conflict_aware, args.rescale)
 
 
-# --- one tensor -------------------------------------------------------------------------------------
-
-
-class Overlaps:
-    """Counts of one tensor for all vectors, block by block."""
-
-    def __init__(self, pruning: Pruning, dtypes: list[str], numel: int, engine):
-        self._pruning, self._dtypes, self._engine = pruning, dtypes, engine
-        count = len(dtypes)
-        self.tallies = [Tally(numel=numel, both=[0] * count, either=[0] * count) for _ in dtypes]
-
-    def take(self, start: int, vectors: list, masks: list) -> None:
-        """Count one block."""
-        engine, kept = self._engine, [self._engine.count(mask) for mask in masks]
-        for j, tally in enumerate(self.tallies):
-            energies = engine.energy(vectors[j], self._dtypes[j], masks[j])
-            tally.kept += kept[j]
-            tally.energy_kept += energies[0]
-            tally.energy += energies[1]
-            tally.runs = engine.tally_runs(masks[j], start, self._pruning.m, tally.runs)
-            for i in range(j):
-                both = engine.count(masks[i] & masks[j])
-                for a, b in ((i, j), (j, i)):
-                    self.tallies[a].both[b] += both
-                    self.tallies[a].either[b] += kept[i] + kept[j] - both
-
-
-def prune_tensor(
-    task: Task, worker: Worker, pruning: Pruning, mask_name: str, save_format: str, engine
-) -> list[dict]:
-    """Prune one tensor of every vector; each record has hashes of base, vector and result, and the counts."""
-    base, vectors = (task.inputs[0], task.inputs[1:]) if save_format == "model" else (None, task.inputs)
-    dtypes = [vector.dtype for vector in vectors]
-    overlaps = Overlaps(pruning, dtypes, vectors[0].numel, engine)
-    hashes = {
-        key: new_hash() for key in ["base", *range(len(vectors)), *(f"out{j}" for j in range(len(vectors)))]
-    }
-    raw = {}
-
-    def read(j: int, start: int, stop: int):
-        raw[j] = worker.read(vectors[j], start, stop, j)
-        return engine.load(raw[j])
-
-    for start, stop, bits, masks in masks_by_block(
-        pruning, mask_name, dtypes, vectors[0].numel, read, engine
-    ):
-        below = None
-        if base:
-            raw["base"] = worker.read(base, start, stop, len(vectors))
-            hashes["base"].update(raw["base"])
-            below = engine.load(raw["base"])
-            refuse_not_finite(base, below, engine)
-        for j, vector in enumerate(vectors):
-            hashes[j].update(raw[j])
-            refuse_not_finite(vector, bits[j], engine)
-            out = apply_mask(below, base, bits[j], vector, masks[j], pruning.scale, engine)
-            hashes[f"out{j}"].update(out)
-            worker.write(task, j, start, out)
-        overlaps.take(start, bits, masks)
-    return [
-        {
-            "base": hashes["base"].hexdigest(),
-            "vector": hashes[j].hexdigest(),
-            "written": hashes[f"out{j}"].hexdigest(),
-            "tally": asdict(tally),
-        }
-        for j, tally in enumerate(overlaps.tallies)
-    ]
-
-
-def apply_mask(below, base: Tensor | None, bits, vector: Tensor, mask, scale: float, engine):
-    """The block to write: base + what the mask keeps, or what the mask keeps. Raises DataError on overflow."""
-    if base is None:
-        out, dtype = engine.keep_vector(bits, vector.dtype, mask, scale), vector.dtype
-    else:
-        out, dtype = engine.add_kept(below, base.dtype, bits, vector.dtype, mask, scale), base.dtype
-    if not engine.all_finite(out, dtype):
-        raise DataError(
-            f"tensor {vector.name!r} of {vector.path.parent}: a result is beyond the largest {dtype}; use base and vectors "
-            "in bfloat16 or float32, or no --rescale"
-        )
-    return engine.store(out)
-
-
 def check_hashes(task: Task, record: dict, want: dict, vector: TaskVector, save_format: str) -> None:
     """Refuse bytes that are not those that extraction recorded (`want`), of the base or of the vector."""
     if save_format == "model" and record["base"] != want["base"]:
@@ -245,9 +161,6 @@ def engine_for(device: str):
     return engine(
         f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
     )
-
-
-# --- the whole --------------------------------------------------------------------------------------
 
 
 def open_vectors(paths: list[str]) -> list[TaskVector]:

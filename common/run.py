@@ -71,16 +71,15 @@ def execute(job: Job, overwrite: bool) -> bool:
     processes = group()
     holds = _claim(job, overwrite) if processes.is_main else []
     wait_for_everyone(processes)  # until the output is claimed
+    whole = sink.whole_shards([output for output in job.outputs if output.part.is_dir()], job.outputs)
+    wait_for_everyone(processes)  # until all have seen what is there, before anyone adds to it or publishes
     try:
-        whole = sink.whole_shards([output for output in job.outputs if output.part.is_dir()], job.outputs)
-        wait_for_everyone(
-            processes
-        )  # until all have seen what is there, before anyone adds to it or publishes
         _stream(job, processes, whole)
         if processes.is_main:
             sink.publish(job.outputs, job.complete)
     except DataError:
-        sink.discard(job.outputs)
+        if processes.is_main:
+            sink.discard(job.outputs)
         raise
     finally:
         for descriptor in holds:
