@@ -38,7 +38,7 @@ from pathlib import Path
 from common import cli
 from common.checkpoint import open_checkpoint
 from common.comparison import compare
-from common.evaluation import EvalRecipe, check_device, read_eval_recipe
+from common.eval_recipes import EvalRecipe, check_device, read_eval_recipe
 from common.merging import (
     REPORT_NAME,
     MergePlan,

@@ -13,19 +13,14 @@ from pathlib import Path
 from common import plan
 from common.checkpoint import Checkpoint, companion_files, copy_companions, open_checkpoint
 from common.errors import DataError
-from common.hashing import file_hash, text_hash
-from common.headers import DTYPE_CODES, DTYPE_NAMES, Tensor, read_headers, read_json
+from common.hashing import file_hash, tensor_hashes, text_hash
+from common.headers import DTYPE_CODES, DTYPE_NAMES, FLOAT_DTYPES, Tensor, read_headers, read_json
 from common.recipes import Recipe, model_paths, with_paths
 from common.staging import staged_directory, write_json
 
 REPORT_NAME = "merge_report.json"
-BLOCK_BYTES = 8 << 20
-_EXPONENT = {
-    "F16": ("<u2", 0x7C00),
-    "BF16": ("<u2", 0x7F80),
-    "F32": ("<u4", 0x7F800000),
-    "F64": ("<u8", 0x7FF0000000000000),
-}  # all exponent bits set: NaN or infinity
+TOKEN_KEYS = ("tokenizer", "tokenizer_source", "chat_template")  # with one of these mergekit makes it
+EXPONENT_BITS = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000, "F64": 0x7FF0000000000000}
 
 
 @dataclass(frozen=True)
@@ -161,12 +156,11 @@ def _run_mergekit(merge_plan: MergePlan, directory: Path, settings: MergeSetting
 
     register()
     recipe = merge_plan.recipe
-    remaps_tokens = {"tokenizer", "tokenizer_source", "chat_template"} & recipe.config.keys()
     options = MergeOptions(
         out_shard_size=settings.max_shard_size,
         device=settings.device,
         random_seed=settings.seed,
-        copy_tokenizer=bool(remaps_tokens),
+        copy_tokenizer=any(recipe.config.get(key) for key in TOKEN_KEYS),
     )
     try:
         run_merge(
@@ -184,36 +178,34 @@ def _run_mergekit(merge_plan: MergePlan, directory: Path, settings: MergeSetting
         infer_architecture_info.cache_clear()
 
 
-def check_tensor(tensor: Tensor) -> tuple[str, int]:
-    """(xxh3_128 of the tensor's bytes, how many of its values are NaN or infinite), in blocks."""
-    import numpy as np
-    import xxhash
+def count_not_finite(dtype: str, bits) -> int:
+    """How many values of a block of bits are NaN or infinite: those whose exponent bits are all set."""
+    from common import kernels
 
-    state, broken, left = xxhash.xxh3_128(), 0, tensor.nbytes
-    dtype, exponent = _EXPONENT.get(tensor.dtype, (None, 0))
-    with open(tensor.path, "rb") as file:
-        file.seek(tensor.offset)
-        while left and (block := file.read(min(left, BLOCK_BYTES))):
-            state.update(block)
-            left -= len(block)
-            if dtype:
-                broken += int(np.count_nonzero(np.frombuffer(block, dtype) & exponent == exponent))
-    return state.hexdigest(), broken
+    exponent = EXPONENT_BITS.get(dtype)
+    if exponent is None or (dtype in FLOAT_DTYPES and kernels.all_finite(bits, dtype)):
+        return 0
+    return int((bits & exponent == exponent).sum())
 
 
 def check_merged(directory: Path, recipe: Recipe) -> dict[str, str]:
     """{tensor: hash} of what mergekit wrote. Raises DataError if a value is NaN or infinite."""
-    hashes = {}
-    for tensor in read_headers(directory) or ():
-        hashes[tensor.name], broken = check_tensor(tensor)
-        if broken:
+    tensors = read_headers(directory)
+    if not tensors:
+        raise DataError(f"{recipe.path}: mergekit wrote no tensors to {directory}; mend the recipe")
+    broken = {tensor.name: 0 for tensor in tensors}
+
+    def look(tensor: Tensor, bits) -> None:
+        broken[tensor.name] += count_not_finite(tensor.dtype, bits)
+
+    hashes = tensor_hashes(tensors, "check the merge", look)
+    for tensor in tensors:
+        if broken[tensor.name]:
             raise DataError(
-                f"tensor {tensor.name!r} of the merge by {recipe.path} has {broken} values that are NaN or "
-                f"infinite in {DTYPE_NAMES.get(tensor.dtype, tensor.dtype)}; lower the weights, or set "
+                f"tensor {tensor.name!r} of the merge by {recipe.path} has {broken[tensor.name]} values that are NaN "
+                f"or infinite in {DTYPE_NAMES.get(tensor.dtype, tensor.dtype)}; lower the weights, or set "
                 "out_dtype: bfloat16 or float32 in the recipe"
             )
-    if not hashes:
-        raise DataError(f"{recipe.path}: mergekit wrote no tensors to {directory}; mend the recipe")
     return hashes
 
 
@@ -225,10 +217,18 @@ def _name_card(directory: Path, name: str) -> None:
     )
 
 
-def _add_tokenizer(directory: Path, checkpoints: tuple[Checkpoint, ...]) -> None:
+def _add_tokenizer(directory: Path, merge_plan: MergePlan) -> None:
     """Tokenizer and generation config of the base, or of the first model that has one, unless mergekit wrote one."""
-    donor = next((model.path for model in checkpoints if any(model.path.glob("tokenizer*"))), None)
-    if donor and not any(directory.glob("tokenizer*")):
+    if any(directory.glob("tokenizer*")):
+        return
+    asked = [key for key in TOKEN_KEYS if merge_plan.recipe.config.get(key)]
+    if asked:
+        raise DataError(
+            f"{merge_plan.recipe.path}: mergekit could not make the tokenizer that `{asked[0]}` asks for "
+            "(its reason is above); mend the recipe"
+        )
+    donor = next((model.path for model in merge_plan.checkpoints if any(model.path.glob("tokenizer*"))), None)
+    if donor:
         copy_companions(donor, directory)
 
 
@@ -239,7 +239,7 @@ def merge(merge_plan: MergePlan, digests: dict[str, str], settings: MergeSetting
         plan.check_disk({merge_plan.save_path: merge_plan.nbytes})
         _run_mergekit(merge_plan, part, settings)
         _name_card(part, merge_plan.save_path.name)
-        _add_tokenizer(part, merge_plan.checkpoints)
+        _add_tokenizer(part, merge_plan)
         report = {
             "identity": merge_identity(recipe, digests, settings),
             **origin(recipe, digests, settings),

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from common.errors import DataError
 
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -242,9 +244,32 @@ def _check_counts(path: str, method, holders: list[tuple[str, dict, bool]]) -> N
             )
 
 
+def _check_dtypes(path: str, config: dict) -> None:
+    for key in ("dtype", "out_dtype"):
+        if config.get(key) and config[key] not in DTYPES:
+            raise DataError(f"{path}: {key} is {config[key]!r:.60}, needed is one of {', '.join(DTYPES)}")
+
+
+def _check_inputs(path: str, method, config: dict) -> None:
+    """As many models as the method takes, each once, and a base if it needs one."""
+    base, models = (
+        _path_of(config.get("base_model")),
+        [_path_of(e.get("model")) for e in _as_list(config.get("models"))],
+    )
+    if "" in (base, *models):
+        raise DataError(f"{path}: the path of a model is empty; write it out, or leave out the entry")
+    try:
+        method.validate_inputs(models if base is None or base in models else [*models, base], base)
+    except ValueError as error:
+        raise DataError(f"{path}: merge_method {method.spec.name}: {error}; mend the recipe") from None
+
+
 def check_method(path: str, config: dict) -> None:
     """Refuse parameters that the merge method ignores or lacks, and values it cannot use."""
     method = _method(path, config["merge_method"])
+    _check_dtypes(path, config)
+    if config.get("models"):
+        _check_inputs(path, method, config)
     shared = config.get("parameters") or {}
     holders = [("parameters", shared, False)]
     holders += [
@@ -256,7 +281,7 @@ def check_method(path: str, config: dict) -> None:
         _check_values(path, method, where, parameters)
     needed = [spec.name for spec in method.spec.input_parameters if spec.required and spec.name not in shared]
     for where, parameters, _ in holders[1:]:
-        missing = [name for name in needed if name not in parameters]
+        missing = [name for name in needed if parameters.get(name) in (None, [])]
         if missing and config.get("models") and where != f"model {_path_of(config.get('base_model'))}":
             raise DataError(
                 f"{path}: {where} has no {missing[0]}; merge_method {method.spec.name} needs one per model"

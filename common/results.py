@@ -10,7 +10,7 @@ from pathlib import Path
 
 from common import scores
 from common.errors import DataError
-from common.evaluation import EvalRecipe
+from common.eval_recipes import EvalRecipe
 from common.headers import read_json
 from common.staging import write_file, write_json
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from common.checkpoint import Checkpoint
 from common.errors import DataError
-from common.evaluation import EvalRecipe, Tasks, eval_identity, evaluate
+from common.eval_recipes import EvalRecipe
+from common.eval_tasks import Tasks
+from common.evaluation import eval_identity, evaluate
 from common.headers import read_json
 from common.results import print_results, provenance, with_summary, write_results, write_samples
 from common.scores import missing_scores

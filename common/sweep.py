@@ -12,7 +12,9 @@ from pathlib import Path
 
 from common import merging, scoring
 from common.errors import DataError
-from common.evaluation import EvalRecipe, eval_identity, find_tasks
+from common.eval_recipes import EvalRecipe
+from common.eval_tasks import find_tasks
+from common.evaluation import eval_identity
 from common.hashing import text_hash
 from common.headers import read_json
 from common.merging import MergePlan, MergeSettings

@@ -108,7 +108,7 @@ def test_merged_directory_is_whole(here):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from common.headers import read_headers
-    from common.merging import check_tensor
+    from common.hashing import tensor_hashes
 
     merge("--max_shard_size", "20KB")
     assert (here / "merged" / "model.safetensors.index.json").is_file()
@@ -116,7 +116,7 @@ def test_merged_directory_is_whole(here):
     assert str(model.dtype) == "torch.float16"
     assert AutoTokenizer.from_pretrained("merged")("the sky").input_ids == [3, 8]
     hashes = json.loads((here / "merged" / "merge_report.json").read_text())["tensors"]
-    assert hashes == {tensor.name: check_tensor(tensor)[0] for tensor in read_headers(here / "merged")}
+    assert hashes == tensor_hashes(read_headers(here / "merged"), "read back")
     assert "\n# merged\n" in (here / "merged" / "README.md").read_text()
     modes = {path.stat().st_mode & 0o777 for path in (here / "merged").iterdir()}
     assert modes == {0o644}
@@ -307,6 +307,12 @@ RECIPE_REFUSALS = [
     (changed(models=models_with(weight=1.0) + [{"model": "./a+b", "parameters": {"weight": 1}}]),
      "'./a+b': mergekit takes '+' and '@' in a path for a LoRA or a revision; rename the directory, or merge the LoRA "
      "and download the revision first"),
+    (changed(base_model=None), "merge_method task_arithmetic: Merge method requires a base input; mend the recipe"),
+    (changed(models=RECIPE["models"] * 2), "merge_method task_arithmetic: Duplicate merge inputs; mend the recipe"),
+    (changed(base_model=""), "the path of a model is empty; write it out, or leave out the entry"),
+    (changed(models=models_with(weight=[])), "model ./west has no weight; "),
+    (changed(dtype="half"), "dtype is 'half', needed is one of float16, bfloat16, float32, float64"),
+    (changed(chat_template="{x"), "mergekit could not make the tokenizer that `chat_template` asks for"),
     (changed(models=None), "Exactly one of 'models', 'slices', or 'modules' must be present"),
     (changed(models=7), "models: Input should be a valid list; mend the recipe"),
     (["models"], "found list, needed is a mapping of keys to values"),
@@ -372,6 +378,9 @@ EVAL_REFUSALS = [
     ({**EVAL, "device": "cuda:7"}, "device 'cuda:7' is not there: torch sees "),
     ({**EVAL, "device": "gpu"}, "device 'gpu' is none that torch knows; try cpu, cuda, cuda:0 or mps"),
     ({**EVAL, "wandb_args": {}}, "eval.yml: 'wandb_args' is for `lm_eval run` itself; leave it out here"),
+    ({**EVAL, "model_args": 5}, "eval.yml: model_args is 5, needed is a mapping"),
+    ({**EVAL, "include_path": 5}, "eval.yml: include_path is 5, needed is text"),
+    ({**EVAL, "seed": "x"}, "eval.yml: lm-eval refuses it: seed values must be integers or None, got 'x'; mend the recipe"),
     ({**EVAL, "model": "hff"}, "eval.yml: lm-eval could not score"),
 ]  # fmt: skip
 

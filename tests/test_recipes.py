@@ -136,7 +136,8 @@ def test_the_leaderboard_group_sets_the_shots(monkeypatch):
     """lm-eval's own TaskManager builds all 62 tasks offline; only the download of their data is left out."""
     from lm_eval.api.task import ConfigurableTask, TaskConfig
 
-    from common.evaluation import find_tasks, read_eval_recipe
+    from common.eval_recipes import read_eval_recipe
+    from common.eval_tasks import find_tasks
 
     def without_data(task, config, **_):
         task._config = TaskConfig(**{key: value for key, value in config.items() if key != "class"})
