@@ -12,6 +12,7 @@ Per tensor, and summed over groups of like tensors and over the model:
 import re
 from dataclasses import dataclass, field
 
+NAME = "prune_report.json"
 GROUPS = [
     ("embeddings", r"embed_tokens|wte|wpe|embed_in|embed_positions|word_embeddings|tok_embeddings"),
     ("head", r"lm_head|embed_out|score\."),

@@ -107,8 +107,8 @@ def test_merged_directory_is_whole(here):
     """transformers loads it, dtype and tokenizer included, and merge_report.json has every tensor's hash."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from common.headers import read_headers
     from common.hashing import tensor_hashes
+    from common.headers import read_headers
 
     merge("--max_shard_size", "20KB")
     assert (here / "merged" / "model.safetensors.index.json").is_file()
