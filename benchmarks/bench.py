@@ -61,13 +61,16 @@ def cases(directory: Path) -> dict[str, dict]:
         "--save_path",
         out,
     ]
-    return {
+    rows = {
         "convert": {"command": convert, "reads": [], "copies": [base], "outputs": [out]},
         "extract": {"command": extract, "reads": [base], "copies": [tuned], "outputs": [out]},
         "prune nm 64:256": prune(directory),
         "prune magnitude": prune(directory, "--pruning_method", "magnitude"),
         "prune random": prune(directory, "--pruning_method", "random", "--rescale"),
     }
+    if shutil.which("nvidia-smi"):
+        rows["prune nm 64:256, cuda"] = prune(directory, "--device", "cuda")
+    return rows
 
 
 def timed(command: list, quiet: bool = True) -> tuple[float, float]:
@@ -178,6 +181,33 @@ def measure_kernels() -> dict[str, float]:
     return {"ours_ns": fast, "topk_scatter_ns": best(obvious, 3), "threads": threads}
 
 
+def measure_gpu() -> dict[str, float]:
+    """GB/s of bits read by nm 64:256 on the GPU, and of a plain copy on it (bytes read); empty without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    from common.torch_kernels import nm_mask
+
+    bits = torch.randint(0, 0x7C00, (1 << 26,), dtype=torch.int16, device="cuda")
+
+    def rate(call):
+        for _ in range(3):
+            call()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(10):
+            call()
+        torch.cuda.synchronize()
+        return 10 * bits.nbytes / (time.perf_counter() - start) / 1e9
+
+    return {
+        "name": torch.cuda.get_device_name(),
+        "nm_GB_per_s": rate(lambda: nm_mask(bits, "F16", None, 0, 64, 256)),
+        "copy_GB_per_s": rate(lambda: bits.clone()),
+    }
+
+
 def prepare(directory: Path, layers: int) -> None:
     """Models and task vectors of this depth, made once."""
     if not (directory / "vector2").is_dir():
@@ -236,7 +266,7 @@ def main(argv=None) -> None:
             obvious[layers] = measure_obvious(directory)
         if not args.keep:
             remove([directory])
-    kernels = measure_kernels()
+    kernels, gpu = measure_kernels(), measure_gpu()
     print(
         f"\n{platform.machine()}, {os.cpu_count()} cores, float16, medians of {args.pairs} pairs\n\n{table(results)}\n"
     )
@@ -247,7 +277,11 @@ def main(argv=None) -> None:
         )
     print(f"nm kernel: {kernels['ours_ns']:.2f} ns per element and vector on {kernels['threads']} threads, "
           f"topk + scatter {kernels['topk_scatter_ns']:.1f} ns, {kernels['topk_scatter_ns'] / kernels['ours_ns']:.0f} ×")  # fmt: skip
-    print(json.dumps({"results": results, "obvious": obvious, "kernels": kernels}))
+    if gpu:
+        print(
+            f"{gpu['name']}: nm kernel {gpu['nm_GB_per_s']:.0f} GB/s, copy on the card {gpu['copy_GB_per_s']:.0f} GB/s"
+        )
+    print(json.dumps({"results": results, "obvious": obvious, "kernels": kernels, "gpu": gpu}))
 
 
 if __name__ == "__main__":
