@@ -139,9 +139,9 @@ def _check_entry(path: Path, name: str, entry, data_bytes: int) -> tuple[str, tu
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise DataError(f"{where}: unknown dtype {dtype!r:.40}; known are {', '.join(DTYPE_BYTES)}")
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
-        raise DataError(f"{where}: {str(shape):.60} is no shape; download the file again")
+        raise DataError(f"{where}: {shape!r:.60} is no shape; download the file again")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise DataError(f"{where}: {str(offsets):.60} are no data_offsets; download the file again")
+        raise DataError(f"{where}: {offsets!r:.60} are no data_offsets; download the file again")
     begin, end = offsets
     if begin > end or end > data_bytes:
         raise DataError(
@@ -219,7 +219,7 @@ def read_index(path: Path, suffix: str) -> dict[str, str]:
     for name, file in weight_map.items():
         if not _is_plain_name(file, suffix):
             raise DataError(
-                f"{path}: tensor {name!r} is mapped to {file!r:.80}, which is no plain file name "
+                f"{path}: tensor {name!r:.200} is mapped to {file!r:.80}, which is no plain file name "
                 f"ending in {suffix}; get the checkpoint from a source you trust"
             )
     return weight_map
@@ -231,20 +231,20 @@ def check_index(index: Path, weight_map: dict[str, str], tensors: list[Tensor]) 
     for tensor in tensors:
         if tensor.name in found:
             raise DataError(
-                f"tensor {tensor.name!r} is in both {found[tensor.name]} and {tensor.path.name} "
+                f"tensor {tensor.name!r:.200} is in both {found[tensor.name]} and {tensor.path.name} "
                 f"of {index.parent}; download the checkpoint again"
             )
         found[tensor.name] = tensor.path.name
     for name, file in weight_map.items():
         if found.get(name) != file:
             raise DataError(
-                f"tensor {name!r} is not in {index.parent / file}, where {index.name} says it is; "
+                f"tensor {name!r:.200} is not in {index.parent / file}, where {index.name} says it is; "
                 "download the checkpoint again"
             )
     for name, file in found.items():
         if name not in weight_map:
             raise DataError(
-                f"tensor {name!r} of {index.parent / file} is not in {index.name}; "
+                f"tensor {name!r:.200} of {index.parent / file} is not in {index.name}; "
                 "download the checkpoint again"
             )
 
