@@ -30,6 +30,10 @@ Score a model without merging, and set any number of results beside one another 
     python merge_and_evaluate_7b.py --eval_only \\
         --save_path ./models/WestSeverus-7B-DPO-v2 --output_path west.json
     python merge_and_evaluate_7b.py --compare west.json results.json --plot_path results_comparison.png
+
+Are these files still what was written? Every tensor against its recorded hash:
+
+    python merge_and_evaluate_7b.py --verify models/merged models/pruned_vector_westseverus
 """
 
 import argparse
@@ -57,6 +61,7 @@ from common.scoring import Model, check_one_process, check_tokenizer, score
 from common.staging import refuse_existing
 from common.sweep import Sweep, plan_candidates, plan_scorings, weight_choices
 from common.sweep import run as run_sweep
+from common.verify import verify
 
 MERGE_DEFAULTS = {
     "recipe": "recipes/recipe.yml",
@@ -102,22 +107,13 @@ def add_pipeline_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="start a new safetensors file beyond this size; that much is held in memory (default: 1GB)",
     )
-    add(
-        "--seed",
-        type=int,
-        metavar="N",
-        help="for merge methods that draw at random, dare_* and della_* (default: 0)",
-    )
+    add("--seed", type=int, metavar="N", help="for methods that draw at random: dare_*, della_* (default: 0)")
     add(
         "--overwrite",
         action="store_true",
-        help="replace an existing model and results once the new ones are whole",
+        help="replace what is there once the new model and results are whole",
     )
-    add(
-        "--dry_run",
-        action="store_true",
-        help="check everything, print what would be read, written and scored, and stop",
-    )
+    add("--dry_run", action="store_true", help="check everything, print what would be done, and stop")
 
 
 def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
@@ -144,12 +140,7 @@ def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
         metavar="TASK",
         help="choose by the average over these tasks or groups; report the eval recipe's other tasks",
     )
-    add(
-        "--report_on",
-        nargs="+",
-        metavar="TASK",
-        help="with --choose_on: report these tasks or groups instead",
-    )
+    add("--report_on", nargs="+", metavar="TASK", help="with --choose_on: report these tasks or groups")
     add(
         "--keep_models",
         action="store_true",
@@ -164,15 +155,17 @@ def add_compare_flags(parser: argparse.ArgumentParser) -> None:
         "--compare",
         nargs="+",
         metavar="FILE",
-        help="print one Markdown table of these results files and draw it",
+        help="print one Markdown table of these results files, draw it",
     )
     add("--plot_path", metavar="FILE", help="the picture of --compare (default: results_comparison.png)")
+    cli.add_verify_flag(parser.add_argument_group("look at what was written"))
 
 
 def check_combination(parser: argparse.ArgumentParser, given: set[str]) -> None:
     """Usage error for flags that contradict or do not use one another."""
     sweep = {"weights", "weight_grid", "choose_on", "report_on", "keep_models"}
     refusals = [
+        ("verify", given - {"verify"}),
         ("compare", given - {"compare", "plot_path"}),
         ("eval_only", given & ({"merge_only", "recipe", "max_shard_size", "seed"} | sweep)),
         ("merge_only", given & ({"eval_recipe", "output_path", "batch_size", "name"} | sweep)),
@@ -291,6 +284,8 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     if args.compare:
         compare(args.compare, Path(args.plot_path))
+    elif args.verify:
+        verify(args.verify)
     elif args.eval_only:
         evaluate_only(args)
     else:

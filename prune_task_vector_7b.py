@@ -17,6 +17,13 @@ budget. The order is the order of the command line. Equal magnitudes: the lower 
 base plus the pruned vector, a model that mergekit reads, with prune_report.json beside it. Streams: about 0.4 GB
 of memory whatever the size of the model; magnitude reads the vectors twice. Several processes: torchrun
 --nproc-per-node 2 prune_task_vector_7b.py ... writes the same bytes. Stopped, the same command goes on.
+
+Later: a picture of two runs side by side, from their reports; and are the files still what was written?
+
+    python prune_task_vector_7b.py --plot_path pruning.png \\
+        --plot_reports models/magnitude_wildmarcoroni models/magnitude_westseverus \\
+        --plot_with models/pruned_vector_wildmarcoroni models/pruned_vector_westseverus
+    python prune_task_vector_7b.py --verify models/task_vector_wildmarcoroni models/merged
 """
 
 import argparse
@@ -24,65 +31,72 @@ import os
 from functools import partial
 from pathlib import Path
 
-from common.checkpoint import Checkpoint, config_with_dtype, copy_companions, open_checkpoint
-from common.cli import add_output_flags, positive_int, run, sparsity
+from common import cli
+from common.checkpoint import Checkpoint, config_with_dtype, copy_companions
 from common.errors import DataError
 from common.headers import Tensor, read_json
+from common.heatmaps import draw, read_run
 from common.plan import check_floats, check_places, mask_names, match, plan_shards
 from common.prune_tensor import prune_tensor
 from common.pruners import Pruning
+from common.report import NAME as REPORT
 from common.report import build, table
 from common.run import Job, describe, execute, input_files
 from common.sink import Output
 from common.staging import write_json
 from common.stream import Task, Worker, copy_tensor
-from common.task_vector import TaskVector, read_task_vector, write_pruned_vector_json
+from common.task_vector import TaskVector, open_base, open_vectors, write_pruned_vector_json
+from common.verify import verify
 
-REPORT = "prune_report.json"
 USED_BY = {"n": ["nm"], "m": ["nm"], "sparsity_level": ["random", "magnitude"], "seed": ["random"]}
 DEFAULTS = {"n": 64, "m": 256, "sparsity_level": 0.75, "seed": 0}
+
+
+def add_vector_flags(parser: argparse.ArgumentParser) -> None:
+    """What is pruned and where it goes."""
+    add = parser.add_argument_group("vectors, in the order they are pruned").add_argument
+    add("--task_vector_path1", metavar="DIR", help="first task vector; pruned as if alone")
+    add("--task_vector_path2", metavar="DIR", help="second task vector")
+    add("--save_directory1", metavar="DIR", help="where base + first pruned vector goes")
+    add("--save_directory2", metavar="DIR", help="where base + second pruned vector goes")
+    add("--task_vector_paths", nargs="+", metavar="DIR", help="any number of vectors instead of 1 and 2")
+    add("--save_directories", nargs="+", metavar="DIR", help="as many outputs, in the same order")
+    add("--base_model_path", metavar="DIR|ORG/NAME", help="default: the base recorded at extraction")
+
+
+def add_pruning_flags(parser: argparse.ArgumentParser) -> None:
+    """How it is pruned."""
+    add = parser.add_argument_group("pruning").add_argument
+    add("--pruning_method", choices=["nm", "random", "magnitude"], default="nm", help="default: nm")
+    add("--n", type=cli.positive_int, help="nm: elements to KEEP of every m (default: 64)")
+    add("--m", type=cli.positive_int, help="nm: elements in a run (default: 256; density = n/m)")
+    add("--sparsity_level", type=cli.sparsity, metavar="FRACTION",
+        help="random, magnitude: fraction to ZERO (default: 0.75, density 0.25)")  # fmt: skip
+    add("--conflict_aware", action=argparse.BooleanOptionalAction,
+        help="keep positions no earlier vector kept first (default: yes for nm, no otherwise)")  # fmt: skip
+    add("--rescale", action="store_true", help="multiply what is kept by 1/density (DARE)")
+    add("--seed", type=int, help="random: masks depend on it, on order and names alone (default: 0)")
+    add("--save_format", choices=["model", "task_vector"], default="model",
+        help="model: base + pruned vector; task_vector: the pruned vector (default: model)")  # fmt: skip
+    add("--device", default="cpu", metavar="cpu|cuda|cuda:1",
+        help="where to prune; same bits (default: cpu)")  # fmt: skip
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    vectors = parser.add_argument_group("vectors, in the order they are pruned")
-    vectors.add_argument("--task_vector_path1", metavar="DIR", help="first task vector; pruned as if alone")
-    vectors.add_argument("--task_vector_path2", metavar="DIR", help="second task vector")
-    vectors.add_argument("--save_directory1", metavar="DIR", help="where base + first pruned vector goes")
-    vectors.add_argument("--save_directory2", metavar="DIR", help="where base + second pruned vector goes")
-    vectors.add_argument(
-        "--task_vector_paths", nargs="+", metavar="DIR", help="any number of vectors instead of 1 and 2"
-    )
-    vectors.add_argument(
-        "--save_directories", nargs="+", metavar="DIR", help="as many outputs, in the same order"
-    )
-    vectors.add_argument(
-        "--base_model_path", metavar="DIR|ORG/NAME", help="default: the base recorded at extraction"
-    )
-    pruning = parser.add_argument_group("pruning")
-    pruning.add_argument(
-        "--pruning_method", choices=["nm", "random", "magnitude"], default="nm", help="default: nm"
-    )
-    pruning.add_argument("--n", type=positive_int, help="nm: elements to KEEP of every m (default: 64)")
-    pruning.add_argument("--m", type=positive_int, help="nm: elements in a run (default: 256; density = n/m)")
-    pruning.add_argument("--sparsity_level", type=sparsity, metavar="FRACTION",
-                         help="random, magnitude: fraction to ZERO (default: 0.75, density 0.25)")  # fmt: skip
-    pruning.add_argument("--conflict_aware", action=argparse.BooleanOptionalAction,
-                         help="keep positions no earlier vector kept first (default: yes for nm, no otherwise)")  # fmt: skip
-    pruning.add_argument("--rescale", action="store_true", help="multiply what is kept by 1/density (DARE)")
-    pruning.add_argument(
-        "--seed", type=int, help="random: masks depend on it, on order and names alone (default: 0)"
-    )
-    pruning.add_argument("--save_format", choices=["model", "task_vector"], default="model",
-                         help="model: base + pruned vector; task_vector: the pruned vector (default: model)")  # fmt: skip
-    pruning.add_argument(
-        "--device", default="cpu", metavar="cpu|cuda|cuda:1", help="where to prune; same bits (default: cpu)"
-    )
-    add_output_flags(parser)
+    add_vector_flags(parser)
+    add_pruning_flags(parser)
+    cli.add_output_flags(parser)
+    looking = parser.add_argument_group("look at what was written")
+    cli.add_plot_flags(looking)
+    cli.add_verify_flag(looking)
     args = parser.parse_args(argv)
-    settle(parser, args)
+    looks = cli.is_alone(parser, args, "plot_reports", "plot_path", "plot_with")
+    if not looks and not cli.is_alone(parser, args, "verify"):
+        settle(parser, args)
+    cli.check_plot_flags(parser, args, args.plot_reports or args.save_directories)
     return args
 
 
@@ -161,34 +175,6 @@ def engine_for(device: str):
     return engine(
         f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
     )
-
-
-def open_vectors(paths: list[str]) -> list[TaskVector]:
-    """The task vectors, all of one base. Raises DataError that names the first tensor that differs."""
-    vectors = [read_task_vector(open_checkpoint(path)) for path in paths]
-    first = vectors[0]
-    for other in vectors[1:]:
-        match(first.checkpoint, other.checkpoint)
-        for name, hashes in first.hashes.items():
-            if hashes["base"] != other.hashes.get(name, hashes)["base"]:
-                raise DataError(
-                    f"tensor {name!r}: {first.checkpoint.label} and {other.checkpoint.label} were extracted from different "
-                    "bases; extract both from the same one"
-                )
-    return vectors
-
-
-def open_base(vectors: list[TaskVector], args: argparse.Namespace) -> Checkpoint:
-    """The base model. Raises DataError that says which flag helps if the recorded one is gone."""
-    if args.base_model_path:
-        return open_checkpoint(args.base_model_path)
-    recorded = vectors[0].base_model_path
-    try:
-        return open_checkpoint(recorded)
-    except DataError as error:
-        raise DataError(
-            f"{error} (recorded in {vectors[0].checkpoint.label}; say where it is now with --base_model_path)"
-        ) from None
 
 
 def plan(base: Checkpoint | None, vectors: list[TaskVector], args: argparse.Namespace) -> Job:
@@ -280,8 +266,15 @@ def complete(base, vectors: list[TaskVector], parameters: dict, args, output: Ou
 
 def main(argv=None) -> None:
     args = parse_args(argv)
+    if args.verify:
+        verify(args.verify)
+        return
+    beside = [read_run(args.plot_with)] if args.plot_with else []
+    if args.plot_reports:
+        draw([read_run(args.plot_reports), *beside], Path(args.plot_path))
+        return
     vectors = open_vectors(args.task_vector_paths)
-    base = open_base(vectors, args) if args.save_format == "model" else None
+    base = open_base(vectors, args.base_model_path) if args.save_format == "model" else None
     job = plan(base, vectors, args)
     if args.dry_run:
         print(describe(job, [*([base] if base else []), *(vector.checkpoint for vector in vectors)]))
@@ -293,7 +286,9 @@ def main(argv=None) -> None:
         print(
             f"wrote {path} ({output.nbytes / 1e9:.3f} GB), the figures of every tensor in {path}/{REPORT}\n"
         )
+    if args.plot_path:
+        draw([read_run(args.save_directories), *beside], Path(args.plot_path))
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

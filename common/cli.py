@@ -85,6 +85,69 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_verify_flag(group) -> None:
+    """--verify, of the scripts at the end of the chain; see common.verify."""
+    group.add_argument(
+        "--verify",
+        nargs="+",
+        metavar="DIR",
+        help="read these task vectors, pruned or merged models back and compare every tensor with its recorded "
+        "hash; nothing else is done",
+    )
+
+
+def add_plot_flags(group) -> None:
+    """The flags of the pictures of pruning; see common.heatmaps."""
+    group.add_argument(
+        "--plot_path",
+        type=picture,
+        metavar="FILE",
+        help="draw overlap, L2 share kept and evenness, layer by layer, to this .png, .pdf or .svg",
+    )
+    group.add_argument(
+        "--plot_reports",
+        nargs="+",
+        metavar="DIR",
+        help="with --plot_path: draw these outputs of an earlier run, and prune nothing",
+    )
+    group.add_argument(
+        "--plot_with",
+        nargs="+",
+        metavar="DIR",
+        help="with --plot_path: the outputs of another run to put beside, as many as this run has",
+    )
+
+
+def check_plot_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, drawn: list | None) -> None:
+    """Usage error for pictures without a path, or of two runs that differ in how many outputs they have."""
+    if (args.plot_reports or args.plot_with) and not args.plot_path:
+        parser.error("--plot_reports and --plot_with need --plot_path, where the picture goes")
+    if args.plot_with and len(args.plot_with) != len(drawn):
+        parser.error(
+            f"--plot_with names {len(args.plot_with)} outputs of another run, and this run has {len(drawn)}"
+        )
+
+
+def picture(text: str) -> str:
+    """'a/b.png' -> the same; a file name that does not end in .png, .pdf or .svg is a usage error."""
+    if not text.lower().endswith((".png", ".pdf", ".svg")):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png, .pdf or .svg")
+    return text
+
+
+def is_alone(parser: argparse.ArgumentParser, args: argparse.Namespace, flag: str, *companions: str) -> bool:
+    """Whether `flag` was given; a usage error if flags other than its companions were, too.
+
+    For parsers without required flags: a flag was given if it differs from its default.
+    """
+    defaults = vars(parser.parse_args([]))
+    given = {name for name, value in vars(args).items() if value != defaults[name]}
+    clash = sorted(given - {flag, *companions})
+    if flag in given and clash:
+        parser.error(f"--{flag} does not go with {', '.join('--' + name for name in clash)}")
+    return flag in given
+
+
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" while writing {error.filename}" if error.filename else ""

@@ -1,11 +1,12 @@
-"""task_vector.json: where a vector came from, hashes."""
+"""Task vectors: their base, their hashes, task_vector.json."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.checkpoint import Checkpoint
+from common.checkpoint import Checkpoint, open_checkpoint
 from common.errors import DataError
 from common.headers import DTYPE_NAMES, read_json
+from common.plan import match
 from common.staging import write_json
 
 NAME = "task_vector.json"
@@ -78,6 +79,34 @@ def read_task_vector(checkpoint: Checkpoint) -> TaskVector:
             f"tensor {name!r}: in only one of {path} and the weights beside it; extract the vector again"
         )
     return TaskVector(checkpoint, base, hashes)
+
+
+def open_vectors(paths: list[str]) -> list[TaskVector]:
+    """The task vectors, all of one base. Raises DataError that names the first tensor that differs."""
+    vectors = [read_task_vector(open_checkpoint(path)) for path in paths]
+    first = vectors[0]
+    for other in vectors[1:]:
+        match(first.checkpoint, other.checkpoint)
+        for name, hashes in first.hashes.items():
+            if hashes["base"] != other.hashes.get(name, hashes)["base"]:
+                raise DataError(
+                    f"tensor {name!r}: {first.checkpoint.label} and {other.checkpoint.label} were extracted from different "
+                    "bases; extract both from the same one"
+                )
+    return vectors
+
+
+def open_base(vectors: list[TaskVector], path: str | None) -> Checkpoint:
+    """The base model. Raises DataError that says which flag helps if the recorded one is gone."""
+    if path:
+        return open_checkpoint(path)
+    recorded = vectors[0].base_model_path
+    try:
+        return open_checkpoint(recorded)
+    except DataError as error:
+        raise DataError(
+            f"{error} (recorded in {vectors[0].checkpoint.label}; say where it is now with --base_model_path)"
+        ) from None
 
 
 def config_notes(finetuned: Checkpoint, base: Checkpoint) -> list[str]:
