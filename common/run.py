@@ -89,7 +89,7 @@ def execute(job: Job, overwrite: bool) -> bool:
 
 def _claim(job: Job, overwrite: bool) -> list[int]:
     """Lock every output that this run has not published yet, and check that there is room for the rest of it."""
-    waiting = [output for output in job.outputs if not sink.already_published(output, job.identity)]
+    waiting = sink.unpublished(job.outputs, job.identity)
     holds = []
     try:
         for output in waiting:

@@ -61,9 +61,14 @@ def difference(theirs: dict, ours: dict) -> str:
     return "nothing"
 
 
-def already_published(output: Output, identity: dict) -> bool:
-    """Whether this very run has renamed this output already and was stopped before it was done with the others."""
-    return output.final.is_dir() and _state(output.final) == identity
+def unpublished(outputs: list[Output], identity: dict) -> list[Output]:
+    """The outputs that this very run, if it was stopped while it published, has yet to rename; else all of them.
+
+    Outputs are renamed in order, and the first one's record goes last: while it is there, the run is not over.
+    """
+    if not outputs[0].final.is_dir() or _state(outputs[0].final) != identity:
+        return outputs
+    return [output for output in outputs[1:] if output.part.is_dir() or not output.final.is_dir()]
 
 
 def claim(output: Output, identity: dict, overwrite: bool) -> int:
@@ -209,8 +214,16 @@ def publish(outputs: list[Output], complete: Callable[[Output, dict], None]) -> 
         sync(output.part)
     for output in waiting:
         move(output.part, output.final)
-    for output in outputs:
-        shutil.rmtree(output.final / RUN, ignore_errors=True)
+    for output in reversed(outputs):
+        _forget(output.final / RUN)
+
+
+def _forget(directory: Path) -> None:
+    """Remove a record of a run, run.json last: killed in here, the same command goes on."""
+    if directory.is_dir():
+        for path in sorted(directory.iterdir(), key=lambda path: path.name == "run.json"):
+            path.unlink(missing_ok=True)
+        directory.rmdir()
 
 
 def discard(outputs: list[Output]) -> None:
