@@ -57,7 +57,7 @@ from common.merging import (
     plan_merge,
 )
 from common.recipes import read_recipe, with_weights
-from common.scoring import Model, check_one_process, check_tokenizer, score
+from common.scoring import Model, check_one_process, check_tokenizer, score_and_show
 from common.staging import refuse_existing
 from common.sweep import Sweep, plan_candidates, plan_scorings, weight_choices
 from common.sweep import run as run_sweep
@@ -226,6 +226,7 @@ def merged_model(merge_plan: MergePlan, settings: MergeSettings, name: str, over
     identity = merge_identity(merge_plan.recipe, digests, settings)
     if overwrite or not already_merged(merge_plan.save_path, identity):
         merge(merge_plan, digests, settings, overwrite)
+        print(f"wrote {merge_plan.save_path}")
     else:
         print(f"{merge_plan.save_path} holds this merge already")
     return Model(str(merge_plan.save_path), name, identity, origin(merge_plan.recipe, digests, settings))
@@ -246,7 +247,7 @@ def evaluate_only(args: argparse.Namespace) -> None:
         return
     place = args.save_path if Path(args.save_path).is_dir() else str(checkpoint.path)
     name = args.name or Path(args.save_path).name
-    score(scoring, Model(place, name, model_digest(checkpoint), {}), output_path)
+    score_and_show(scoring, Model(place, name, model_digest(checkpoint), {}), output_path)
 
 
 def merge_and_evaluate(args: argparse.Namespace) -> None:
@@ -277,7 +278,7 @@ def merge_and_evaluate(args: argparse.Namespace) -> None:
         return
     model = merged_model(merge_plan, settings, name, args.overwrite)
     if not args.merge_only:
-        score(choosing, model, output_path)
+        score_and_show(choosing, model, output_path)
 
 
 def main(argv=None) -> None:

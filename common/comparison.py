@@ -24,6 +24,11 @@ class Row:
         return self.summary["tasks"]
 
 
+def label(weights: tuple[float, ...]) -> str:
+    """(0.6, 1.2) -> '0.6 / 1.2'."""
+    return " / ".join(f"{weight:g}" for weight in weights)
+
+
 def read_rows(paths: list[str]) -> list[Row]:
     documents = [read_results(path) for path in paths]
     return [Row(d["summary"]["name"], d["summary"], d.get("provenance", {})) for d in documents]
@@ -110,10 +115,10 @@ def remarks(rows: list[Row]) -> list[str]:
     for row in rows:
         chosen = row.summary.get("chosen")
         if chosen and chosen["held_out"]:
-            notes.append(f"{row.name}: weight {chosen['weights']} chosen on {', '.join(chosen['on'])}")
+            notes.append(f"{row.name}: weight {label(chosen['weights'])} chosen on {', '.join(chosen['on'])}")
         elif chosen and len(chosen["candidates"]) > 1:
             notes.append(
-                f"{row.name}: weight {chosen['weights']} chosen on the very tasks it is reported on, "
+                f"{row.name}: weight {label(chosen['weights'])} chosen on the very tasks it is reported on, "
                 "which flatters it"
             )
     return notes

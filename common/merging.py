@@ -247,7 +247,6 @@ def merge(merge_plan: MergePlan, digests: dict[str, str], settings: MergeSetting
             "tensors": check_merged(part, recipe),
         }
         write_json(part / REPORT_NAME, report)
-    print(f"wrote {merge_plan.save_path}")
 
 
 def memory_needed(merge_plan: MergePlan, settings: MergeSettings) -> int:

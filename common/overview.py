@@ -4,15 +4,10 @@ import csv
 import io
 from pathlib import Path
 
-from common.comparison import Row, columns, save_figure, table
+from common.comparison import Row, columns, label, save_figure, table
 from common.staging import write_file
 
 Weights = tuple[float, ...]
-
-
-def label(weights: Weights) -> str:
-    """(0.6, 1.2) -> '0.6 / 1.2'."""
-    return " / ".join(f"{weight:g}" for weight in weights)
 
 
 def overview_csv(documents: dict[Weights, dict], chosen: Weights) -> str:

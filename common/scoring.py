@@ -64,7 +64,7 @@ def check_tokenizer(recipe: EvalRecipe, models: list[Checkpoint]) -> None:
 
 
 def score(scoring: Scoring, model: Model, path: Path, **chosen) -> dict | None:
-    """Score a model, write the results file, print it. None in helper processes, which have no scores.
+    """Score a model and write the results file. None in helper processes, which have no scores.
 
     `chosen` goes into the summary: which weight was chosen on what.
     """
@@ -76,9 +76,16 @@ def score(scoring: Scoring, model: Model, path: Path, **chosen) -> dict | None:
     origin = provenance(model.path, identity, recipe, tasks.names, **model.origin)
     result = with_summary(document, model.name, origin)
     result["summary"].update(chosen)
-    samples = write_samples(path, document.get("samples", {})) if recipe.config.get("log_samples") else []
+    if recipe.config.get("log_samples"):
+        for written in write_samples(path, document.get("samples", {})):
+            print(f"wrote {written}")
     write_results(path, result)
-    print_results(result)
-    for written in [*samples, path]:
-        print(f"wrote {written}")
     return result
+
+
+def score_and_show(scoring: Scoring, model: Model, path: Path, **chosen) -> None:
+    """Score a model, write the results file, print its tables."""
+    result = score(scoring, model, path, **chosen)
+    if result:
+        print_results(result)
+        print(f"wrote {path}")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common import merging, scoring
+from common.comparison import label
 from common.errors import DataError
 from common.eval_recipes import EvalRecipe
 from common.eval_tasks import find_tasks
@@ -18,9 +19,9 @@ from common.evaluation import eval_identity
 from common.hashing import text_hash
 from common.headers import read_json
 from common.merging import MergePlan, MergeSettings
-from common.overview import label, write_overview
+from common.overview import write_overview
 from common.recipes import Recipe
-from common.results import write_results
+from common.results import percent, write_results
 from common.scoring import Model, Scoring
 from common.staging import move, refuse_existing
 
@@ -155,10 +156,7 @@ def score_candidates(
     for number, candidate in enumerate(sweep.candidates, 1):
         model = candidate.model(sweep.name)
         document = scoring.finished(sweep.choosing, model, candidate.results_path)
-        print(
-            f"weight {label(candidate.weights)} ({number} of {len(sweep.candidates)}): "
-            f"{'scores are there from before' if document else 'merge and score'}"
-        )
+        before = ", from before" if document else ""
         if not document:
             directory = merged_model(sweep, candidate, digests, settings, overwrite)
             document = scoring.score(
@@ -169,6 +167,11 @@ def score_candidates(
             )
         documents[candidate] = document
         average = average_to_choose_by(document, candidate.results_path)
+        print(
+            f"weight {label(candidate.weights)} ({number} of {len(sweep.candidates)}): average "
+            f"{percent(document['summary']['average'], document['summary']['average_stderr'])}, {candidate.results_path}{before}",
+            flush=True,
+        )
         worse = best if average > best_average else candidate
         if average > best_average:
             best, best_average = candidate, average
@@ -216,7 +219,9 @@ def report_winner(sweep: Sweep, winner: Candidate, documents: dict) -> None:
     record = chosen_record(sweep, documents, winner)
     if sweep.reporting:
         model = replace(winner.model(sweep.name), path=str(sweep.save_path), name=sweep.name)
-        scoring.score(sweep.reporting, model, sweep.output_path, weights=winner.weights, chosen=record)
+        scoring.score_and_show(
+            sweep.reporting, model, sweep.output_path, weights=winner.weights, chosen=record
+        )
         return
     document = documents[winner]
     summary = {**document["summary"], "name": sweep.name, "chosen": record}

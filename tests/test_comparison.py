@@ -75,8 +75,8 @@ def test_what_does_not_compare_is_said(here, capsys):
     assert compare(capsys, "a.json", "b.json", "c.json")[5:-1] == [
         "- hellaswag: num_fewshot differ: TA 5, CABS 0, CABS 0",
         "- batch sizes differ: TA 8, CABS 1, CABS 1",
-        "- CABS: weight [0.9] chosen on gsm8k",
-        "- CABS: weight [0.9] chosen on the very tasks it is reported on, which flatters it",
+        "- CABS: weight 0.9 chosen on gsm8k",
+        "- CABS: weight 0.9 chosen on the very tasks it is reported on, which flatters it",
     ]
 
 
