@@ -50,41 +50,47 @@ def read_report(path: str) -> dict:
     if not file.is_file():
         raise DataError(f"{path}: no {NAME} there; give a directory that prune_task_vector_7b.py wrote")
     report = read_json(file)
-    tensors, totals = report.get("tensors"), report.get("totals")
-    sound = isinstance(tensors, dict) and isinstance(totals, dict) and isinstance(report.get("vector"), str)
-    measured = [e for e in tensors.values() if isinstance(e, dict) and "group" in e] if sound else []
-    if not measured or not all(_is_measured(entry) for entry in [totals, *measured]):
+    if not _is_sound(report):
         raise DataError(f"{file}: not as prune_task_vector_7b.py writes it; prune again")
     return report
 
 
-def _is_measured(entry: dict) -> bool:
-    def is_figure(value) -> bool:
-        return value is None or type(value) in (int, float)
+def _is_sound(report: dict) -> bool:
+    tensors, named = report.get("tensors"), isinstance(report.get("vector"), str)
+    if not (isinstance(tensors, dict) and named and type(report.get("position")) is int):
+        return False
+    if not all(isinstance(entry, dict) for entry in tensors.values()):
+        return False
+    measured = [entry for entry in tensors.values() if entry.get("group") in KINDS]
+    return bool(measured) and all(_is_measured(entry) for entry in [report.get("totals"), *measured])
 
-    overlap = entry.get("overlap")
-    return (
-        type(entry.get("numel")) is int
-        and isinstance(overlap, dict)
-        and all(map(is_figure, [*overlap.values(), entry.get("l2_share"), entry.get("evenness")]))
-    )
+
+def _is_measured(entry) -> bool:
+    """Whether an entry has the figures that are drawn: fractions, or None where there was nothing to measure."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("overlap"), dict):
+        return False
+    figures = [
+        *entry["overlap"].values(),
+        *(entry.get(key, "") for key in ("density", "l2_share", "evenness")),
+    ]
+    sound = all(f is None or type(f) in (int, float) and 0 <= f <= 1 for f in figures)
+    return sound and type(entry.get("numel")) is int
 
 
 def read_run(paths: list[str]) -> Run:
     """The reports of one run, one path per vector, in any order."""
-    reports = sorted(map(read_report, paths), key=lambda report: report.get("position", 0))
+    reports = sorted(map(read_report, paths), key=lambda report: report["position"])
     return Run(tuple(reports), str(Path(paths[0])))
 
 
 def method(report: dict) -> str:
-    """How a report's vector was pruned, in a few words: "CABS 64:256", "magnitude 75 %"."""
+    """How a report's vector was pruned, in a few words: "CABS 64:256", "magnitude, 25 % kept"."""
     kind, aware = report.get("pruning_method"), report.get("conflict_aware")
     if kind == "nm":
         words = f"{'CABS' if aware else 'nm'} {report.get('n')}:{report.get('m')}"
     else:
-        words = f"{kind} {100 * report.get('sparsity_level', 0):.3g} %" + (
-            ", conflict-aware" if aware else ""
-        )
+        density = report["totals"]["density"] or 0
+        words = f"{kind}, {100 * density:.3g} % kept" + ("\nconflict-aware" if aware else "")
     return words + (", rescaled" if report.get("rescale") else "")
 
 
@@ -103,7 +109,7 @@ def run_labels(runs: list[Run]) -> list[str]:
 
 def place(name: str, group: str) -> tuple[str, str]:
     """(row, kind) of a tensor: ("model.layers.3", "q"), or, outside the layers, ("", "head")."""
-    layer = re.match(r"(.*?\.\d+)\.", name)
+    layer = re.match(r"(.*?\.\d{1,9})\.", name)
     return (layer[1] if layer else "", group)
 
 
@@ -119,8 +125,8 @@ def cells(report: dict, measure: str) -> dict[tuple[str, str], float]:
     """{(row, kind): figure}, the mean over the tensors there, weighted by their elements."""
     sums: dict[tuple[str, str], list[float]] = {}
     for name, entry in report["tensors"].items():
-        value = measure_of(entry, measure) if "group" in entry else None
-        if value is not None:
+        value = measure_of(entry, measure) if entry.get("group") in KINDS else None
+        if value is not None and entry["numel"]:
             total = sums.setdefault(place(name, entry["group"]), [0.0, 0.0])
             total[0] += value * entry["numel"]
             total[1] += entry["numel"]
@@ -132,10 +138,9 @@ def axes_of(reports: list[dict]) -> tuple[list[tuple[str, str]], list[str]]:
 
     A row is (layer, "") or, for what belongs to no layer, ("", group).
     """
-    places = dict.fromkeys(
-        place(name, e["group"]) for r in reports for name, e in r["tensors"].items() if "group" in e
-    )
-    outside = {kind for layer, kind in places if not layer}
+    entries = [item for report in reports for item in report["tensors"].items()]
+    places = dict.fromkeys(place(name, e["group"]) for name, e in entries if e.get("group") in KINDS)
+    outside, inside = ({kind for layer, kind in places if bool(layer) == within} for within in (False, True))
     stacks = list(dict.fromkeys(layer.rpartition(".")[0] for layer, _ in places if layer))
 
     def depth(layer: str) -> tuple[int, int]:
@@ -143,11 +148,10 @@ def axes_of(reports: list[dict]) -> tuple[list[tuple[str, str]], list[str]]:
         return stacks.index(stack), int(number)
 
     layers = sorted({layer for layer, _ in places if layer}, key=depth)
+    below = dict.fromkeys(group for group in [*BELOW, *KINDS] if group not in ABOVE)
     rows = [("", group) for group in ABOVE if group in outside] + [(layer, "") for layer in layers]
-    rows += [("", group) for group in [*BELOW, *KINDS] if group in outside - ABOVE.keys()]
-    return list(dict.fromkeys(rows)), [
-        kind for kind in KINDS if any(k == kind for layer, k in places if layer)
-    ]
+    rows += [("", group) for group in below if group in outside]
+    return rows, [kind for kind in KINDS if kind in inside]
 
 
 def matrix(report: dict, measure: str, rows: list[tuple[str, str]], kinds: list[str]) -> list[list[float]]:
@@ -173,8 +177,9 @@ def draw(runs: list[Run], path: Path) -> None:
 
     from common.comparison import save_figure
 
-    rows, kinds = axes_of([report for run in runs for report in run.reports])
-    measures = [m for m in MEASURES if any(measure_of(r["totals"], m) is not None for r in runs[0].reports)]
+    reports = [report for run in runs for report in run.reports]
+    rows, kinds = axes_of(reports)
+    measures = [m for m in MEASURES if any(measure_of(r["totals"], m) is not None for r in reports)]
     cell = min(0.24, max(0.07, 6 / len(rows)))  # inches high
     width = len(measures) * (1.1 + len(runs) * (0.3 + 0.26 * max(len(kinds), 4)))
     height = 1.2 + len(runs[0].reports) * (0.9 + cell * len(rows))
