@@ -64,7 +64,7 @@ def _check_names(tensors: list[Tensor], path: Path, hashes: dict[str, str]) -> N
 def check_directory(label: str) -> str:
     """Read a task vector, a pruned or a merged model back; what to tell the user.
 
-    check_directory("models/merged") -> "models/merged: 291 tensors, 14.483 GB, every byte as it was written". Raises
+    check_directory("models/merged") -> "models/merged: 291 tensors, 14.483 GB, every byte of them as it was written". Raises
     DataError that names the first damaged tensor and its file.
     """
     tensors, records = open_directory(label)
@@ -78,7 +78,7 @@ def check_directory(label: str) -> str:
                 "write or copy the directory again"
             )
     nbytes = sum(tensor.nbytes for tensor in tensors)
-    return f"{label}: {len(tensors)} tensors, {nbytes / 1e9:.3f} GB, every byte as it was written"
+    return f"{label}: {len(tensors)} tensors, {nbytes / 1e9:.3f} GB, every byte of them as it was written"
 
 
 def verify(labels: list[str]) -> None:

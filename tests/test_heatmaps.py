@@ -158,6 +158,8 @@ def test_two_runs_side_by_side_share_a_scale(here, panels, tmp_path):
             assert drawn == pytest.approx(wanted, nan_ok=True)
     scales = [{scale for _, scale in panels[i : i + 4]} for i in (0, 4, 8)]
     assert all(len(scale) == 1 for scale in scales)
+    for values, (low, high) in panels:
+        assert all(low <= value <= high for row in values for value in row if not math.isnan(value))
     picture = imread(tmp_path / "two.png")
     assert picture.shape[0] > 500 and picture.shape[1] > 1000
     assert len({tuple(pixel) for pixel in picture[::3, ::3].reshape(-1, picture.shape[2])}) > 100

@@ -81,7 +81,9 @@ def test_what_was_written_is_sound(written, capsys):
     before = {kind: files(written / kind) for kind in KINDS}
     run("prune", "--verify", *(written / kind for kind in KINDS))
     lines = capsys.readouterr().out.splitlines()
-    assert lines == [f"{written / kind}: 6 tensors, 0.000 GB, every byte as it was written" for kind in KINDS]
+    assert lines == [
+        f"{written / kind}: 6 tensors, 0.000 GB, every byte of them as it was written" for kind in KINDS
+    ]
     assert {kind: files(written / kind) for kind in KINDS} == before
     assert sum(path.suffix == ".safetensors" for path in (written / "pa").iterdir()) > 1
 
@@ -94,7 +96,7 @@ def test_a_model_that_mergekit_merged_is_sound(models, tmp_path, capsys, monkeyp
     Path("recipe.yml").write_text(RECIPE.format("."))
     merge_and_evaluate_7b.main(["--recipe", "recipe.yml", "--save_path", "merged", "--merge_only"])
     merge_and_evaluate_7b.main(["--verify", "merged"])
-    assert capsys.readouterr().out.endswith("GB, every byte as it was written\n")
+    assert capsys.readouterr().out.endswith("GB, every byte of them as it was written\n")
     path = flip(Path("merged"), "model.norm.weight")
     assert refusal("merged").startswith(
         f"tensor 'model.norm.weight' in {path}: not the bytes that merge_report"
@@ -128,7 +130,7 @@ def test_sound_ones_before_a_damaged_one_are_told(written, copy, capsys):
     directory = copy("pa")
     flip(directory, "model.norm.weight")
     refusal(written / "va", directory, written / "pa")
-    line = f"{written / 'va'}: 6 tensors, 0.000 GB, every byte as it was written\n"
+    line = f"{written / 'va'}: 6 tensors, 0.000 GB, every byte of them as it was written\n"
     assert capsys.readouterr().out == 2 * line  # once by each script
 
 
