@@ -1,0 +1,343 @@
+"""Killed, stopped, out of disk, two at once: nothing half-published, and the same command goes on to the same bytes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+from checkpoints import chain, files, prune_arguments, run
+from conftest import ROOT
+
+SIZE = ["--max_shard_size", "300B"]  # several shards
+GOES_ON = "free some space and run the same command again: it goes on from there"
+
+
+class Laboratory:
+    """tests/faults.py at the other end of a pipe."""
+
+    def __init__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("faults.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+
+    def ask(self, **request) -> dict:
+        request["arguments"] = [str(argument) for argument in request.get("arguments", [])]
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def laboratory():
+    found = Laboratory()
+    yield found
+    found.process.stdin.close()
+    found.process.wait()
+
+
+class Job:
+    """One command in one folder: its outputs, what they hold undisturbed, and how many calls it makes."""
+
+    def __init__(self, laboratory: Laboratory, script: str, arguments: list, outputs: list[Path]):
+        self.laboratory, self.script, self.arguments, self.outputs = laboratory, script, arguments, outputs
+        laboratory.ask(script=script, arguments=arguments, here=True)
+        self.whole = {output: files(output) for output in outputs}
+        self.clean()
+        undisturbed = self.start()
+        assert undisturbed["status"] == 0 and self.published() == outputs
+        self.calls = undisturbed["calls"]
+        self.clean()
+
+    def start(self, **fault) -> dict:
+        return self.laboratory.ask(script=self.script, arguments=self.arguments, **fault)
+
+    def clean(self) -> None:
+        """Remove the outputs and whatever lies beside them under like names."""
+        for output in self.outputs:
+            for path in output.parent.glob(output.name + "*"):
+                shutil.rmtree(path)
+
+    def published(self) -> list[Path]:
+        """The outputs that are there; each must be whole, but for a record of the run that goes at the very end."""
+        there = [output for output in self.outputs if output.exists()]
+        for output in there:
+            held = {name: data for name, data in files(output).items() if not name.startswith(".run/")}
+            assert held == self.whole[output]
+        return there
+
+    def finish(self) -> None:
+        """The same command again: it goes on to the same bytes, or says that all was done; nothing else is left."""
+        before, again = self.published(), self.start()
+        if again["status"]:
+            assert before == self.outputs and again["stderr"].strip().endswith(
+                "already there; give --overwrite to replace it, or write elsewhere"
+            ), again["stderr"]
+        assert self.published() == self.outputs
+        assert {output: files(output) for output in self.outputs} == self.whole
+        for output in self.outputs:
+            assert {path.name for path in output.parent.glob(output.name + "*")} == {output.name}
+
+    def call(self, pattern: str) -> int:
+        """The number of the first call like a pattern: call("rename */pa")."""
+        return next(i for i, call in enumerate(self.calls, 1) if fnmatch(call, pattern))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The chain's inputs, with a tokenizer file, so that there is something to copy."""
+    made = chain(tmp_path_factory.mktemp("faults"))
+    for name in ("base", "a", "va", "vb"):
+        (made / name / "tokenizer.json").write_text("{}")
+    return made
+
+
+@pytest.fixture
+def jobs(undisturbed) -> dict[str, Job]:
+    """The three commands, their outputs gone."""
+    for job in undisturbed.values():
+        job.clean()
+    return undisturbed
+
+
+@pytest.fixture(scope="module")
+def undisturbed(laboratory, folder) -> dict[str, Job]:
+    extract = ["--finetuned_model_path", folder / "a", "--base_model_path", folder / "base"]
+    return {
+        "convert": Job(laboratory, "convert", ["--model_path", folder / "base", "--save_path", folder / "out", *SIZE],
+                       [folder / "out"]),
+        "extract": Job(laboratory, "extract", [*extract, "--save_path", folder / "vc", *SIZE], [folder / "vc"]),
+        "prune": Job(laboratory, "prune", prune_arguments(folder, *SIZE), [folder / "pa", folder / "pb"]),
+    }  # fmt: skip
+
+
+# --- killed ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script, step", [("convert", 1), ("extract", 4), ("prune", 2)])
+def test_kill_at_any_write(jobs, script, step):
+    """SIGKILL in the middle of every (second, fourth) call that changes the disk, then the same command again."""
+    job = jobs[script]
+    assert len(job.calls) > 40
+    for at in range(1, len(job.calls) + 1, step):
+        assert job.start(kind="SIGKILL", at=at)["status"] == -9, at
+        job.finish()
+        job.clean()
+
+
+def test_kill_again_and_again(jobs):
+    """Killed at the 60th write of what is left, until it is done: each time it gets further."""
+    job, deaths = jobs["prune"], 0
+    while job.start(kind="SIGKILL", at=60)["status"] == -9:
+        deaths += 1
+        assert deaths < 40, "no progress"
+        job.published()
+    job.finish()
+    job.clean()
+    assert deaths > 1
+
+
+def test_kill_between_the_two_renames(jobs):
+    """The first output is there and whole, the second is not; the same command publishes the second."""
+    job = jobs["prune"]
+    at = job.call("rename */pb")
+    assert job.start(kind="SIGKILL", at=at)["status"] == -9
+    assert job.published() == job.outputs[:1]
+    assert job.start()["status"] == 0
+    assert {output: files(output) for output in job.outputs} == job.whole
+    job.clean()
+
+
+def test_kill_while_overwriting(jobs):
+    """With --overwrite the old or the new output can be had at any moment, whole, under its name or beside it."""
+    job = jobs["convert"]
+    arguments, job.arguments = job.arguments, [*job.arguments, "--overwrite"]
+    for at in range(1, len(job.calls) + 6):
+        for output in job.outputs:
+            output.mkdir()
+            (output / "old").write_text("old")
+        died = job.start(kind="SIGKILL", at=at)["status"] == -9
+        found = [files(p) for p in job.outputs[0].parent.glob("out*") if not p.name.endswith(".part")]
+        found = [{n: d for n, d in held.items() if not n.startswith(".run/")} for held in found]
+        whole = job.whole[job.outputs[0]]
+        assert {"old": b"old"} in found or whole in found, at
+        if died:
+            job.start()
+        assert files(job.outputs[0]) == whole
+        job.clean()
+    job.arguments = arguments
+
+
+# --- stopped --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, status", [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize("script", ["convert", "prune"])
+def test_signals(jobs, script, kind, status):
+    """The exit status that shells expect, one line, whole shards kept, the same command goes on."""
+    job = jobs[script]
+    for at in (5, len(job.calls) // 3, len(job.calls) // 2):
+        done = job.start(kind=kind, at=at)
+        assert done["status"] == status
+        assert "Traceback" not in done["stderr"]
+        assert done["stderr"].strip().splitlines()[-1].startswith("interrupted; nothing was published.")
+        assert job.published() == []
+        job.finish()
+        job.clean()
+
+
+@pytest.mark.parametrize("script, step", [("convert", 2), ("prune", 7)])
+def test_disk_full(jobs, script, step):
+    """No space left, at any write: one line, exit 1, nothing published; with space it goes on."""
+    job = jobs[script]
+    last = job.call(f"rename */{job.outputs[0].name}")
+    for at in range(1, last, step):
+        done = job.start(kind="full", at=at)
+        if done["calls"][at - 1].startswith(("unlink", "rmdir", "mkdir")):
+            job.clean()
+            continue
+        line = done["stderr"].strip().splitlines()[-1]
+        assert (
+            done["status"] == 1 and line.startswith("error: the disk is full") and line.endswith(GOES_ON)
+        ), line
+        assert "Traceback" not in done["stderr"] and job.published() == []
+        job.finish()
+        job.clean()
+
+
+# --- others at the same place ---------------------------------------------------------------------
+
+
+def test_two_at_once(jobs, laboratory):
+    """The second is refused and changes nothing; the first ends as if it had been alone."""
+    job = jobs["prune"]
+    stopped = job.start(kind="SIGSTOP", at=job.call("fsync *"))["stopped"]
+    for more in ([], ["--overwrite"]):
+        second = laboratory.ask(script="prune", arguments=[*job.arguments, *more])
+        assert second["status"] == 1
+        assert second["stderr"].strip() == (
+            f"error: {job.outputs[0]}.part: another run is writing there; wait for it, or write elsewhere"
+        )
+    assert laboratory.ask(resume=stopped)["status"] == 0
+    assert {output: files(output) for output in job.outputs} == job.whole
+    job.clean()
+
+
+def changed(job: Job, *more) -> dict:
+    """The command with other parameters, on what the killed one left."""
+    return job.laboratory.ask(script=job.script, arguments=[*job.arguments, *more])
+
+
+def test_another_command_does_not_go_on(jobs, folder):
+    """Other parameters or other inputs: refused, with the difference; --overwrite starts afresh."""
+    job = jobs["prune"]
+    half = job.call("rename */pa.part/model-00003*")
+    for more, difference in (
+        (["--n", 2], "n: 1 there, 2 here"),
+        (["--no-conflict_aware"], "conflict_aware: True there, False here"),
+        (["--rescale"], "rescale: False there, True here"),
+    ):
+        assert job.start(kind="SIGKILL", at=half)["status"] == -9
+        refused = changed(job, *more)
+        assert refused["status"] == 1 and refused["stderr"].strip() == (
+            f"error: {job.outputs[0]}.part: left by another run ({difference}); finish that run with its own command, "
+            "delete the directory, or give --overwrite to start afresh"
+        )
+        job.finish()
+        job.clean()
+    assert job.start(kind="SIGKILL", at=half)["status"] == -9
+    assert changed(job, "--n", 2, "--overwrite")["status"] == 0
+    assert {output: files(output) for output in job.outputs} != job.whole
+    job.clean()
+
+
+def test_changed_inputs_do_not_go_on(jobs, folder):
+    """An input file touched in between: its path and both times are in the line."""
+    job, path = jobs["prune"], folder / "vb" / "model.safetensors"
+    stat = path.stat()
+    assert job.start(kind="SIGKILL", at=len(job.calls) // 2)["status"] == -9
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 5))
+    refused = job.start()
+    assert refused["status"] == 1 and f"left by another run ({path}: [" in refused["stderr"]
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    job.finish()
+    job.clean()
+
+
+@pytest.mark.parametrize("kind", ["truncate", "remove"])
+def test_an_input_that_goes_away(jobs, folder, kind):
+    """Cut short or removed while it is read: one line that names it; nothing is published."""
+    job, path = jobs["convert"], folder / "base" / "model.safetensors"
+    kept = path.read_bytes()
+    try:
+        done = job.start(kind=kind, at=job.call("ftruncate *"), target=str(path))
+    finally:
+        stat = (folder / "base" / "config.json").stat()
+        path.write_bytes(kept)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    if done["status"]:  # a file that is open already may be removed and read to its end
+        last = done["stderr"].strip().splitlines()[-1]
+        assert done["status"] == 1 and str(path) in last and last.startswith("error: "), done["stderr"]
+        assert job.published() == []
+    assert kind == "remove" or done["status"] == 1
+    job.clean()
+
+
+# --- what is made durable, and when ---------------------------------------------------------------
+
+
+def test_everything_is_durable_before_its_name(jobs, folder, monkeypatch):
+    """Every file is synced after its last write and before the rename; so are the directories."""
+    events = []
+
+    def record(module, name, what):
+        real = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *args, **kw: (events.append((name, what(*args))), real(*args, **kw))[1]
+        )
+
+    def path_of(file, *_):
+        return os.readlink(f"/proc/self/fd/{file}")
+
+    record(os, "pwrite", path_of)
+    record(os, "fsync", path_of)
+    record(os, "rename", lambda source, target: (str(source), str(target)))
+    job = jobs["prune"]
+    run("prune", *job.arguments)
+    monkeypatch.undo()
+    renames = {}
+    for i, (name, what) in enumerate(events):
+        if name == "rename":
+            renames[what[1]] = (i, what[0])
+    for output in job.outputs:
+        published, part = renames[str(output)]
+        synced = [what for name, what in events[:published] if name == "fsync"]
+        assert part in synced, "the directory"
+        for name in job.whole[output]:
+            assert f"{part}/{name}" in synced or f"{part}/{name}.tmp" in synced, name
+        for shard in (name for name in job.whole[output] if name.endswith(".safetensors")):
+            renamed, temporary = renames[f"{part}/{shard}"]
+            last_write = max(i for i, event in enumerate(events) if event == ("pwrite", temporary))
+            assert ("fsync", temporary) in events[last_write:renamed]
+    job.clean()
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+def test_torchrun_writes_the_same_bytes(jobs):
+    """Two processes, one publisher: byte-identical files. (The -- keeps torchrun from taking --n for its own.)"""
+    job = jobs["prune"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--",
+         ROOT / "prune_task_vector_7b.py", *map(str, job.arguments)],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("wrote ") == 2
+    assert {output: files(output) for output in job.outputs} == job.whole
+    job.clean()
