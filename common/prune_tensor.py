@@ -46,7 +46,9 @@ def prune_tensor(
 
     def read(j: int, start: int, stop: int):
         raw[j] = worker.read(vectors[j], start, stop, j)
-        return engine.load(raw[j])
+        bits = engine.load(raw[j])
+        refuse_not_finite(vectors[j], bits, engine)
+        return bits
 
     for start, stop, bits, masks in masks_by_block(
         pruning, mask_name, dtypes, vectors[0].numel, read, engine
@@ -59,7 +61,6 @@ def prune_tensor(
             refuse_not_finite(base, below, engine)
         for j, vector in enumerate(vectors):
             vector_hashes[j].update(raw[j])
-            refuse_not_finite(vector, bits[j], engine)
             out = apply_mask(below, base, bits[j], vector, masks[j], pruning.scale, engine)
             written_hashes[j].update(out)
             worker.write(task, j, start, out)

@@ -174,7 +174,8 @@ def masks_by_block(
     holds until the next call with this j. Masks do not depend on `block` (elements; default: the engine's).
     """
     block = block or engine.BLOCK
-    step = max(block // pruning.m, 1) * pruning.m if pruning.method == "nm" else block
+    unit = pruning.m if pruning.method == "nm" else 4  # of random numbers four come at a time
+    step = max(block // unit, 1) * unit
     if pruning.method == "magnitude" or step > 2 * block:
         for scope in scopes(pruning, numel):
             yield from _scope_masks(pruning, dtypes, scope, read, engine, block)

@@ -9,6 +9,8 @@ from functools import cache
 import numpy as np
 from numba import njit
 
+from common.kernels.runs import nm_kernel
+
 _CHUNK = 4096  # keys compared at a time
 MAGNITUDE_BITS = {"F16": 15, "BF16": 15, "F32": 31}
 
@@ -16,32 +18,9 @@ MAGNITUDE_BITS = {"F16": 15, "BF16": 15, "F32": 31}
 # --- ranking: keep the n largest of every m -------------------------------------------------------
 
 
-@njit(nogil=True, inline="always")
-def _keep_largest(keys, size, k, key_bits, mask):
-    """mask[:size] = the k largest of keys[:size], 1 where kept; among equal keys the first.
+# Many runs side by side, for a small m: the lanes are runs.
 
-    Finds the k-th largest key bit by bit from the top: the largest threshold that at least k keys reach.
-    Leaves as soon as exactly k do. The counter is as wide as a key, so that the loop vectorises.
-    """
-    as_key = keys.dtype.type
-    threshold, reached = as_key(0), size
-    for bit in range(key_bits - 1, -1, -1):
-        candidate = as_key(threshold | as_key(as_key(1) << as_key(bit)))
-        count = as_key(0)
-        for i in range(size):
-            count = as_key(count + as_key(keys[i] >= candidate))
-        if count >= k:
-            threshold, reached = candidate, np.int64(count)
-            if count == k:
-                break
-    for i in range(size):
-        mask[i] = keys[i] >= threshold
-    last = size
-    for _ in range(reached - k):  # of those that tie at the threshold the last are too many
-        last -= 1
-        while keys[last] != threshold:
-            last -= 1
-        mask[last] = 0
+_SIDE_BY_SIDE = 128  # runs ranked together when m is small
 
 
 @njit(nogil=True, inline="always")
@@ -53,36 +32,12 @@ def _key(bits, taken, magnitude, as_key, magnitude_bits, levels):
     return key
 
 
-@cache
-def _nm_kernel(key_dtype, magnitude_bits, levels, m):
-    """Runs one after the other: for m so large that counting within a run vectorises."""
-    as_key = np.dtype(key_dtype).type
-    magnitude = np.uint32((1 << magnitude_bits) - 1)
-    key_bits = magnitude_bits + levels.bit_length()
-
-    @njit(nogil=True, cache=True)
-    def nm(bits, taken, n, mask):
-        keys = np.empty(m, as_key)
-        full = bits.size // m * m
-        for start in range(0, full, m):
-            run, earlier, kept = bits[start : start + m], taken[start : start + m], mask[start : start + m]
-            for i in range(m):
-                keys[i] = _key(run[i], earlier[i], magnitude, as_key, magnitude_bits, levels)
-            _keep_largest(keys, m, n, key_bits, kept)
-        run, earlier, kept = bits[full:], taken[full:], mask[full:]
-        for i in range(run.size):
-            keys[i] = _key(run[i], earlier[i], magnitude, as_key, magnitude_bits, levels)
-        _keep_largest(keys, run.size, (n * run.size + m - 1) // m, key_bits, kept)
-
-    return nm
-
-
-_SIDE_BY_SIDE = 128  # runs ranked together when m is small
-
-
 @njit(nogil=True, inline="always")
 def _keep_largest_of_each(keys, k, key_bits, thresholds, counts, mask):
-    """The same rule for the columns of keys [m, runs] side by side: the lanes are runs, not positions."""
+    """mask = the k largest keys of each column of keys [m, runs]; among equal keys the first.
+
+    Finds each column's k-th largest key bit by bit from the top: the largest threshold that k keys reach.
+    """
     as_key = keys.dtype.type
     thresholds[:] = 0
     for bit in range(key_bits - 1, -1, -1):
@@ -137,9 +92,9 @@ def _small_nm_kernel(key_dtype, magnitude_bits, levels, m):
 _SMALL_M = 48  # up to here ranking runs side by side is faster than one after the other (measured)
 
 
-def _key_dtype(dtype, levels, m=0):
-    """The narrowest unsigned integer that holds a magnitude and a count of earlier vectors, and counts to m."""
-    bits = max(MAGNITUDE_BITS[dtype] + levels.bit_length(), m.bit_length())
+def _key_dtype(dtype, levels):
+    """The narrowest unsigned integer that holds a magnitude and a count of earlier vectors."""
+    bits = MAGNITUDE_BITS[dtype] + levels.bit_length()
     return "uint16" if bits <= 16 else "uint32" if bits <= 32 else "uint64"
 
 
@@ -147,18 +102,21 @@ def nm_mask(bits, dtype, taken, levels, n, m):
     """Keep n of every m consecutive elements -> mask uint8; a last run of r keeps ceil(n*r/m).
 
     `taken[i]` (uint8) counts the `levels` earlier vectors that kept position i; with levels 0 it is not read.
-    Order within a run: fewest earlier vectors, larger magnitude, lower index.
+    Order within a run: fewest earlier vectors, larger magnitude, lower index. Values must be finite.
     Source: CABS, section 3 (n:m balanced sparsification). `bits` starts at a multiple of m.
     """
-    rule = (_key_dtype(dtype, levels, m), MAGNITUDE_BITS[dtype], levels, m)
     mask = np.empty(bits.size, np.uint8)
     taken = taken if levels else mask  # at level 0 any array of the right length: it is not read
     done = 0
     if m <= _SMALL_M:
         done = bits.size // (m * _SIDE_BY_SIDE) * (m * _SIDE_BY_SIDE)
-        _small_nm_kernel(*rule)(bits[:done], taken[:done], n, mask[:done])
+        kernel = _small_nm_kernel(_key_dtype(dtype, levels), MAGNITUDE_BITS[dtype], levels, m)
+        kernel(bits[:done], taken[:done], n, mask[:done])
     if done < bits.size:
-        _nm_kernel(*rule)(bits[done:], taken[done:], n, mask[done:])
+        key_dtype = "uint16" if MAGNITUDE_BITS[dtype] == 15 and m < 1 << 16 else "uint32"  # also counts to m
+        nm_kernel(key_dtype, MAGNITUDE_BITS[dtype], min(levels, 1), m)(
+            bits[done:], taken[done:], n, mask[done:]
+        )
     return mask
 
 
