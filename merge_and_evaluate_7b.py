@@ -41,9 +41,7 @@ from pathlib import Path
 
 from common import cli
 from common.checkpoint import open_checkpoint
-from common.comparison import compare
-from common.eval_recipes import EvalRecipe, check_device, read_eval_recipe
-from common.merging import (
+from common.merge.merging import (
     REPORT_NAME,
     MergePlan,
     MergeSettings,
@@ -56,11 +54,13 @@ from common.merging import (
     origin,
     plan_merge,
 )
-from common.recipes import read_recipe, with_weights
-from common.scoring import Model, check_one_process, check_tokenizer, score_and_show
+from common.merge.recipes import read_recipe, with_weights
+from common.score.comparison import compare
+from common.score.eval_recipes import EvalRecipe, check_device, read_eval_recipe
+from common.score.scoring import Model, check_one_process, check_tokenizer, score_and_show
+from common.score.sweep import Sweep, plan_candidates, plan_scorings, weight_choices
+from common.score.sweep import run as run_sweep
 from common.staging import refuse_existing
-from common.sweep import Sweep, plan_candidates, plan_scorings, weight_choices
-from common.sweep import run as run_sweep
 from common.verify import verify
 
 MERGE_DEFAULTS = {

@@ -175,7 +175,7 @@ def draw(runs: list[Run], path: Path) -> None:
     """Write the picture of one run, or of several with as many vectors each, to `path` (png, pdf, svg); say so."""
     from matplotlib.figure import Figure
 
-    from common.comparison import save_figure
+    from common.score.comparison import save_figure
 
     reports = [report for run in runs for report in run.reports]
     rows, kinds = axes_of(reports)

@@ -6,10 +6,11 @@ merge_report.json. Checked here: each tensor's bytes, that none is missing and n
 
 from pathlib import Path
 
-from common import merging, report, task_vector
+from common import report, task_vector
 from common.errors import DataError
 from common.hashing import tensor_hashes
 from common.headers import Tensor, read_headers, read_json
+from common.merge import merging
 
 # {file: the key of a tensor's hash; None where the hash itself is the value}
 RECORDS = {merging.REPORT_NAME: None, report.NAME: "hash", task_vector.NAME: "vector"}

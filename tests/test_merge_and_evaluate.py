@@ -11,8 +11,8 @@ from conftest import ROOT, save_model, save_tasks
 
 import merge_and_evaluate_7b as script
 from common.errors import DataError
-from common.results import read_results
-from common.scores import mean_stderr, summarize
+from common.score.results import read_results
+from common.score.scores import mean_stderr, summarize
 
 RECIPE = {
     "merge_method": "task_arithmetic",
@@ -264,9 +264,9 @@ def test_no_average_where_scores_are_missing_or_point_both_ways():
 
 def test_a_task_without_a_number_is_an_error(here, monkeypatch):
     """The document is kept, hours may be in it, but the run does not look like one that succeeded."""
-    import common.scoring
+    import common.score.scoring
 
-    monkeypatch.setattr(common.scoring, "evaluate", lambda *_: document(colours={"acc,none": float("nan")}))
+    monkeypatch.setattr(common.score.scoring, "evaluate", lambda *_: document(colours={"acc,none": float("nan")}))
     with pytest.raises(DataError, match="gave no number for task 'colours'"):
         script.main(["--eval_only", "--save_path", "west", "--eval_recipe", "eval.yml"])
     assert (here / "results.json").is_file()

@@ -12,8 +12,8 @@ from mergekit.merge_methods.base import TensorGroup
 from safetensors.torch import load_file, save_file
 
 import merge_and_evaluate_7b as script
-from common import merge_methods
 from common.errors import DataError
+from common.merge import merge_methods
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 

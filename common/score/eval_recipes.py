@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import DataError
-from common.recipes import read_yaml
+from common.merge.recipes import read_yaml
 
 TEXT_KEYS = ("model", "device", "include_path", "use_cache")
 MAPPING_KEYS = ("model_args", "gen_kwargs", "metadata")  # or text like "a=1,b=2"

@@ -15,7 +15,7 @@ from common.checkpoint import Checkpoint, companion_files, copy_companions, open
 from common.errors import DataError
 from common.hashing import file_hash, tensor_hashes, text_hash
 from common.headers import DTYPE_CODES, DTYPE_NAMES, FLOAT_DTYPES, Tensor, read_headers, read_json
-from common.recipes import Recipe, model_paths, with_paths
+from common.merge.recipes import Recipe, model_paths, with_paths
 from common.staging import staged_directory, write_json
 
 REPORT_NAME = "merge_report.json"
@@ -152,7 +152,7 @@ def _run_mergekit(merge_plan: MergePlan, directory: Path, settings: MergeSetting
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
-    from common.merge_methods import register
+    from common.merge.merge_methods import register
 
     register()
     recipe = merge_plan.recipe

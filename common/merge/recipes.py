@@ -161,7 +161,7 @@ def _method(path: str, name: str):
     """mergekit's merge method of that name, or ours."""
     from mergekit.merge_methods import registry
 
-    from common.merge_methods import register
+    from common.merge.merge_methods import register
 
     register()
     known = {method.spec.name: method for method in registry.registered_methods()}

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import DataError
-from common.results import percent, read_results
-from common.scores import mean_stderr
+from common.score.results import percent, read_results
+from common.score.scores import mean_stderr
 
 AVERAGE = "average"
 

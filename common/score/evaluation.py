@@ -6,9 +6,9 @@ from dataclasses import asdict
 from importlib.metadata import version
 
 from common.errors import DataError
-from common.eval_recipes import EvalRecipe, evaluator_config
-from common.eval_tasks import Tasks, task_files
 from common.hashing import file_hash, text_hash
+from common.score.eval_recipes import EvalRecipe, evaluator_config
+from common.score.eval_tasks import Tasks, task_files
 
 
 def _simple_evaluate(recipe: EvalRecipe, model: str, tasks: Tasks, cache: str | None) -> dict | None:

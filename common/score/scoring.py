@@ -6,12 +6,12 @@ from pathlib import Path
 
 from common.checkpoint import Checkpoint
 from common.errors import DataError
-from common.eval_recipes import EvalRecipe
-from common.eval_tasks import Tasks
-from common.evaluation import eval_identity, evaluate
 from common.headers import read_json
-from common.results import print_results, provenance, with_summary, write_results, write_samples
-from common.scores import missing_scores
+from common.score.eval_recipes import EvalRecipe
+from common.score.eval_tasks import Tasks
+from common.score.evaluation import eval_identity, evaluate
+from common.score.results import print_results, provenance, with_summary, write_results, write_samples
+from common.score.scores import missing_scores
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from glob import glob
 from pathlib import Path
 
 from common.errors import DataError
-from common.eval_recipes import EvalRecipe
+from common.score.eval_recipes import EvalRecipe
 
 
 def leaf_tasks(index: dict, names: list[str]) -> list[str] | None:

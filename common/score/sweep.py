@@ -10,19 +10,20 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common import merging, scoring
-from common.comparison import label
 from common.errors import DataError
-from common.eval_recipes import EvalRecipe
-from common.eval_tasks import find_tasks
-from common.evaluation import eval_identity
 from common.hashing import text_hash
 from common.headers import read_json
-from common.merging import MergePlan, MergeSettings
-from common.overview import write_overview
-from common.recipes import Recipe
-from common.results import percent, write_results
-from common.scoring import Model, Scoring
+from common.merge import merging
+from common.merge.merging import MergePlan, MergeSettings
+from common.merge.recipes import Recipe
+from common.score import scoring
+from common.score.comparison import label
+from common.score.eval_recipes import EvalRecipe
+from common.score.eval_tasks import find_tasks
+from common.score.evaluation import eval_identity
+from common.score.overview import write_overview
+from common.score.results import percent, write_results
+from common.score.scoring import Model, Scoring
 from common.staging import move, refuse_existing
 
 

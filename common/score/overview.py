@@ -4,7 +4,7 @@ import csv
 import io
 from pathlib import Path
 
-from common.comparison import Row, columns, label, save_figure, table
+from common.score.comparison import Row, columns, label, save_figure, table
 from common.staging import write_file
 
 Weights = tuple[float, ...]

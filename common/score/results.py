@@ -8,10 +8,10 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from common import scores
 from common.errors import DataError
-from common.eval_recipes import EvalRecipe
 from common.headers import read_json
+from common.score import scores
+from common.score.eval_recipes import EvalRecipe
 from common.staging import write_file, write_json
 
 PACKAGES = ("lm_eval", "mergekit", "transformers", "torch", "datasets")

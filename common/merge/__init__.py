@@ -1,0 +1,1 @@
+"""Merging: recipes, mergekit, merge methods of ours."""

@@ -1,0 +1,1 @@
+"""Scoring: lm-eval, results files, sweeps, comparisons."""
