@@ -107,7 +107,7 @@ def complete(model: Checkpoint, dtype: str, clamp: bool, output: Output, records
             "convert to bfloat16 or float32, or accept the nearest finite value with --clamp"
         )
     copy_companions(model.path, output.part)
-    (output.part / "config.json").write_text(config_with_dtype(model.config, dtype))
+    (output.part / "config.json").write_text(config_with_dtype(model.config, dtype), encoding="utf-8")
     values = sum(tensor.numel for tensor in model.tensors.values() if tensor.is_parameter)
     changed, zeroed = (
         sum(record.get(key, 0) for record in records.values()) for key in ("changed", "zeroed")

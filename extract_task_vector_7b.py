@@ -113,7 +113,7 @@ def plan(finetuned: Checkpoint, base: Checkpoint, args: argparse.Namespace) -> J
 def complete(finetuned: Checkpoint, base: Checkpoint, dtype: str, output: Output, records: dict) -> None:
     """Add config, the fine-tuned model's tokenizer and task_vector.json; say how much of the model differs."""
     copy_companions(finetuned.path, output.part)
-    (output.part / "config.json").write_text(config_with_dtype(base.config, dtype))
+    (output.part / "config.json").write_text(config_with_dtype(base.config, dtype), encoding="utf-8")
     write_task_vector_json(output.part, finetuned, base, dtype, records)
     values = sum(tensor.numel for tensor in base.tensors.values() if tensor.is_parameter)
     differs = sum(record.get("differs", 0) for record in records.values())

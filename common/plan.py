@@ -240,9 +240,13 @@ def index_text(shards: list[Shard]) -> str:
 
 
 def check_places(inputs: list[Path], outputs: list[Path]) -> None:
-    """Refuse outputs that are, hold, or lie inside an input or one another."""
+    """Refuse outputs that are, hold, or lie inside an input or one another, or that are or hold the working directory."""
     places = [path.resolve() for path in outputs]
     for i, place in enumerate(places):
+        if place in (Path.cwd(), *Path.cwd().parents):
+            raise DataError(
+                f"{outputs[i]}: is the working directory or holds it; give the output a directory of its own"
+            )
         for other in [path.resolve() for path in inputs] + places[:i]:
             if place == other or other in place.parents or place in other.parents:
                 raise DataError(
