@@ -103,6 +103,13 @@ def test_scopes_larger_than_a_block(code, aware):
                 expect_oracle("magnitude", vectors, code, n, 300, aware, block=64)
 
 
+@pytest.mark.parametrize("n", [5, 66_000])
+def test_runs_too_long_to_count_in_16_bits(n):
+    """m of 70000 within one block, and ties beyond the 65536th."""
+    vectors = values("ties", 2, 140_001, "F16", n)
+    expect_oracle("nm", vectors, "F16", n, 70_000, True)
+
+
 def test_the_textbook_case():
     """CABS by hand: 2:4, the second vector takes what the first left, lower index first among equals."""
     first, second = torch.tensor([4.0, -3.0, 2.0, 1.0]).half(), torch.tensor([9.0, 8.0, -5.0, 5.0]).half()
@@ -325,9 +332,8 @@ def test_what_is_not_finite_is_seen(code):
 @pytest.mark.parametrize("code", ["F16", "BF16", "F32"])
 def test_energy(code):
     """Sums of squares, kept and in all, to six digits, over large and small values."""
-    vector = torch.cat(
-        [values("steps", 1, 9000, code)[0], torch.tensor([300.0, -1e-4]).to(oracle.DTYPES[code])]
-    )
+    extremes = torch.tensor([300.0, -1e-4] if code == "F16" else [3e25, -1e-25]).to(oracle.DTYPES[code])
+    vector = torch.cat([values("steps", 1, 9000, code)[0], extremes])
     mask = np.random.default_rng(1).random(9002) < 0.3
     squares = vector.double().numpy() ** 2
     ours = kernels.energy(bits_of(vector, code), code, mask.view(np.uint8))
