@@ -9,7 +9,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
-from checkpoints import chain, files, prune_arguments, run
+import torch
+from checkpoints import chain, files, prune_arguments, run, write
 from conftest import ROOT
 
 SIZE = ["--max_shard_size", "300B"]  # several shards
@@ -207,6 +208,43 @@ def test_disk_full(jobs, script, step):
         assert "Traceback" not in done["stderr"] and job.published() == []
         job.finish()
         job.clean()
+
+
+ON_A_SMALL_DISK = """
+mount -t tmpfs -o size={size} tmpfs {disk} || exit 77
+{command} 2> {disk}.first; echo $? > {disk}.status; ls -a {disk} > {disk}.listing
+mount -o remount,size=9m {disk}
+{command} 2> {disk}.second && cp -r {disk}/. {disk}.copy
+"""
+
+
+def test_a_disk_that_really_fills_up(tmp_path):
+    """On a tmpfs with room for the weights and little else; then the same command with more room."""
+    folder, disk = tmp_path / "x", tmp_path / "disk"
+    write(folder / "base", {"w": torch.linspace(-1, 1, 200_000).half()})
+    write(folder / "a", {"w": torch.linspace(1, -1, 200_000).half()})
+    run(
+        "extract",
+        "--finetuned_model_path",
+        folder / "a",
+        "--base_model_path",
+        folder / "base",
+        "--save_path",
+        folder / "v",
+    )
+    flags = ["--n", 1, "--m", 4, "--task_vector_paths", folder / "v", "--save_directories"]
+    run("prune", *flags, folder / "p")
+    disk.mkdir()
+    command = " ".join(map(str, [sys.executable, ROOT / "prune_task_vector_7b.py", *flags, disk / "p"]))
+    script = ON_A_SMALL_DISK.format(size=400 * 1024, disk=disk, command=command)
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True)
+    if not Path(f"{disk}.status").exists():
+        pytest.skip(f"no tmpfs of one's own here: {done.stderr.strip()}")
+    assert Path(f"{disk}.status").read_text() == "1\n"
+    last = Path(f"{disk}.first").read_text().strip().splitlines()[-1]
+    assert last.startswith("error: the disk is full") and last.endswith(GOES_ON), last
+    assert Path(f"{disk}.listing").read_text().split() == [".", "..", "p.part"]
+    assert files(Path(f"{disk}.copy") / "p") == files(folder / "p"), Path(f"{disk}.second").read_text()
 
 
 # --- others at the same place ---------------------------------------------------------------------
