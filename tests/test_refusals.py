@@ -169,6 +169,11 @@ CASES = {
         ["prune"],
         "{d}/vb/task_vector.json: not as extract_task_vector_7b.py writes it; extract the vector again",
     ),
+    "a base path of two lines": (
+        text("va/task_vector.json", '{"tensors": {}, "base_model_path": "a\\nb", "hash": "xxh3_128"}'),
+        ["prune"],
+        "{d}/va/task_vector.json: not as extract_task_vector_7b.py writes it; extract the vector again",
+    ),
     "hashes of other tensors": (
         replace("va", "x", torch.ones(1)),
         ["prune"],
