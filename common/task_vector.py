@@ -67,7 +67,12 @@ def read_task_vector(checkpoint: Checkpoint) -> TaskVector:
         )
     content = read_json(path)
     hashes, base = content.get("tensors"), content.get("base_model_path")
-    sound = isinstance(hashes, dict) and isinstance(base, str) and base.isprintable() and content.get("hash") == HASH
+    sound = (
+        isinstance(hashes, dict)
+        and isinstance(base, str)
+        and base.isprintable()
+        and content.get("hash") == HASH
+    )
     if not sound or not all(
         isinstance(h, dict) and isinstance(h.get("base"), str) and isinstance(h.get("vector"), str)
         for h in hashes.values()
