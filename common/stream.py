@@ -1,6 +1,6 @@
 """Blocks of tensors through worker threads: read, compute, write.
 
-Each worker takes the next tensor, in file order, and moves it block by block: read into a buffer it reuses,
+Each worker takes the next tensor and moves it block by block: read into a buffer it reuses,
 compute while the block is in its core's cache, write to the block's place in the output. While one worker waits
 for the disk the others compute. Memory is a few blocks per worker, whatever the size of model, shard or tensor.
 """
@@ -126,10 +126,11 @@ def run(
 ) -> None:
     """process(task, worker) -> a record for each output, for every task; whole shards go to the sink.
 
-    Tasks come in shard order. The first failure stops all workers at their next block and is raised here.
+    Shard by shard, the largest tensor first, so that no worker is left alone with a large one at the end. The first
+    failure stops all workers at their next block and is raised here.
     """
     halt, lock = threading.Event(), threading.Lock()
-    pending = iter(tasks)
+    pending = iter(sorted(tasks, key=lambda task: (task.shard, -task.inputs[0].nbytes)))
 
     def next_task() -> Task | None:
         with lock:
@@ -161,5 +162,5 @@ def run(
 
 
 def worker_count() -> int:
-    """Threads to use: the cores this process may run on, at most 8 (beyond, the disk is the limit)."""
-    return min(len(os.sched_getaffinity(0)), 8)
+    """Threads to use: one more than the cores this process may run on, for when one waits; at most 9."""
+    return min(len(os.sched_getaffinity(0)), 8) + 1
