@@ -22,8 +22,6 @@ from common.errors import DataError
 from common.plan import check_floats, lay_out, match, plan_shards
 
 QUICK = 10.0  # seconds for one small file on a busy machine; it takes well under a millisecond
-    2.0  # seconds for one file of a few hundred bytes, on a busy machine; it takes well under a millisecond
-)
 EXAMPLES = 500
 relaxed = settings(
     max_examples=EXAMPLES, deadline=None, database=None,
