@@ -266,7 +266,9 @@ def test_a_task_without_a_number_is_an_error(here, monkeypatch):
     """The document is kept, hours may be in it, but the run does not look like one that succeeded."""
     import common.score.scoring
 
-    monkeypatch.setattr(common.score.scoring, "evaluate", lambda *_: document(colours={"acc,none": float("nan")}))
+    monkeypatch.setattr(
+        common.score.scoring, "evaluate", lambda *_: document(colours={"acc,none": float("nan")})
+    )
     with pytest.raises(DataError, match="gave no number for task 'colours'"):
         script.main(["--eval_only", "--save_path", "west", "--eval_recipe", "eval.yml"])
     assert (here / "results.json").is_file()
