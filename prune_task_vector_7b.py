@@ -16,7 +16,7 @@ Conflict-aware: a vector keeps positions that no earlier one kept as long as the
 budget. The order is the order of the command line. Equal magnitudes: the lower index is kept. Each output is the
 base plus the pruned vector, a model that mergekit reads, with prune_report.json beside it. Streams: about 0.4 GB
 of memory whatever the size of the model; magnitude reads the vectors twice. Several processes: torchrun
---nproc-per-node 2 prune_task_vector_7b.py ... writes the same bytes. Stopped, the same command goes on.
+--nproc-per-node 2 -- prune_task_vector_7b.py ... writes the same bytes. Stopped, the same command goes on.
 
 Later: a picture of two runs side by side, from their reports; and are the files still what was written?
 

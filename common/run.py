@@ -35,8 +35,12 @@ class Job:
 
 
 def input_files(checkpoints: list[Checkpoint]) -> dict[str, list[int]]:
-    """{file: [bytes, time of last change in ns]} of everything that is read."""
+    """{file: [bytes, time of last change in ns]} of everything that decides what is written."""
     files = {tensor.path for checkpoint in checkpoints for tensor in checkpoint.tensors.values()}
+    beside = (
+        checkpoint.path / name for checkpoint in checkpoints for name in ("config.json", "task_vector.json")
+    )
+    files |= {path for path in beside if path.is_file()}
     stats = {str(path): os.stat(path) for path in sorted(files)}
     return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
 

@@ -150,11 +150,13 @@ def run(
             worker.close()
 
     with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(work) for _ in range(workers)]
+        futures, whole = [], False
         try:
-            wait(futures, return_when=FIRST_EXCEPTION)
+            futures += [pool.submit(work) for _ in range(workers)]
+            whole = not wait(futures, return_when=FIRST_EXCEPTION).not_done
         finally:
-            halt.set() if any(not f.done() or f.exception() for f in futures) else None
+            if not whole:
+                halt.set()
             wait(futures)
             sink.abandon()
     for future in futures:
