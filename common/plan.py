@@ -254,7 +254,8 @@ def check_places(inputs: list[Path], outputs: list[Path]) -> None:
                 )
 
 
-def _existing_parent(path: Path) -> Path:
+def existing_parent(path: Path) -> Path:
+    """The nearest directory above `path`, or itself, that is there."""
     path = path.absolute()
     while not path.exists():
         path = path.parent
@@ -265,7 +266,7 @@ def check_disk(needs: dict[Path, int]) -> None:
     """Refuse unless every file system has room for the bytes that are still to be written to it."""
     by_device: dict[int, list] = {}
     for output, nbytes in needs.items():
-        parent = _existing_parent(output)
+        parent = existing_parent(output)
         entry = by_device.setdefault(os.stat(parent).st_dev, [parent, 0])
         entry[1] += nbytes
     for parent, nbytes in by_device.values():

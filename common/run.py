@@ -1,6 +1,7 @@
 """One run of a script: claim the output, stream, publish."""
 
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from tqdm import tqdm
 from common import sink, stream
 from common.checkpoint import Checkpoint
 from common.errors import DataError
-from common.plan import check_disk
+from common.plan import check_disk, existing_parent
 from common.processes import Group, deal, group, wait_for_everyone
 from common.sink import Output
 from common.stream import Task
@@ -52,17 +53,21 @@ def describe(job: Job, inputs: list[Checkpoint]) -> str:
         lines.append(f"        vectors are read {job.passes} times (see --help)")
     for output in job.outputs:
         lines.append(f"writes  {output.nbytes / 1e9:8.3f} GB  {output.final} ({len(output.shards)} files)")
+        if output.final.exists():
+            lines.append(f"exists             {output.final}: refused without --overwrite")
     total = sum(output.nbytes for output in job.outputs)
     workers = stream.worker_count()
-    lines.append(f"disk    {total / 1e9:8.3f} GB  to be free under {_parents(job)}")
+    lines.append(f"disk    {total / 1e9:8.3f} GB  to be free; there are: {_free(job)}")
     lines.append(
         f"memory  {0.3 + 0.02 * workers:8.3f} GB  at most, whatever the size of the model ({workers} threads)"
     )
     return "\n".join(lines)
 
 
-def _parents(job: Job) -> str:
-    return ", ".join(sorted({str(output.final.absolute().parent) for output in job.outputs}))
+def _free(job: Job) -> str:
+    """ "12.345 GB under models" for every place that is written to."""
+    places = sorted({existing_parent(output.final.absolute().parent) for output in job.outputs})
+    return ", ".join(f"{shutil.disk_usage(place).free / 1e9:.3f} GB under {place}" for place in places)
 
 
 def execute(job: Job, overwrite: bool) -> bool:
