@@ -56,6 +56,19 @@ def open_checkpoint(label: str) -> Checkpoint:
     return Checkpoint(label, path.resolve(), {tensor.name: tensor for tensor in tensors}, read_json(config))
 
 
+def says_tied(checkpoint: Checkpoint) -> bool:
+    """Whether config.json ties the output head to the input embedding (its architecture's default if silent)."""
+    for section in (checkpoint.config, checkpoint.config.get("text_config")):
+        if isinstance(section, dict) and isinstance(section.get("tie_word_embeddings"), bool):
+            return section["tie_word_embeddings"]
+    # Most configs say it; transformers, which is slow to import, is asked only about the others.
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = checkpoint.config.get("model_type")
+    known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
+    return bool(known and getattr(CONFIG_MAPPING[model_type], "tie_word_embeddings", False))
+
+
 def config_with_dtype(config: dict, dtype: str) -> str:
     """config.json's text with `dtype` (e.g. 'F16'), nested configs included: from_pretrained believes it."""
 

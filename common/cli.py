@@ -183,7 +183,7 @@ def run(main) -> None:
         sys.exit(f"error: {_one_line(error)}")
     except (KeyboardInterrupt, Stopped) as stop:
         print(
-            "\ninterrupted; nothing was published. The same command goes on from the last whole shard.",
+            "\ninterrupted; nothing half-written was published. The same command goes on from what is whole.",
             file=sys.stderr,
         )
         sys.exit(130 if isinstance(stop, KeyboardInterrupt) else 143)

@@ -10,7 +10,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.checkpoint import Checkpoint
+from common.checkpoint import Checkpoint, says_tied
 from common.errors import DataError
 from common.headers import DTYPE_BYTES, FLOAT_DTYPES, SINGLE_NAME, Tensor
 
@@ -29,19 +29,6 @@ HEAD_ENDINGS = ("lm_head.weight", "embed_out.weight")
 
 def _ends(names, endings: tuple[str, ...]) -> str | None:
     return next((name for name in names if name.endswith(endings)), None)
-
-
-def says_tied(checkpoint: Checkpoint) -> bool:
-    """Whether config.json ties the output head to the input embedding (its architecture's default if silent)."""
-    for section in (checkpoint.config, checkpoint.config.get("text_config")):
-        if isinstance(section, dict) and isinstance(section.get("tie_word_embeddings"), bool):
-            return section["tie_word_embeddings"]
-    # Only asked when a head is missing somewhere, so transformers is not imported in the common case.
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    model_type = checkpoint.config.get("model_type")
-    known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
-    return bool(known and getattr(CONFIG_MAPPING[model_type], "tie_word_embeddings", False))
 
 
 def tied_embedding(checkpoint: Checkpoint, head: str) -> Tensor | None:

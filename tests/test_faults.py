@@ -185,7 +185,9 @@ def test_signals(jobs, script, kind, status):
         done = job.start(kind=kind, at=at)
         assert done["status"] == status
         assert "Traceback" not in done["stderr"]
-        assert done["stderr"].strip().splitlines()[-1].startswith("interrupted; nothing was published.")
+        assert done["stderr"].strip().splitlines()[-1] == (
+            "interrupted; nothing half-written was published. The same command goes on from what is whole."
+        )
         assert job.published() == []
         job.finish()
         job.clean()
