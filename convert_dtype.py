@@ -57,7 +57,7 @@ def convert_tensor(task: Task, worker: Worker, dtype: str) -> list[dict]:
             overflow, out = True, kernels.clamp(out, dtype)
         c, z = kernels.changes(bits, source.dtype, out, dtype)
         digest.update(out)
-        worker.write(task, 0, start, out)
+        worker.room(task, 0, start, stop)[:] = out
         changed, zeroed = changed + c, zeroed + z
     return [{"changed": changed, "zeroed": zeroed, "overflow": overflow, "written": digest.hexdigest()}]
 

@@ -62,8 +62,9 @@ def prune_tensor(
         for j, vector in enumerate(vectors):
             vector_hashes[j].update(raw[j])
             out = apply_mask(below, base, bits[j], vector, masks[j], pruning.scale, engine)
-            written_hashes[j].update(out)
-            worker.write(task, j, start, out)
+            place = worker.room(task, j, start, stop)
+            place[:] = out
+            written_hashes[j].update(place)
         overlaps.take(start, bits, masks)
     return [
         {

@@ -6,7 +6,6 @@ directory is renamed to its final name. `.run/run.json` says which run a directo
 goes on from the last whole shard, any other is refused.
 """
 
-import ctypes
 import json
 import os
 import shutil
@@ -15,15 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from common.direct import File
 from common.errors import DataError
 from common.plan import Shard, index_text
 from common.staging import lock, move, part_of, refuse_existing, sync, write_file
 
 RUN = ".run"
-_PUSH = 16 << 20  # bytes
-_SYNC_FILE_RANGE = getattr(
-    ctypes.CDLL(None), "sync_file_range", None
-)  # only a hint: fsync is what makes durable
 
 
 @dataclass(frozen=True)
@@ -122,43 +120,42 @@ class Sink:
     def __init__(self, outputs: list[Output]):
         self._outputs = outputs
         self._lock = threading.Lock()
-        self._files: dict[int, list[int]] = {}
+        self._files: dict[int, list[File]] = {}
         self._records: dict[int, dict[str, list[dict]]] = {}
 
     def _temporary(self, output: Output, shard: int) -> Path:
         return output.part / (output.shards[shard].filename + ".tmp")
 
-    def _open(self, shard: int) -> list[int]:
+    def _create(self, output: Output, shard: int) -> File:
+        planned = output.shards[shard]
+        file = File(self._temporary(output, shard), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        try:
+            file.prepare(planned.nbytes)
+            file.write(np.frombuffer(planned.header, np.uint8), 0)
+        except OSError:
+            file.close()
+            raise
+        return file
+
+    def files(self, shard: int) -> list[File]:
+        """The file of a shard in each output: as long as it will be, and with its header, from the first call on."""
         with self._lock:
             if shard not in self._files:
-                files = []
-                for output in self._outputs:
-                    path = self._temporary(output, shard)
-                    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-                    files.append(file)
-                    os.ftruncate(file, output.shards[shard].nbytes)
-                    write_all(file, output.shards[shard].header, 0)
-                self._files[shard], self._records[shard] = files, {}
+                self._files[shard] = [self._create(output, shard) for output in self._outputs]
+                self._records[shard] = {}
             return self._files[shard]
-
-    def write(self, shard: int, output: int, offset: int, data) -> None:
-        """Put bytes at `offset` of a shard of one output."""
-        file, view = self._open(shard)[output], memoryview(data).cast("B")
-        write_all(file, view, offset)
-        if offset // _PUSH != (offset + len(view)) // _PUSH:
-            start_writing(file, offset // _PUSH * _PUSH, _PUSH)
 
     def finish_tensor(self, shard: int, name: str, records: list[dict]) -> None:
         """Take a tensor's record for each output; the shard's last tensor makes the shard whole."""
-        self._open(shard)
+        self.files(shard)
         with self._lock:
             self._records[shard][name] = records
             if len(self._records[shard]) < len(self._outputs[0].shards[shard].slots):
                 return
             files, done = self._files.pop(shard), self._records.pop(shard)
         for number, (output, file) in enumerate(zip(self._outputs, files, strict=True)):
-            os.fsync(file)
-            os.close(file)
+            file.sync()
+            file.close()
             order = [slot.name for slot in output.shards[shard].slots]
             record = {name: done[name][number] for name in order}
             write_file(_record_path(output, shard), json.dumps(record).encode())
@@ -169,23 +166,9 @@ class Sink:
         """Close what is open and remove shards that are not whole."""
         for shard, files in self._files.items():
             for output, file in zip(self._outputs, files, strict=True):
-                os.close(file)
+                file.close()
                 self._temporary(output, shard).unlink(missing_ok=True)
         self._files.clear()
-
-
-def start_writing(file: int, offset: int, nbytes: int) -> None:
-    """Tell the kernel to begin writing a range to disk now, so that the disk works while we compute (Linux)."""
-    if _SYNC_FILE_RANGE:
-        _SYNC_FILE_RANGE(file, ctypes.c_longlong(offset), ctypes.c_longlong(nbytes), ctypes.c_uint(2))
-
-
-def write_all(file: int, data, offset: int) -> None:
-    """pwrite until every byte is written."""
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(file, view, offset)
-        view, offset = view[written:], offset + written
 
 
 def records(output: Output) -> dict[str, dict]:

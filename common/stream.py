@@ -7,13 +7,16 @@ for the disk the others compute. Memory is a few blocks per worker, whatever the
 
 import os
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import xxhash
 
+from common.direct import File, Stage, Window
 from common.errors import DataError
 from common.headers import DTYPE_BYTES, Tensor
 from common.plan import Slot
@@ -38,46 +41,61 @@ class Halted(Exception):
 
 
 class Worker:
-    """What one thread holds: reused buffers, open inputs, and the way to the sink."""
+    """What one thread holds: its inputs, the parts of them and of the outputs in memory, the way to the sink."""
 
     def __init__(self, sink: Sink, halt: threading.Event, moved: Callable[[int], None]):
         self._sink, self._halt, self._moved = sink, halt, moved
-        self._buffers: dict[int, np.ndarray] = {}
-        self._files: dict = {}
+        self._inputs: dict[Path, File] = {}
+        self._windows: dict[int, Window] = defaultdict(Window)
+        self._stages: dict[int, Stage] = defaultdict(Stage)
 
-    def _file(self, path) -> int:
-        if path not in self._files:
-            self._files[path] = os.open(path, os.O_RDONLY)
-        return self._files[path]
+    def _input(self, path: Path) -> File:
+        if path not in self._inputs:
+            self._inputs[path] = File(path, os.O_RDONLY)
+        return self._inputs[path]
 
-    def read(self, tensor: Tensor, start: int, stop: int, buffer: int = 0) -> np.ndarray:
-        """Bits of elements start:stop of a tensor, in buffer number `buffer`, valid until it is read into again."""
+    def read(self, tensor: Tensor, start: int, stop: int, window: int = 0) -> np.ndarray:
+        """Bits of elements start:stop of a tensor, valid until the next read through window number `window`."""
         if self._halt.is_set():
             raise Halted
         size = DTYPE_BYTES[tensor.dtype]
-        nbytes = (stop - start) * size
-        if self._buffers.get(buffer, np.empty(0)).nbytes < nbytes:
-            self._buffers[buffer] = np.empty(nbytes, np.uint8)
-        target = self._buffers[buffer][:nbytes]
-        done = 0
-        while done < nbytes:
-            got = os.preadv(self._file(tensor.path), [target[done:]], tensor.offset + start * size + done)
-            if got == 0:
-                raise DataError(
-                    f"tensor {tensor.name!r} in {tensor.path}: the file ends within it; it was cut short while it was read"
-                )
-            done += got
-        self._moved(nbytes)
-        return target.view(_NUMPY[size])
+        begin, end, limit = (
+            tensor.offset + start * size,
+            tensor.offset + stop * size,
+            tensor.offset + tensor.nbytes,
+        )
+        data = self._windows[window].read(self._input(tensor.path), begin, end, limit)
+        if data is None:
+            raise DataError(
+                f"tensor {tensor.name!r} in {tensor.path}: the file ends within it; it was cut short while it was read"
+            )
+        self._moved(data.nbytes)
+        if begin % size:  # other writers than ours need not align a tensor to its elements
+            data = data.copy()
+        return data.view(_NUMPY[size])
 
-    def write(self, task: Task, output: int, start: int, array: np.ndarray) -> None:
-        """Put elements from `start` on of a task's tensor in their place in output number `output`."""
-        self._sink.write(task.shard, output, task.slots[output].offset + start * array.itemsize, array)
-        self._moved(array.nbytes)
+    def room(self, task: Task, output: int, start: int, stop: int) -> np.ndarray:
+        """Room for elements start:stop of a task's tensor in output number `output`, to be filled in order, without gaps.
+
+        Valid until the next room for this output; goes to disk some time before the task is over.
+        """
+        slot = task.slots[output]
+        size = DTYPE_BYTES[slot.dtype]
+        file = self._sink.files(task.shard)[output]
+        data = self._stages[output].room(file, slot.offset + start * size, (stop - start) * size)
+        self._moved(data.nbytes)
+        return data.view(_NUMPY[size])
+
+    def finish(self, task: Task, records: list[dict]) -> None:
+        """Write what is left of a task's tensor, and hand its records to the sink."""
+        for stage in self._stages.values():
+            stage.flush()
+        self._sink.finish_tensor(task.shard, task.name, records)
 
     def close(self) -> None:
-        for file in self._files.values():
-            os.close(file)
+        """Close the inputs."""
+        for file in self._inputs.values():
+            file.close()
 
 
 def blocks(numel: int, block: int) -> Iterator[tuple[int, int]]:
@@ -105,7 +123,7 @@ def copy_tensor(task: Task, worker: Worker) -> list[dict]:
         bits = worker.read(source, start, stop)
         digest.update(bits)
         for output in range(len(task.slots)):
-            worker.write(task, output, start, bits)
+            worker.room(task, output, start, stop)[:] = bits
     return [{"base": digest.hexdigest(), "written": digest.hexdigest()} for _ in task.slots]
 
 
@@ -140,7 +158,7 @@ def run(
         worker = Worker(sink, halt, moved)
         try:
             while not halt.is_set() and (task := next_task()):
-                sink.finish_tensor(task.shard, task.name, process(task, worker))
+                worker.finish(task, process(task, worker))
         except Halted:
             pass
         except BaseException:

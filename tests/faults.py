@@ -112,8 +112,13 @@ def main() -> None:
     import checkpoints
     from tqdm import tqdm
 
-    import common.kernels  # noqa: F401
+    import common.direct
+    import common.kernels
 
+    common.direct.CHUNK = (
+        2 * common.direct.PAGE
+    )  # so that small models take several requests of several blocks
+    common.kernels.BLOCK = 2048
     tqdm.monitor_interval = 0  # no thread of its own, which a fork would not take along
     sys.stdout, answers = sys.stderr, sys.stdout
     for line in sys.stdin:

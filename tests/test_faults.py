@@ -106,6 +106,25 @@ def jobs(undisturbed) -> dict[str, Job]:
 
 
 @pytest.fixture(scope="module")
+def large(laboratory, tmp_path_factory) -> Job:
+    """A prune of tensors of several pages that begin and end within one: most of it is written past the page cache."""
+    made, sizes = tmp_path_factory.mktemp("large"), {"first.weight": 20_001, "second.weight": 30_003}
+    write(made / "base", {name: torch.linspace(-1, 1, size).half() for name, size in sizes.items()})
+    write(made / "a", {name: torch.linspace(1, -1, size).half() for name, size in sizes.items()})
+    run(
+        "extract",
+        "--finetuned_model_path",
+        made / "a",
+        "--base_model_path",
+        made / "base",
+        "--save_path",
+        made / "v",
+    )
+    arguments = ["--n", 1, "--m", 4, "--task_vector_paths", made / "v", "--save_directories", made / "p"]
+    return Job(laboratory, "prune", [*arguments, "--max_shard_size", "50KB"], [made / "p"])
+
+
+@pytest.fixture(scope="module")
 def undisturbed(laboratory, folder) -> dict[str, Job]:
     extract = ["--finetuned_model_path", folder / "a", "--base_model_path", folder / "base"]
     return {
@@ -128,6 +147,18 @@ def test_kill_at_any_write(jobs, script, step):
         assert job.start(kind="SIGKILL", at=at)["status"] == -9, at
         job.finish()
         job.clean()
+
+
+@pytest.mark.parametrize("kind, status", [("SIGKILL", -9), ("full", 1)])
+def test_large_writes(large, kind, status):
+    """Killed or out of disk in the middle of every write of a whole request, then the same command again."""
+    writes = [i for i, call in enumerate(large.calls, 1) if call.startswith("pwrite")]
+    assert len(writes) > 12
+    for at in writes:
+        assert large.start(kind=kind, at=at)["status"] == status, at
+        assert large.published() == []
+        large.finish()
+        large.clean()
 
 
 def test_kill_again_and_again(jobs):

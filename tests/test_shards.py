@@ -16,7 +16,6 @@ from safetensors.torch import save, save_file
 
 from common.headers import DTYPE_BYTES, read_file_header
 from common.plan import index_text, lay_out, partition, plan_shards
-from common.sink import write_all
 
 # safetensors orders a file by dtype, widest first, in this order, then by name.
 TORCH = {"I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
@@ -125,16 +124,6 @@ def test_every_tensor_is_aligned(tmp_path):
     """Mixed widths in one file: each tensor starts at a multiple of its element size."""
     shard = lay_out("x", [("a", "U8", (3,)), ("b", "F32", (1,)), ("c", "F16", (1,)), ("d", "I64", (1,))])
     assert all(slot.offset % DTYPE_BYTES[slot.dtype] == 0 for slot in shard.slots)
-
-
-def test_short_writes_are_completed(tmp_path, monkeypatch):
-    """A kernel may write less than it is given; the rest follows."""
-    real = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda file, data, offset: real(file, data[:5], offset))
-    file = os.open(tmp_path / "x", os.O_RDWR | os.O_CREAT)
-    write_all(file, b"0123456789ab", 2)
-    os.close(file)
-    assert (tmp_path / "x").read_bytes() == b"\0\x000123456789ab"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,206 @@
+"""Memory that the disk reads and writes without a copy: direct I/O.
+
+A copy through the page cache costs a core more than pruning does: pages are found, filled and later written by other
+threads, and what others use is pushed out. So what the cache holds is read from there, and everything else goes
+between the disk and our buffers, in large pieces at multiples of PAGE. Where a file system has no direct I/O, the same
+calls go through its cache.
+"""
+
+import contextlib
+import ctypes
+import errno
+import mmap
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+PAGE = 4096  # offsets, sizes and addresses of direct I/O are multiples of it: enough for every common disk
+CHUNK = 4 << 20  # bytes of a request to the disk; at 0.5 MB the disk measured gave two thirds of its rate
+_LIBC = ctypes.CDLL(None)
+
+
+def aligned(nbytes: int) -> np.ndarray:
+    """uint8 [nbytes] that begins at a multiple of PAGE, in huge pages where the kernel has them."""
+    memory = mmap.mmap(-1, nbytes)
+    with contextlib.suppress(OSError):  # a kernel built without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
+
+
+def page_down(offset: int) -> int:
+    """The last multiple of PAGE that is not above: page_down(5000) -> 4096."""
+    return offset // PAGE * PAGE
+
+
+def page_up(offset: int) -> int:
+    """The first multiple of PAGE that is not below: page_up(5000) -> 8192."""
+    return -(-offset // PAGE) * PAGE
+
+
+class File:
+    """A file open twice: through the page cache, and past it. Threads may share it."""
+
+    def __init__(self, path: Path, flags: int):
+        self._cached = os.open(path, flags, 0o666)
+        try:
+            self._direct = os.open(path, flags & ~os.O_CREAT & ~os.O_TRUNC | os.O_DIRECT)
+        except OSError:
+            self._direct = None  # this file system has no direct I/O
+        self._is_direct = self._direct is not None
+        self._map = None
+
+    def close(self) -> None:
+        """Close both descriptors."""
+        self._map = None
+        os.close(self._cached)
+        if self._direct is not None:
+            os.close(self._direct)
+
+    def prepare(self, nbytes: int) -> None:
+        """Make an output this long."""
+        os.ftruncate(self._cached, nbytes)
+
+    def sync(self) -> None:
+        """Make durable what was written either way."""
+        os.fsync(self._cached)
+
+    def _call(self, call, data: np.ndarray, offset: int) -> int:
+        """call(descriptor, data, offset), past the cache where alignment allows it and the file system does."""
+        if self._is_direct and not (offset % PAGE or data.size % PAGE or data.ctypes.data % PAGE):
+            try:
+                return call(self._direct, data, offset)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._is_direct = False  # it wants larger pages, or has no direct I/O after all
+        return call(self._cached, data, offset)
+
+    def write(self, data: np.ndarray, offset: int) -> None:
+        """Write all of `data`, uint8, at `offset`."""
+        while data.size:
+            written = self._call(os.pwrite, data, offset)
+            data, offset = data[written:], offset + written
+
+    def is_cached(self, begin: int, end: int) -> bool:
+        """Whether the page cache holds all of begin:end, `begin` a multiple of PAGE."""
+        if self._map is None:  # of addresses only: what is mapped here is never touched
+            self._map = np.frombuffer(mmap.mmap(self._cached, 0, prot=mmap.PROT_READ), np.uint8)
+        if end > self._map.size:
+            return False
+        pages = np.zeros(page_up(end - begin) // PAGE, np.uint8)
+        failed = _LIBC.mincore(
+            ctypes.c_void_p(self._map.ctypes.data + begin),
+            ctypes.c_size_t(end - begin),
+            ctypes.c_void_p(pages.ctypes.data),
+        )
+        return not failed and bool((pages & 1).all())
+
+    def read_cached(self, data: np.ndarray, offset: int) -> int:
+        """Fill `data` from `offset` through the page cache -> how many bytes; fewer only at the end of the file."""
+        return _fill(data, lambda rest, done: os.preadv(self._cached, [rest], offset + done))
+
+    def read(self, data: np.ndarray, offset: int) -> int:
+        """Fill `data` from `offset`, past the page cache -> how many bytes; fewer only at the end of the file."""
+        return _fill(data, lambda rest, done: self._call(_pread, rest, offset + done))
+
+
+def _pread(descriptor: int, data: np.ndarray, offset: int) -> int:
+    return os.preadv(descriptor, [data], offset)
+
+
+def _fill(data: np.ndarray, read: Callable[[np.ndarray, int], int]) -> int:
+    """read(rest of data, bytes done) until nothing is left or nothing comes -> bytes done."""
+    done = 0
+    while done < data.size and (got := read(data[done:], done)):
+        done += got
+    return done
+
+
+class Window:
+    """The part of an input that is in memory: a block from the page cache, or a request's worth from the disk."""
+
+    def __init__(self):
+        self._memory = np.empty(0, np.uint8)
+        self._file, self._begin, self._end = None, 0, 0  # bytes begin:end lie from begin % PAGE on
+        self._cached_end = 0  # up to here, from where we are, the page cache has the file
+
+    def read(self, file: File, begin: int, end: int, limit: int) -> np.ndarray | None:
+        """Bytes begin:end of a file (of those up to `limit` that will be asked for), None if the file ends before.
+
+        Valid until the next call.
+        """
+        if file is not self._file or not self._begin <= begin or not end <= self._end:
+            self._fill(file, begin, end, limit)
+        if end > self._end:
+            return None
+        at = self._begin % PAGE + begin - self._begin
+        return self._memory[at : at + end - begin]
+
+    def _fill(self, file: File, begin: int, end: int, limit: int) -> None:
+        base = page_down(begin)
+        last = min(page_up(limit), base + max(CHUNK, page_up(end) - base))
+        if self._memory.size < last - base:
+            self._memory = aligned(last - base)
+        goes_on = file is self._file and begin == self._end and end <= self._cached_end
+        if goes_on or file.is_cached(base, min(last, limit)):
+            self._cached_end = self._cached_end if goes_on else last
+            self._end = begin + file.read_cached(self._memory[begin - base : end - base], begin)
+        else:
+            self._cached_end = 0
+            self._end = base + file.read(self._memory[: last - base], base)
+        self._file, self._begin = file, begin
+
+
+class Stage:
+    """Bytes on their way to one file, gathered in order until they make a request for the disk."""
+
+    def __init__(self):
+        self._memory = np.empty(0, np.uint8)
+        self._file, self._begin, self._held = (
+            None,
+            0,
+            0,
+        )  # `held` bytes for `begin` on lie from begin % PAGE on
+
+    def room(self, file: File, offset: int, nbytes: int) -> np.ndarray:
+        """uint8 [nbytes] to be filled with what belongs at `offset`: right behind the last room, or anywhere after flush().
+
+        Valid until the next call.
+        """
+        if self._held == 0:
+            self._file, self._begin = file, offset
+        if self._begin % PAGE + self._held + nbytes > self._memory.size:
+            self._make_room(nbytes)
+        at = self._begin % PAGE + self._held
+        self._held += nbytes
+        return self._memory[at : at + nbytes]
+
+    def _make_room(self, nbytes: int) -> None:
+        """Write the whole pages; keep the rest, less than a page, in memory that is large enough."""
+        end = self._begin + self._held
+        rest = max(page_down(end), self._begin)
+        self._write(self._begin, rest)
+        left = self._view(rest, end).copy()
+        if self._memory.size < 2 * PAGE + nbytes:
+            self._memory = aligned(page_up(max(CHUNK, nbytes)) + 2 * PAGE)
+        self._begin, self._held = rest, end - rest
+        self._view(rest, end)[:] = left
+
+    def _view(self, begin: int, end: int) -> np.ndarray:
+        at = self._begin % PAGE + begin - self._begin
+        return self._memory[at : at + end - begin]
+
+    def _write(self, begin: int, end: int) -> None:
+        """Write a range, the whole pages of it in one piece."""
+        first, last = min(page_up(begin), end), max(page_down(end), begin)
+        pieces = [(begin, first), (first, last), (last, end)] if first < last else [(begin, end)]
+        for start, stop in pieces:
+            if start < stop:
+                self._file.write(self._view(start, stop), start)
+
+    def flush(self) -> None:
+        """Write everything that is held."""
+        self._write(self._begin, self._begin + self._held)
+        self._held = 0

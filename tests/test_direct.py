@@ -1,0 +1,205 @@
+"""Direct I/O: the same bytes as through the page cache, whatever is cached, aligned, refused, cut short or interrupted."""
+
+import errno
+import os
+from pathlib import Path
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from common import direct
+from common.direct import PAGE, File, Stage, Window, aligned
+
+SIZES = st.lists(st.integers(0, 5 * PAGE), min_size=1, max_size=8)
+
+
+@pytest.fixture(autouse=True)
+def small_requests(monkeypatch):
+    """Requests of three pages, so that small files need several."""
+    monkeypatch.setattr(direct, "CHUNK", 3 * PAGE)
+
+
+def random_bytes(nbytes: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, nbytes, np.uint8)
+
+
+def staged(path, data: np.ndarray, lead: int, sizes: list[int]) -> None:
+    """Write `data` from offset `lead` on, in rooms of these sizes."""
+    file, stage, at = File(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), Stage(), 0
+    file.prepare(lead + data.size)
+    for size in sizes:
+        stage.room(file, lead + at, size)[:] = data[at : at + size]
+        at += size
+    stage.flush()
+    file.sync()
+    file.close()
+
+
+def evict(path) -> None:
+    """Out of the page cache."""
+    file = os.open(path, os.O_RDONLY)
+    os.fsync(file)
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(file)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2 * PAGE), SIZES)
+def test_a_stage_writes_what_was_put_in_it(tmp_path_factory, lead, sizes):
+    """Any offset, any sizes; nothing before, between or behind; and two stages may share a page of one file."""
+    path, data = tmp_path_factory.getbasetemp() / "staged", random_bytes(sum(sizes))
+    staged(path, data, lead, sizes)
+    assert path.read_bytes() == bytes(lead) + data.tobytes()
+
+
+def test_stages_share_a_file(tmp_path):
+    """Neighbours that meet within a page, written alternately: both whole."""
+    data, cut = random_bytes(20 * PAGE), 7 * PAGE + 123
+    file, left, right = File(tmp_path / "x", os.O_WRONLY | os.O_CREAT), Stage(), Stage()
+    file.prepare(data.size)
+    for i in range(0, cut, 1000):
+        left.room(file, i, min(1000, cut - i))[:] = data[i : min(i + 1000, cut)]
+        at = cut + 2 * i
+        if at < data.size:
+            stop = min(at + 2000, data.size)
+            right.room(file, at, stop - at)[:] = data[at:stop]
+    for at in range(cut + 2 * 1000 * -(-cut // 1000), data.size, 2000):
+        right.room(file, at, min(2000, data.size - at))[:] = data[at : at + 2000]
+    left.flush()
+    right.flush()
+    file.close()
+    assert (tmp_path / "x").read_bytes() == data.tobytes()
+
+
+def test_a_stage_holds_no_more_than_a_request(tmp_path):
+    """Its memory does not grow with what passes through it."""
+    file, stage = File(tmp_path / "x", os.O_WRONLY | os.O_CREAT), Stage()
+    file.prepare(1 << 20)
+    for at in range(0, 1 << 20, 1000):
+        stage.room(file, at, min(1000, (1 << 20) - at))[:] = 1
+        assert stage._memory.nbytes <= direct.CHUNK + 2 * PAGE
+    file.close()
+
+
+def test_whole_pages_go_past_the_cache(tmp_path, monkeypatch):
+    """Of a tensor that begins and ends within a page, all but those two pages is written directly, in large pieces."""
+    calls, real = [], os.pwrite
+
+    def counted(descriptor, data, offset):
+        flags = int(Path(f"/proc/self/fdinfo/{descriptor}").read_text().split("flags:")[1].split()[0], 8)
+        calls.append((bool(flags & os.O_DIRECT), offset, len(data)))
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", counted)
+    staged(tmp_path / "x", random_bytes(10 * PAGE), 100, [1000] * 40 + [960])
+    assert [call for call in calls if not call[0]] == [(False, 100, PAGE - 100), (False, 10 * PAGE, 100)]
+    assert sum(size for is_direct, _, size in calls if is_direct) == 9 * PAGE
+    assert len(calls) <= 6
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 5 * PAGE), min_size=2, max_size=8), st.sampled_from(["cached", "not", "partly"]),
+       st.integers(0, 9999))  # fmt: skip
+def test_a_window_reads_what_is_there(tmp_path_factory, sizes, state, begin):
+    """Front to back, then again from the front, from a file that is cached, is not, or is in part."""
+    path, data = tmp_path_factory.getbasetemp() / "read", random_bytes(begin + sum(sizes))
+    path.write_bytes(data.tobytes())
+    if state != "cached":
+        evict(path)
+    if state == "partly":
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            os.pread(file.fileno(), 100, data.size // 2)
+    file, window, spans, at = File(path, os.O_RDONLY), Window(), [], begin
+    for size in sizes:
+        spans.append((at, at + size))
+        at += size
+    for start, stop in spans + spans:
+        found = window.read(file, start, stop, data.size)
+        assert np.array_equal(found, data[start:stop])
+    assert window.read(file, max(data.size - 5, 0), data.size + 1, data.size + 1) is None
+    file.close()
+
+
+def test_what_is_cached_is_not_read_from_disk(tmp_path, monkeypatch):
+    """And what is not is read in requests that serve several blocks."""
+    path, data = tmp_path / "x", random_bytes(12 * PAGE)
+    path.write_bytes(data.tobytes())
+    reads, real = [], File.read
+    monkeypatch.setattr(File, "read", lambda self, *a: (reads.append(a[1]), real(self, *a))[1])
+    for cached in (True, False):
+        if not cached:
+            evict(path)
+        file, window = File(path, os.O_RDONLY), Window()
+        for start in range(0, data.size, PAGE):
+            assert np.array_equal(
+                window.read(file, start, start + PAGE, data.size), data[start : start + PAGE]
+            )
+        file.close()
+        assert reads == ([] if cached else [0, 3 * PAGE, 6 * PAGE, 9 * PAGE])
+
+
+class OddKernel:
+    """os.open, os.pwrite and os.preadv of a system that has no direct I/O, notices late, or does only part of a call."""
+
+    def __init__(self, kind: str, monkeypatch):
+        self.kind, self.open, self.pwrite, self.preadv = kind, os.open, os.pwrite, os.preadv
+        self.direct = set()
+        for name in ("open", "pwrite", "preadv"):
+            monkeypatch.setattr(os, name, getattr(self, f"odd_{name}"))
+
+    def odd_open(self, path, flags, *mode):
+        if flags & os.O_DIRECT and self.kind == "no direct I/O":
+            raise OSError(errno.EINVAL, "no O_DIRECT")
+        descriptor = self.open(path, flags, *mode)
+        if flags & os.O_DIRECT:
+            self.direct.add(descriptor)
+        return descriptor
+
+    def check(self, descriptor):
+        if self.kind == "larger pages" and descriptor in self.direct:
+            raise OSError(errno.EINVAL, "not aligned")
+
+    def odd_pwrite(self, descriptor, data, offset):
+        self.check(descriptor)
+        return self.pwrite(
+            descriptor, data[:777] if self.kind == "short" and len(data) > 777 else data, offset
+        )
+
+    def odd_preadv(self, descriptor, buffers, offset):
+        self.check(descriptor)
+        if self.kind == "short" and descriptor not in self.direct:
+            buffers = [buffer[:777] for buffer in buffers]
+        return self.preadv(descriptor, buffers, offset)
+
+
+@pytest.mark.parametrize("kind", ["no direct I/O", "larger pages", "short"])
+def test_on_odd_systems(tmp_path, monkeypatch, kind):
+    """The same bytes, written and read."""
+    data = random_bytes(9 * PAGE + 1234)
+    OddKernel(kind, monkeypatch)
+    staged(tmp_path / "x", data, 333, [5000] * 7 + [data.size - 35000])
+    assert (tmp_path / "x").read_bytes() == bytes(333) + data.tobytes()
+    evict(tmp_path / "x")
+    file, window = File(tmp_path / "x", os.O_RDONLY), Window()
+    for start in range(0, data.size, 5000):
+        stop = min(start + 5000, data.size)
+        assert np.array_equal(window.read(file, 333 + start, 333 + stop, 333 + data.size), data[start:stop])
+    file.close()
+
+
+def test_disk_errors_are_not_taken_for_missing_direct_io(tmp_path, monkeypatch):
+    """Only EINVAL means that; a full disk or a broken one is said."""
+
+    def broken(*_):
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(os, "pwrite", broken)
+    with pytest.raises(OSError, match="broken"):
+        staged(tmp_path / "x", random_bytes(3 * PAGE), 0, [3 * PAGE])
+
+
+def test_aligned_memory():
+    assert all(aligned(n).ctypes.data % PAGE == 0 and aligned(n).size == n for n in (1, PAGE, 3 << 20))
