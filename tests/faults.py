@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
@@ -30,6 +31,7 @@ class Faults:
     def __init__(self, request: dict):
         self.kind, self.at, self.target = request.get("kind"), request.get("at", 0), request.get("target")
         self.calls: list[str] = []
+        self.lock = threading.Lock()
         for module, name in COUNTED:
             setattr(module, name, self.counting(name, getattr(module, name)))
 
@@ -37,8 +39,10 @@ class Faults:
         """`real`, counted; nothing is made durable, since a killed process loses nothing that it wrote."""
 
         def call(*arguments, **options):
-            self.calls.append(f"{name} {arguments[1] if name == 'rename' else arguments[0]}")
-            if len(self.calls) == self.at:
+            with self.lock:  # or two threads at once might both miss their number
+                self.calls.append(f"{name} {arguments[1] if name == 'rename' else arguments[0]}")
+                number = len(self.calls)
+            if number == self.at:
                 self.strike(name, real, arguments)
             return None if name == "fsync" else real(*arguments, **options)
 
