@@ -9,7 +9,7 @@ import os
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,17 +147,20 @@ def run(
     Shard by shard, the largest tensor first, so that no worker is left alone with a large one at the end. The first
     failure stops all workers at their next block and is raised here.
     """
-    halt, lock = threading.Event(), threading.Lock()
+    halt, idle, busy = threading.Event(), threading.Condition(), set()
     pending = iter(sorted(tasks, key=lambda task: (task.shard, -task.inputs[0].nbytes)))
 
     def next_task() -> Task | None:
-        with lock:
-            return next(pending, None)
+        with idle:
+            task = None if halt.is_set() else next(pending, None)
+            if task:
+                busy.add(threading.get_ident())
+            return task
 
     def work() -> None:
         worker = Worker(sink, halt, moved)
         try:
-            while not halt.is_set() and (task := next_task()):
+            while task := next_task():
                 worker.finish(task, process(task, worker))
         except Halted:
             pass
@@ -166,16 +169,18 @@ def run(
             raise
         finally:
             worker.close()
+            with idle:
+                busy.discard(threading.get_ident())
+                idle.notify_all()
 
     with ThreadPoolExecutor(workers) as pool:
-        futures, whole = [], False
         try:
-            futures += [pool.submit(work) for _ in range(workers)]
-            whole = not wait(futures, return_when=FIRST_EXCEPTION).not_done
-        finally:
-            if not whole:
-                halt.set()
+            futures = [pool.submit(work) for _ in range(workers)]
             wait(futures)
+        finally:  # an interrupt may come at any moment, while a thread is being started, too
+            halt.set()
+            with idle:
+                idle.wait_for(lambda: not busy)
             sink.abandon()
     for future in futures:
         future.result()
