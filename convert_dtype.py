@@ -52,12 +52,13 @@ def convert_tensor(task: Task, worker: Worker, dtype: str) -> list[dict]:
     for start, stop in blocks(source.numel, kernels.BLOCK):
         bits = worker.read(source, start, stop)
         refuse_not_finite(source, bits, kernels)
-        out = kernels.round_to(bits, source.dtype, dtype)
+        out = worker.room(task, 0, start, stop)
+        kernels.round_into(out, dtype, bits, source.dtype)
         if not kernels.all_finite(out, dtype):
-            overflow, out = True, kernels.clamp(out, dtype)
+            overflow = True
+            kernels.clamp(out, dtype)
         c, z = kernels.changes(bits, source.dtype, out, dtype)
         digest.update(out)
-        worker.room(task, 0, start, stop)[:] = out
         changed, zeroed = changed + c, zeroed + z
     return [{"changed": changed, "zeroed": zeroed, "overflow": overflow, "written": digest.hexdigest()}]
 

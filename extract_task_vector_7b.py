@@ -54,8 +54,9 @@ def extract_tensor(task: Task, worker: Worker, dtype: str) -> list[dict]:
         left, right = worker.read(finetuned, start, stop, 0), worker.read(base, start, stop, 1)
         refuse_not_finite(finetuned, left, kernels)
         refuse_not_finite(base, right, kernels)
-        rounded = kernels.round_to(left, finetuned.dtype, dtype), kernels.round_to(right, base.dtype, dtype)
-        out = kernels.subtract(*rounded, dtype)
+        rounded = kernels.rounded(left, finetuned.dtype, dtype), kernels.rounded(right, base.dtype, dtype)
+        out = worker.room(task, 0, start, stop)
+        differs += kernels.subtract(*rounded, out, dtype)
         if not kernels.all_finite(out, dtype):
             raise DataError(
                 f"tensor {task.name!r}: a value of {finetuned.path} or {base.path}, or their difference, is beyond "
@@ -63,8 +64,6 @@ def extract_tensor(task: Task, worker: Worker, dtype: str) -> list[dict]:
             )
         base_hash.update(right)
         vector_hash.update(out)
-        differs += kernels.count_nonzero(out)
-        worker.room(task, 0, start, stop)[:] = out
     return [{"base": base_hash.hexdigest(), "written": vector_hash.hexdigest(), "differs": differs}]
 
 

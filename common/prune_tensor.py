@@ -2,6 +2,8 @@
 
 from dataclasses import asdict
 
+import numpy as np
+
 from common.errors import DataError
 from common.headers import Tensor
 from common.pruners import Pruning, masks_by_block
@@ -9,28 +11,33 @@ from common.report import Tally
 from common.stream import Task, Worker, new_hash, refuse_not_finite
 
 
-class Overlaps:
+class Counts:
     """Counts of one tensor for all vectors, block by block."""
 
     def __init__(self, pruning: Pruning, dtypes: list[str], numel: int, engine):
-        self._pruning, self._dtypes, self._engine = pruning, dtypes, engine
-        count = len(dtypes)
-        self.tallies = [Tally(numel=numel, both=[0] * count, either=[0] * count) for _ in dtypes]
+        self._m, self._dtypes, self._numel, self._engine = pruning.m, dtypes, numel, engine
+        self._runs = [np.zeros(4, np.int64) for _ in dtypes]  # see kernels.tally_runs
+        self._energy = np.zeros((len(dtypes), 2))
+        self._both = np.zeros((len(dtypes), len(dtypes)), np.int64)
 
     def take(self, start: int, vectors: list, masks: list) -> None:
         """Count one block."""
-        engine, kept = self._engine, [self._engine.count(mask) for mask in masks]
-        for j, tally in enumerate(self.tallies):
-            energies = engine.energy(vectors[j], self._dtypes[j], masks[j])
-            tally.kept += kept[j]
-            tally.energy_kept += energies[0]
-            tally.energy += energies[1]
-            tally.runs = engine.tally_runs(masks[j], start, self._pruning.m, tally.runs)
+        for j, mask in enumerate(masks):
+            self._engine.tally_runs(mask, start, self._m, self._runs[j])
+            self._energy[j] += self._engine.energy(vectors[j], self._dtypes[j], mask)
             for i in range(j):
-                both = engine.count(masks[i] & masks[j])
-                for a, b in ((i, j), (j, i)):
-                    self.tallies[a].both[b] += both
-                    self.tallies[a].either[b] += kept[i] + kept[j] - both
+                self._both[i, j] += self._engine.count_both(masks[i], mask)
+
+    def tallies(self) -> list[Tally]:
+        """What was counted, vector by vector."""
+        both = self._both + self._both.T
+        kept = np.array([runs[0] + runs[2] for runs in self._runs])
+        either = kept[:, None] + kept - both
+        np.fill_diagonal(either, 0)
+        return [
+            Tally(self._numel, int(kept[j]), both[j].tolist(), either[j].tolist(), *energy, runs.tolist())
+            for j, (energy, runs) in enumerate(zip(self._energy.tolist(), self._runs, strict=True))
+        ]
 
 
 def prune_tensor(
@@ -39,7 +46,7 @@ def prune_tensor(
     """Prune one tensor of every vector; each record has hashes of base, vector and result, and the counts."""
     base, vectors = (task.inputs[0], task.inputs[1:]) if save_format == "model" else (None, task.inputs)
     dtypes = [vector.dtype for vector in vectors]
-    overlaps = Overlaps(pruning, dtypes, vectors[0].numel, engine)
+    counts = Counts(pruning, dtypes, vectors[0].numel, engine)
     base_hash = new_hash()
     vector_hashes, written_hashes = [new_hash() for _ in vectors], [new_hash() for _ in vectors]
     raw = {}
@@ -61,11 +68,10 @@ def prune_tensor(
             refuse_not_finite(base, below, engine)
         for j, vector in enumerate(vectors):
             vector_hashes[j].update(raw[j])
-            out = apply_mask(below, base, bits[j], vector, masks[j], pruning.scale, engine)
-            place = worker.room(task, j, start, stop)
-            place[:] = out
-            written_hashes[j].update(place)
-        overlaps.take(start, bits, masks)
+            out = worker.room(task, j, start, stop)
+            apply_mask(out, below, base, bits[j], vector, masks[j], pruning.scale, engine)
+            written_hashes[j].update(out)
+        counts.take(start, bits, masks)
     return [
         {
             "base": base_hash.hexdigest(),
@@ -73,19 +79,18 @@ def prune_tensor(
             "written": written_hashes[j].hexdigest(),
             "tally": asdict(tally),
         }
-        for j, tally in enumerate(overlaps.tallies)
+        for j, tally in enumerate(counts.tallies())
     ]
 
 
-def apply_mask(below, base: Tensor | None, bits, vector: Tensor, mask, scale: float, engine):
-    """The block to write: base + what the mask keeps, or what the mask keeps. Raises DataError on overflow."""
+def apply_mask(out, below, base: Tensor | None, bits, vector: Tensor, mask, scale: float, engine) -> None:
+    """out = base + what the mask keeps, or what the mask keeps. Raises DataError on overflow."""
     if base is None:
-        out, dtype = engine.keep_vector(bits, vector.dtype, mask, scale), vector.dtype
+        finite, dtype = engine.keep_vector(out, bits, vector.dtype, mask, scale), vector.dtype
     else:
-        out, dtype = engine.add_kept(below, base.dtype, bits, vector.dtype, mask, scale), base.dtype
-    if not engine.all_finite(out, dtype):
+        finite, dtype = engine.add_kept(out, below, base.dtype, bits, vector.dtype, mask, scale), base.dtype
+    if not finite:
         raise DataError(
             f"tensor {vector.name!r} of {vector.path.parent}: a result is beyond the largest {dtype}; use base and vectors "
             "in bfloat16 or float32, or no --rescale"
         )
-    return engine.store(out)

@@ -94,17 +94,24 @@ def all_finite(bits, dtype) -> bool:
     return int(_magnitudes(bits, dtype).max()) < _INFINITY[dtype]
 
 
-def add_kept(base, base_dtype, vector, vector_dtype, mask, scale):
-    """round(base + scale * vector) where mask keeps, in float32, rounded once; elsewhere base's own bits."""
+def _store(out, values, dtype) -> bool:
+    """Copy bits of `dtype` to a numpy array -> whether all are finite."""
+    finite = all_finite(values, dtype)
+    torch.from_numpy(out.view(f"int{8 * out.itemsize}")).copy_(values)
+    return finite
+
+
+def add_kept(out, base, base_dtype, vector, vector_dtype, mask, scale) -> bool:
+    """out, in numpy = round(base + scale * vector) where mask keeps, in float32; elsewhere base's own bits."""
     scaled = vector.view(_FLOAT[vector_dtype]).float() * np.float32(scale).item()
     total = (base.view(_FLOAT[base_dtype]).float() + scaled).to(_FLOAT[base_dtype])
-    return torch.where(mask.bool(), total.view(base.dtype), base)
+    return _store(out, torch.where(mask.bool(), total.view(base.dtype), base), base_dtype)
 
 
-def keep_vector(vector, dtype, mask, scale):
-    """round(scale * vector) where mask keeps, +0.0 elsewhere."""
+def keep_vector(out, vector, dtype, mask, scale) -> bool:
+    """out, in numpy = round(scale * vector) where mask keeps, +0.0 elsewhere -> whether all of it is finite."""
     scaled = (vector.view(_FLOAT[dtype]).float() * np.float32(scale).item()).to(_FLOAT[dtype])
-    return torch.where(mask.bool(), scaled.view(vector.dtype), torch.zeros_like(vector))
+    return _store(out, torch.where(mask.bool(), scaled.view(vector.dtype), torch.zeros_like(vector)), dtype)
 
 
 def energy(vector, dtype, mask):
@@ -113,24 +120,21 @@ def energy(vector, dtype, mask):
     return float((squares * mask).sum()), float(squares.sum())
 
 
-def tally_runs(mask, start, m, state):
-    """Count what is kept in each whole run of m -> the new state (see common.kernels.ranking)."""
-    kept, runs, total, squares = state
-    first = -start % m  # where in this block the first run begins that is not open already
-    closes_open = first <= mask.numel()
-    kept += int(mask[:first].sum())
-    if not closes_open:
-        return [kept, runs, total, squares]
-    if start % m or first:
-        runs, total, squares, kept = runs + 1, total + kept, squares + kept * kept, 0
-    whole = mask[first : first + (mask.numel() - first) // m * m].view(-1, m).sum(1, dtype=torch.int64)
-    rest = mask[first + whole.numel() * m :]
-    return [
-        int(rest.sum()),
-        runs + whole.numel(),
-        total + int(whole.sum()),
-        squares + int((whole * whole).sum()),
-    ]
+def tally_runs(mask, start, m, state) -> None:
+    """Count what is kept in each whole run of m, in numpy's `state` (see common.kernels.ranking)."""
+    first = min(-start % m, mask.numel())  # where in this block the first run begins that is not open already
+    state[0] += int(mask[:first].sum())
+    if start % m and (start + first) % m == 0:
+        state += [-state[0], 1, state[0], state[0] ** 2]
+    if first < mask.numel():
+        whole = mask[first : first + (mask.numel() - first) // m * m].view(-1, m).sum(1, dtype=torch.int64)
+        rest = mask[first + whole.numel() * m :]
+        state += [int(rest.sum()), whole.numel(), int(whole.sum()), int((whole * whole).sum())]
+
+
+def count_both(left, right) -> int:
+    """How many positions both masks keep."""
+    return int((left & right).sum(dtype=torch.int64))
 
 
 def engine(device: str) -> SimpleNamespace:
@@ -146,13 +150,12 @@ def engine(device: str) -> SimpleNamespace:
         BLOCK=_BLOCK_ON_CPU if torch.device(device).type == "cpu" else _BLOCK_ON_GPU,
         MAGNITUDE_BITS=MAGNITUDE_BITS,
         load=lambda bits: torch.from_numpy(bits.view(f"int{8 * bits.itemsize}")).to(device),
-        store=lambda bits: bits.cpu().numpy().view(f"uint{8 * bits.element_size()}"),
-        count=lambda mask: int(mask.sum(dtype=torch.int64)),
         random_mask=lambda start, count, key, taken, limits: _random_mask(
             start, count, key, taken, limits, device
         ),
         add_kept=add_kept,
         all_finite=all_finite,
+        count_both=count_both,
         count_digits=count_digits,
         energy=energy,
         keep_vector=keep_vector,

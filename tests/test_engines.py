@@ -25,7 +25,7 @@ def values(dtype: str, numel: int, seed: int) -> np.ndarray:
 def pruned(pruning, dtype, vectors, base, arithmetic, block):
     """Masks, results and counts of one tensor as an engine makes them, as numpy arrays."""
     out = []
-    states = [[0] * 4 for _ in vectors]
+    states = [np.zeros(4, np.int64) for _ in vectors]
     held = {}
 
     def read(j, start, stop):
@@ -38,12 +38,12 @@ def pruned(pruning, dtype, vectors, base, arithmetic, block):
     ):
         below = arithmetic.load(base[start:stop].copy())
         for j, mask in enumerate(masks):
-            states[j] = arithmetic.tally_runs(mask, start, pruning.m, states[j])
-            added = arithmetic.add_kept(below, dtype, bits[j], dtype, mask, pruning.scale)
-            kept = arithmetic.keep_vector(bits[j], dtype, mask, pruning.scale)
-            out += [arithmetic.store(added), arithmetic.store(kept), np.array([arithmetic.count(mask)])]
-            assert arithmetic.all_finite(added, dtype)
-    return np.concatenate([part.astype(np.uint64) for part in out]), states
+            arithmetic.tally_runs(mask, start, pruning.m, states[j])
+            added, kept = np.empty((2, stop - start), BITS[dtype])
+            assert arithmetic.add_kept(added, below, dtype, bits[j], dtype, mask, pruning.scale)
+            assert arithmetic.keep_vector(kept, bits[j], dtype, mask, pruning.scale)
+            out += [added, kept, np.array([arithmetic.count_both(mask, other) for other in masks])]
+    return np.concatenate([part.astype(np.uint64) for part in out]), np.array(states).tolist()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -75,4 +75,9 @@ def test_not_finite_is_seen(bad):
     bits = np.array([1, bad, 2], np.float16).view(np.uint16)
     arithmetic = engine("cpu")
     assert not kernels.all_finite(bits, "F16")
+    mask, zeros, out = np.ones(3, np.uint8), np.zeros(3, np.uint16), np.empty(3, np.uint16)
+    for each, kept in ((kernels, mask), (arithmetic, torch.from_numpy(mask))):
+        loaded = each.load(bits), "F16", kept, 1.0
+        assert not each.keep_vector(out, *loaded)
+        assert not each.add_kept(out, each.load(zeros), "F16", *loaded)
     assert not arithmetic.all_finite(arithmetic.load(bits), "F16")

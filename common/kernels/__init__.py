@@ -10,8 +10,6 @@ function of another file: numba's cache would not notice a change there. The sam
 torch_kernels.py.
 """
 
-import numpy as np
-
 from common.kernels.arithmetic import (
     BITS_DTYPE,
     add_kept,
@@ -20,16 +18,24 @@ from common.kernels.arithmetic import (
     clamp,
     energy,
     keep_vector,
-    round_to,
+    round_into,
+    rounded,
     subtract,
 )  # fmt: skip
 from common.kernels.philox import draws, random_mask
-from common.kernels.ranking import MAGNITUDE_BITS, count_digits, nm_mask, tally_runs, threshold_mask
+from common.kernels.ranking import (
+    MAGNITUDE_BITS,
+    count_both,
+    count_digits,
+    nm_mask,
+    tally_runs,
+    threshold_mask,
+)
 
 __all__ = [
-    "BITS_DTYPE", "BLOCK", "MAGNITUDE_BITS", "add_kept", "all_finite", "changes", "clamp", "count", "count_digits",
-    "count_nonzero", "draws", "energy", "keep_vector", "load", "nm_mask", "random_mask", "round_to", "store",
-    "subtract", "tally_runs", "threshold_mask",
+    "BITS_DTYPE", "BLOCK", "MAGNITUDE_BITS", "add_kept", "all_finite", "changes", "clamp", "count_both", "count_digits",
+    "draws", "energy", "keep_vector", "load", "nm_mask", "random_mask", "round_into", "rounded", "subtract", "tally_runs",
+    "threshold_mask",
 ]  # fmt: skip
 
 BLOCK = 1 << 18  # elements: with its inputs, masks and outputs a block stays in a core's L2 cache
@@ -38,16 +44,3 @@ BLOCK = 1 << 18  # elements: with its inputs, masks and outputs a block stays in
 def load(bits):
     """Bits as this engine computes on them: the array itself."""
     return bits
-
-
-store = load
-
-
-def count(mask) -> int:
-    """How many positions a mask keeps."""
-    return int(np.count_nonzero(mask.view(np.bool_)))
-
-
-def count_nonzero(bits) -> int:
-    """How many values are neither +0.0 nor -0.0."""
-    return int(np.count_nonzero(bits << bits.dtype.type(1)))

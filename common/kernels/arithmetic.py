@@ -112,22 +112,27 @@ def _round_kernel(source, target):
     return round_bits
 
 
-def round_to(bits, source, target):
-    """Values of dtype `source` -> dtype `target`, rounded to nearest even; too large ones become infinite."""
+def round_into(out, target, bits, source):
+    """out = values of dtype `source`, rounded to nearest even in dtype `target`; too large ones become infinite."""
+    if source == target:
+        out[:] = bits
+    else:
+        _round_kernel(_KIND[source], _KIND[target])(bits, out)
+
+
+def rounded(bits, source, target):
+    """What round_into gives, in an array of its own; the array itself where there is nothing to round."""
     if source == target:
         return bits
     out = np.empty(bits.size, BITS_DTYPE[target])
-    _round_kernel(_KIND[source], _KIND[target])(bits, out)
+    round_into(out, target, bits, source)
     return out
 
 
 def clamp(bits, dtype):
-    """The same values, but the largest finite one of its sign instead of an infinity."""
-    magnitude, infinity = (
-        BITS_DTYPE[dtype](_MAGNITUDE[_KIND[dtype]]),
-        BITS_DTYPE[dtype](_INFINITY[_KIND[dtype]]),
-    )
-    return np.where((bits & magnitude) == infinity, bits - bits.dtype.type(1), bits)
+    """In place: an infinity becomes the largest finite value of its sign."""
+    kind, as_bits = _KIND[dtype], BITS_DTYPE[dtype]
+    bits -= (bits & as_bits(_MAGNITUDE[kind])) == as_bits(_INFINITY[kind])
 
 
 @cache
@@ -154,19 +159,23 @@ def changes(bits, source, out, target):
 
 @cache
 def _subtract_kernel(kind):
+    magnitude = _MAGNITUDE[kind]
+
     @njit(nogil=True, cache=True)
     def subtract(left, right, out):
+        differs = np.uint32(0)
         for i in range(left.size):
-            out[i] = _bits(_value(left[i], kind) - _value(right[i], kind), kind)
+            bits = _bits(_value(left[i], kind) - _value(right[i], kind), kind)
+            out[i] = bits
+            differs = np.uint32(differs + np.uint32(np.uint32(bits & magnitude) != np.uint32(0)))
+        return differs
 
     return subtract
 
 
-def subtract(left, right, dtype):
-    """left - right, in float32, rounded once to `dtype`, which all three have."""
-    out = np.empty_like(left)
-    _subtract_kernel(_KIND[dtype])(left, right, out)
-    return out
+def subtract(left, right, out, dtype):
+    """out = left - right, in float32, rounded once to `dtype`, which all three have -> how many are not zero."""
+    return _subtract_kernel(_KIND[dtype])(left, right, out)
 
 
 # --- what the masks are applied to --------------------------------------------------------------
@@ -183,11 +192,13 @@ def _add_kernel(base_kind, vector_kind):
     return add
 
 
-def add_kept(base, base_dtype, vector, vector_dtype, mask, scale):
-    """round(base + scale * vector) where mask keeps, in float32, rounded once; elsewhere base's own bits."""
-    out = np.empty_like(base)
+def add_kept(out, base, base_dtype, vector, vector_dtype, mask, scale) -> bool:
+    """out = round(base + scale * vector) where mask keeps, in float32, rounded once; elsewhere base's own bits.
+
+    Returns whether all of it is finite.
+    """
     _add_kernel(_KIND[base_dtype], _KIND[vector_dtype])(base, vector, mask, np.float32(scale), out)
-    return out
+    return all_finite(out, base_dtype)
 
 
 @cache
@@ -201,11 +212,10 @@ def _keep_kernel(kind):
     return keep
 
 
-def keep_vector(vector, dtype, mask, scale):
-    """round(scale * vector) where mask keeps, +0.0 elsewhere."""
-    out = np.empty_like(vector)
+def keep_vector(out, vector, dtype, mask, scale) -> bool:
+    """out = round(scale * vector) where mask keeps, +0.0 elsewhere -> whether all of it is finite."""
     _keep_kernel(_KIND[dtype])(vector, mask, np.float32(scale), out)
-    return out
+    return all_finite(out, dtype)
 
 
 # --- what the report measures -------------------------------------------------------------------

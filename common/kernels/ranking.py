@@ -113,7 +113,7 @@ def nm_mask(bits, dtype, taken, levels, n, m):
         kernel = _small_nm_kernel(_key_dtype(dtype, levels), MAGNITUDE_BITS[dtype], levels, m)
         kernel(bits[:done], taken[:done], n, mask[:done])
     if done < bits.size:
-        key_dtype = "uint16" if MAGNITUDE_BITS[dtype] == 15 and m < 1 << 16 else "uint32"  # also counts to m
+        key_dtype = "uint16" if MAGNITUDE_BITS[dtype] == 15 else "uint32"
         nm_kernel(key_dtype, MAGNITUDE_BITS[dtype], min(levels, 1), m)(
             bits[done:], taken[done:], n, mask[done:]
         )
@@ -225,11 +225,23 @@ def _tally_kernel(mask, start, m, state):
             state[0] = 0
 
 
-def tally_runs(mask, start, m, state):
-    """Count what is kept in each whole run of m -> the new state; `start` is where `mask` begins in its tensor.
+def tally_runs(mask, start, m, state) -> None:
+    """Count what is kept in each whole run of m; `start` is where `mask` begins in its tensor.
 
-    state: kept so far in the open run, whole runs, the sum of their counts, the sum of their squares.
+    state, int64 [4], is brought up to date: kept so far in the open run, whole runs, the sum of their counts, the sum
+    of their squares.
     """
-    state = np.array(state, np.int64)
     _tally_kernel(mask, start, m, state)
-    return state.tolist()
+
+
+@njit(nogil=True, cache=True)
+def _both_kernel(left, right):
+    count = np.uint32(0)
+    for i in range(left.size):
+        count = np.uint32(count + np.uint32(left[i] & right[i]))
+    return count
+
+
+def count_both(left, right) -> int:
+    """How many positions both masks keep."""
+    return _both_kernel(left, right)

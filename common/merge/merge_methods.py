@@ -60,9 +60,9 @@ def _vector(
 ) -> np.ndarray:
     """A block of a task vector from blocks of both models, as extract_task_vector_7b.py forms it."""
     code, name = _code(group.base.tensor), group.metadata.name
-    vector = kernels.subtract(
-        kernels.round_to(tuned, code, target), kernels.round_to(base, code, target), target
-    )
+    rounded = kernels.rounded(tuned, code, target), kernels.rounded(base, code, target)
+    vector = np.empty_like(rounded[0])
+    kernels.subtract(*rounded, vector, target)
     if not kernels.all_finite(vector, target):
         for bits, model in ((base, group.base.id), (tuned, entry.id)):
             if not kernels.all_finite(bits, code):
@@ -112,8 +112,10 @@ def _merge(group: TensorGroup, weights: list[float], vector_dtype: str, masks_of
 
     for start, stop, vectors, masks in masks_of(target, out_bits.size, read):
         block = out_bits[start:stop]
+        added = np.empty_like(block)
         for weight, vector, mask in zip(weights, vectors, masks, strict=True):
-            block[:] = kernels.add_kept(block, "F32", vector, target, mask, weight)
+            kernels.add_kept(added, block, "F32", vector, target, mask, weight)
+            block[:] = added
     return out.to(base.dtype)
 
 
