@@ -20,7 +20,7 @@ from common.headers import DTYPE_CODES
 from common.plan import check_floats, check_places, plan_shards
 from common.run import Job, describe, execute, input_files
 from common.sink import Output
-from common.stream import Task, Worker, blocks, copy_tensor, new_hash, refuse_not_finite
+from common.stream import Task, Worker, blocks, copy_tensor, new_hash, not_finite
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -50,16 +50,15 @@ def convert_tensor(task: Task, worker: Worker, dtype: str) -> list[dict]:
     changed = zeroed = 0
     overflow = False
     for start, stop in blocks(source.numel, kernels.BLOCK):
-        bits = worker.read(source, start, stop)
-        refuse_not_finite(source, bits, kernels)
-        out = worker.room(task, 0, start, stop)
-        kernels.round_into(out, dtype, bits, source.dtype)
-        if not kernels.all_finite(out, dtype):
+        bits, out = worker.read(source, start, stop), worker.room(task, 0, start, stop)
+        more_changed, more_zeroed, finite = kernels.convert(bits, source.dtype, out, dtype)
+        if not finite:
+            if not kernels.all_finite(bits, source.dtype):
+                raise not_finite(source)
             overflow = True
             kernels.clamp(out, dtype)
-        c, z = kernels.changes(bits, source.dtype, out, dtype)
         digest.update(out)
-        changed, zeroed = changed + c, zeroed + z
+        changed, zeroed = changed + more_changed, zeroed + more_zeroed
     return [{"changed": changed, "zeroed": zeroed, "overflow": overflow, "written": digest.hexdigest()}]
 
 

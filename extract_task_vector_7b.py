@@ -25,7 +25,7 @@ from common.headers import DTYPE_CODES, Tensor
 from common.plan import check_floats, check_places, match, must_be_equal, plan_shards
 from common.run import Job, describe, execute, input_files
 from common.sink import Output
-from common.stream import Task, Worker, blocks, copy_tensor, new_hash, refuse_not_finite, same_bytes
+from common.stream import Task, Worker, blocks, copy_tensor, new_hash, not_finite, same_bytes
 from common.task_vector import config_notes, write_task_vector_json
 
 
@@ -52,19 +52,27 @@ def extract_tensor(task: Task, worker: Worker, dtype: str) -> list[dict]:
     base_hash, vector_hash, differs = new_hash(), new_hash(), 0
     for start, stop in blocks(base.numel, kernels.BLOCK):
         left, right = worker.read(finetuned, start, stop, 0), worker.read(base, start, stop, 1)
-        refuse_not_finite(finetuned, left, kernels)
-        refuse_not_finite(base, right, kernels)
-        rounded = kernels.rounded(left, finetuned.dtype, dtype), kernels.rounded(right, base.dtype, dtype)
         out = worker.room(task, 0, start, stop)
-        differs += kernels.subtract(*rounded, out, dtype)
-        if not kernels.all_finite(out, dtype):
-            raise DataError(
-                f"tensor {task.name!r}: a value of {finetuned.path} or {base.path}, or their difference, is beyond "
-                f"the largest {dtype}; extract with --dtype bfloat16 or float32"
-            )
+        more_differ, finite = kernels.subtract(left, finetuned.dtype, right, base.dtype, out, dtype)
+        if not finite:
+            refuse_difference(finetuned, left, base, right, dtype)
+        differs += more_differ
         base_hash.update(right)
         vector_hash.update(out)
     return [{"base": base_hash.hexdigest(), "written": vector_hash.hexdigest(), "differs": differs}]
+
+
+def refuse_difference(finetuned: Tensor, left, base: Tensor, right, dtype: str) -> None:
+    """Raise DataError for a difference that is not finite: an input is not, or it is too large."""
+    from common import kernels
+
+    for tensor, bits in ((finetuned, left), (base, right)):
+        if not kernels.all_finite(bits, tensor.dtype):
+            raise not_finite(tensor)
+    raise DataError(
+        f"tensor {base.name!r}: a value of {finetuned.path} or {base.path}, or their difference, is beyond "
+        f"the largest {dtype}; extract with --dtype bfloat16 or float32"
+    )
 
 
 def process(task: Task, worker: Worker, dtype: str, equal: dict[str, tuple[Tensor, Tensor]]) -> list[dict]:

@@ -8,36 +8,29 @@ from common.errors import DataError
 from common.headers import Tensor
 from common.pruners import Pruning, masks_by_block
 from common.report import Tally
-from common.stream import Task, Worker, new_hash, refuse_not_finite
+from common.stream import Task, Worker, new_hash, not_finite
 
 
 class Counts:
     """Counts of one tensor for all vectors, block by block."""
 
-    def __init__(self, pruning: Pruning, dtypes: list[str], numel: int, engine):
-        self._m, self._dtypes, self._numel, self._engine = pruning.m, dtypes, numel, engine
-        self._runs = [np.zeros(4, np.int64) for _ in dtypes]  # see kernels.tally_runs
-        self._energy = np.zeros((len(dtypes), 2))
-        self._both = np.zeros((len(dtypes), len(dtypes)), np.int64)
+    def __init__(self, vectors: int):
+        self._runs = np.zeros((vectors, 4), np.int64)
+        self._energy = np.zeros((vectors, 2))
+        self._both = np.zeros((vectors, vectors), np.int64)
 
-    def take(self, start: int, vectors: list, masks: list) -> None:
-        """Count one block."""
-        for j, mask in enumerate(masks):
-            self._engine.tally_runs(mask, start, self._m, self._runs[j])
-            self._energy[j] += self._engine.energy(vectors[j], self._dtypes[j], mask)
-            for i in range(j):
-                self._both[i, j] += self._engine.count_both(masks[i], mask)
+    def of(self, j: int) -> tuple:
+        """Where the engine's tally() counts vector j."""
+        return self._runs[j], self._energy[j], self._both[j]
 
-    def tallies(self) -> list[Tally]:
+    def tallies(self, numel: int) -> list[Tally]:
         """What was counted, vector by vector."""
+        kept = self._runs[:, 0] + self._runs[:, 2]
         both = self._both + self._both.T
-        kept = np.array([runs[0] + runs[2] for runs in self._runs])
-        either = kept[:, None] + kept - both
+        either = np.add.outer(kept, kept) - both
         np.fill_diagonal(either, 0)
-        return [
-            Tally(self._numel, int(kept[j]), both[j].tolist(), either[j].tolist(), *energy, runs.tolist())
-            for j, (energy, runs) in enumerate(zip(self._energy.tolist(), self._runs, strict=True))
-        ]
+        columns = (part.tolist() for part in (kept, both, either, self._energy, self._runs))
+        return [Tally(numel, *figures[:3], *figures[3], figures[4]) for figures in zip(*columns, strict=True)]
 
 
 def prune_tensor(
@@ -45,33 +38,33 @@ def prune_tensor(
 ) -> list[dict]:
     """Prune one tensor of every vector; each record has hashes of base, vector and result, and the counts."""
     base, vectors = (task.inputs[0], task.inputs[1:]) if save_format == "model" else (None, task.inputs)
-    dtypes = [vector.dtype for vector in vectors]
-    counts = Counts(pruning, dtypes, vectors[0].numel, engine)
+    dtypes, counts = [vector.dtype for vector in vectors], Counts(len(vectors))
     base_hash = new_hash()
     vector_hashes, written_hashes = [new_hash() for _ in vectors], [new_hash() for _ in vectors]
     raw = {}
 
     def read(j: int, start: int, stop: int):
         raw[j] = worker.read(vectors[j], start, stop, j)
-        bits = engine.load(raw[j])
-        refuse_not_finite(vectors[j], bits, engine)
-        return bits
+        return engine.load(raw[j])
 
-    for start, stop, bits, masks in masks_by_block(
-        pruning, mask_name, dtypes, vectors[0].numel, read, engine
-    ):
+    blocks = masks_by_block(pruning, mask_name, dtypes, vectors[0].numel, read, engine)
+    for start, stop, bits, masks in blocks:
         below = None
         if base:
             below = worker.read(base, start, stop, len(vectors))
             base_hash.update(below)
             below = engine.load(below)
-            refuse_not_finite(base, below, engine)
         for j, vector in enumerate(vectors):
             vector_hashes[j].update(raw[j])
-            out = worker.room(task, j, start, stop)
-            apply_mask(out, below, base, bits[j], vector, masks[j], pruning.scale, engine)
+            if not engine.tally(bits[j], vector.dtype, masks, j, start, pruning.m, counts.of(j)):
+                raise not_finite(vector)
+            out, kept = worker.room(task, j, start, stop), (bits[j], vector.dtype, masks[j], pruning.scale)
+            finite = (
+                engine.add_kept(out, below, base.dtype, *kept) if base else engine.keep_vector(out, *kept)
+            )
+            if not finite:
+                refuse_result(vector, base, below, engine)
             written_hashes[j].update(out)
-        counts.take(start, bits, masks)
     return [
         {
             "base": base_hash.hexdigest(),
@@ -79,18 +72,15 @@ def prune_tensor(
             "written": written_hashes[j].hexdigest(),
             "tally": asdict(tally),
         }
-        for j, tally in enumerate(counts.tallies())
+        for j, tally in enumerate(counts.tallies(vectors[0].numel))
     ]
 
 
-def apply_mask(out, below, base: Tensor | None, bits, vector: Tensor, mask, scale: float, engine) -> None:
-    """out = base + what the mask keeps, or what the mask keeps. Raises DataError on overflow."""
-    if base is None:
-        finite, dtype = engine.keep_vector(out, bits, vector.dtype, mask, scale), vector.dtype
-    else:
-        finite, dtype = engine.add_kept(out, below, base.dtype, bits, vector.dtype, mask, scale), base.dtype
-    if not finite:
-        raise DataError(
-            f"tensor {vector.name!r} of {vector.path.parent}: a result is beyond the largest {dtype}; use base and vectors "
-            "in bfloat16 or float32, or no --rescale"
-        )
+def refuse_result(vector: Tensor, base: Tensor | None, below, engine) -> None:
+    """Raise DataError for a result that is not finite: the base is not, or the sum is too large."""
+    if base and not engine.all_finite(below, base.dtype):
+        raise not_finite(base)
+    raise DataError(
+        f"tensor {vector.name!r} of {vector.path.parent}: a result is beyond the largest {(base or vector).dtype}; "
+        "use base and vectors in bfloat16 or float32, or no --rescale"
+    )

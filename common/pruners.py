@@ -84,14 +84,13 @@ def random_limits(density: float, vectors: int, conflict_aware: bool) -> list[li
     return limits
 
 
-def _in_order(vectors: list, conflict_aware: bool, keep: Callable) -> list:
-    """The masks of one block, vector by vector; keep(j, bits, taken, levels) -> mask of vector j."""
-    masks, taken = [], None
+def _rank_in_order(masks, vectors: list, conflict_aware: bool, rank: Callable) -> None:
+    """Fill the masks of one block, vector by vector: rank(j, mask, bits, taken, levels) fills that of vector j."""
+    taken = None
     for j, bits in enumerate(vectors):
-        masks.append(keep(j, bits, taken, j if conflict_aware else 0))
-        if conflict_aware:
-            taken = masks[-1] if taken is None else taken + masks[-1]
-    return masks
+        rank(j, masks[j], bits, taken, j if conflict_aware else 0)
+        if conflict_aware and j + 1 < len(vectors):
+            taken = masks[j] if taken is None else taken + masks[j]
 
 
 def _blocks(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
@@ -125,19 +124,22 @@ def _find_threshold(blocks: list, k: int, count: Callable, digits: list[tuple[in
     return Threshold(prefix, k)
 
 
-def _scope_masks(pruning, dtypes, scope, read, engine, step) -> Iterator[tuple]:
+def _scope_masks(pruning, dtypes, scope, read, engine, masks, step) -> Iterator[tuple]:
     """The blocks of one scope: find each vector's threshold in passes over it, then apply them in one more."""
     start, stop, k = scope
     blocks = list(_blocks(start, stop, step))
     thresholds: list[Threshold] = []
 
-    def masks_of(vectors: list, ties: list[int]) -> list:
-        def keep(j, bits, taken, levels):
-            mask, used = engine.threshold_mask(bits, dtypes[j], taken, levels, thresholds[j].least, ties[j])
-            ties[j] -= used
-            return mask
+    def masks_of(vectors: list, ties: list[int]):
+        found = masks[: len(vectors), : len(vectors[0])]
 
-        return _in_order(vectors, pruning.conflict_aware, keep)
+        def rank(j, mask, bits, taken, levels):
+            ties[j] -= engine.threshold_mask(
+                mask, bits, dtypes[j], taken, levels, thresholds[j].least, ties[j]
+            )
+
+        _rank_in_order(found, vectors, pruning.conflict_aware, rank)
+        return found
 
     for j, dtype in enumerate(dtypes):
         levels = j if pruning.conflict_aware else 0
@@ -168,27 +170,32 @@ def masks_by_block(
     engine,
     block: int | None = None,
 ) -> Iterator[tuple]:
-    """(start, stop, vectors' bits, masks) of one tensor's blocks, in order.
+    """(start, stop, vectors' bits, masks uint8 [vectors, stop - start]) of one tensor's blocks, in order.
 
     name: what random masks are drawn under. read(j, start, stop) -> bits of vector j's elements, a buffer that
-    holds until the next call with this j. Masks do not depend on `block` (elements; default: the engine's).
+    holds until the next call with this j; so do the masks. Masks do not depend on `block` (elements; default: the
+    engine's).
     """
     block = block or engine.BLOCK
     unit = pruning.m if pruning.method == "nm" else 4  # of random numbers four come at a time
     step = max(block // unit, 1) * unit
     if pruning.method == "magnitude" or step > 2 * block:
+        masks = engine.empty_masks(len(dtypes), min(block, numel))
         for scope in scopes(pruning, numel):
-            yield from _scope_masks(pruning, dtypes, scope, read, engine, block)
+            yield from _scope_masks(pruning, dtypes, scope, read, engine, masks, block)
         return
 
+    masks = engine.empty_masks(len(dtypes), min(step, numel))
     limits = random_limits(pruning.density, len(dtypes), pruning.conflict_aware)
     keys = [random_key(pruning, j, name) for j in range(len(dtypes))]
     for start, stop in _blocks(0, numel, step):
 
-        def keep(j, bits, taken, levels, start=start, stop=stop):
+        def rank(j, mask, bits, taken, levels, start=start):
             if pruning.method == "nm":
-                return engine.nm_mask(bits, dtypes[j], taken, levels, pruning.n, pruning.m)
-            return engine.random_mask(start, stop - start, keys[j], taken, limits[j])
+                engine.nm_mask(mask, bits, dtypes[j], taken, levels, pruning.n, pruning.m)
+            else:
+                engine.random_mask(mask, start, keys[j], taken, limits[j])
 
-        vectors = [read(j, start, stop) for j in range(len(dtypes))]
-        yield start, stop, vectors, _in_order(vectors, pruning.conflict_aware, keep)
+        vectors, found = [read(j, start, stop) for j in range(len(dtypes))], masks[:, : stop - start]
+        _rank_in_order(found, vectors, pruning.conflict_aware, rank)
+        yield start, stop, vectors, found

@@ -38,7 +38,7 @@ class Tally:
     either: list[int] = field(default_factory=list)
     energy_kept: float = 0.0
     energy: float = 0.0
-    runs: list[int] = field(default_factory=lambda: [0, 0, 0, 0])  # see kernels.tally_runs
+    runs: list[int] = field(default_factory=lambda: [0, 0, 0, 0])  # see kernels.tally
 
     def add(self, other: "Tally") -> None:
         """Take another tensor's counts in."""

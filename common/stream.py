@@ -108,12 +108,11 @@ def new_hash():
     return xxhash.xxh3_128()
 
 
-def refuse_not_finite(tensor: Tensor, bits, engine) -> None:
-    """Raise DataError that names the tensor if a block of it holds NaN or infinity."""
-    if not engine.all_finite(bits, tensor.dtype):
-        raise DataError(
-            f"tensor {tensor.name!r} in {tensor.path}: holds NaN or infinity; take a sound copy of the model"
-        )
+def not_finite(tensor: Tensor) -> DataError:
+    """What to raise for a tensor that holds NaN or infinity."""
+    return DataError(
+        f"tensor {tensor.name!r} in {tensor.path}: holds NaN or infinity; take a sound copy of the model"
+    )
 
 
 def copy_tensor(task: Task, worker: Worker) -> list[dict]:

@@ -41,16 +41,16 @@ def _keep_largest(keys, k: int, key_bits: int):
     return above | (ties & (ties.cumsum(1, dtype=torch.int32) <= left))
 
 
-def nm_mask(bits, dtype, taken, levels, n, m):
-    """Keep n of every m consecutive elements; a last run of r keeps ceil(n*r/m)."""
+def nm_mask(mask, bits, dtype, taken, levels, n, m) -> None:
+    """mask = n of every m consecutive elements; a last run of r keeps ceil(n*r/m)."""
     keys = _keys(bits, dtype, taken, levels)
     key_bits = MAGNITUDE_BITS[dtype] + levels.bit_length()
     full = bits.numel() // m * m
-    parts = [_keep_largest(keys[:full].view(-1, m), n, key_bits).view(-1)] if full else []
+    if full:
+        mask[:full] = _keep_largest(keys[:full].view(-1, m), n, key_bits).view(-1)
     if full < bits.numel():
         rest = bits.numel() - full
-        parts.append(_keep_largest(keys[full:].view(1, -1), -(-n * rest // m), key_bits).view(-1))
-    return torch.cat(parts).to(torch.uint8)
+        mask[full:] = _keep_largest(keys[full:].view(1, -1), -(-n * rest // m), key_bits).view(-1)
 
 
 def count_digits(bits, dtype, taken, levels, shift, width, prefix):
@@ -61,12 +61,12 @@ def count_digits(bits, dtype, taken, levels, shift, width, prefix):
     return counts.cpu().numpy()
 
 
-def threshold_mask(bits, dtype, taken, levels, least, ties):
-    """Keep keys above `least` and the first `ties` that equal it -> (mask, how many ties it used)."""
+def threshold_mask(mask, bits, dtype, taken, levels, least, ties) -> int:
+    """mask = keys above `least` and the first `ties` that equal it -> how many ties it used."""
     keys = _keys(bits, dtype, taken, levels)
     tied = keys == least
-    mask = (keys > least) | (tied & (tied.cumsum(0) <= ties))
-    return mask.to(torch.uint8), min(ties, int(tied.sum()))
+    mask[:] = (keys > least) | (tied & (tied.cumsum(0) <= ties))
+    return min(ties, int(tied.sum()))
 
 
 def draws(start, count, key, device):
@@ -83,10 +83,11 @@ def draws(start, count, key, device):
     return torch.stack(c, 1).view(-1)[:count]
 
 
-def _random_mask(start, count, key, taken, limits, device):
-    numbers = draws(start, count, key, device)
-    table = torch.tensor(limits, dtype=torch.int64, device=device)
-    return (numbers < (table[taken.long()] if len(limits) > 1 else table)).to(torch.uint8)
+def random_mask(mask, start, key, taken, limits) -> None:
+    """mask[i] = whether the draw of position start + i is below limits[taken[i]]."""
+    numbers = draws(start, mask.numel(), key, mask.device)
+    table = torch.tensor(limits, dtype=torch.int64, device=mask.device)
+    mask[:] = numbers < (table[taken.long()] if len(limits) > 1 else table)
 
 
 def all_finite(bits, dtype) -> bool:
@@ -114,27 +115,25 @@ def keep_vector(out, vector, dtype, mask, scale) -> bool:
     return _store(out, torch.where(mask.bool(), scaled.view(vector.dtype), torch.zeros_like(vector)), dtype)
 
 
-def energy(vector, dtype, mask):
-    """(sum of squares of what is kept, sum of all squares)."""
-    squares = vector.view(_FLOAT[dtype]).double().square_()
-    return float((squares * mask).sum()), float(squares.sum())
-
-
-def tally_runs(mask, start, m, state) -> None:
-    """Count what is kept in each whole run of m, in numpy's `state` (see common.kernels.ranking)."""
-    first = min(-start % m, mask.numel())  # where in this block the first run begins that is not open already
-    state[0] += int(mask[:first].sum())
-    if start % m and (start + first) % m == 0:
-        state += [-state[0], 1, state[0], state[0] ** 2]
+def _tally_runs(mask, at, m, runs) -> None:
+    first = min(-at % m, mask.numel())  # where in this block the first run begins that is not open already
+    runs[0] += int(mask[:first].sum())
+    if at % m and (at + first) % m == 0:
+        runs += [-runs[0], 1, runs[0], runs[0] ** 2]
     if first < mask.numel():
         whole = mask[first : first + (mask.numel() - first) // m * m].view(-1, m).sum(1, dtype=torch.int64)
         rest = mask[first + whole.numel() * m :]
-        state += [int(rest.sum()), whole.numel(), int(whole.sum()), int((whole * whole).sum())]
+        runs += [int(rest.sum()), whole.numel(), int(whole.sum()), int((whole * whole).sum())]
 
 
-def count_both(left, right) -> int:
-    """How many positions both masks keep."""
-    return int((left & right).sum(dtype=torch.int64))
+def tally(vector, dtype, masks, j, at, m, counts) -> bool:
+    """Add one block of vector number j and its mask to `counts`, in numpy (see common.kernels.arithmetic)."""
+    runs, energy, both = counts
+    squares = vector.view(_FLOAT[dtype]).double().square_()
+    energy += [float((squares * masks[j]).sum()), float(squares.sum())]
+    both[:j] += (masks[:j] & masks[j]).sum(1, dtype=torch.int64).cpu().numpy()
+    _tally_runs(masks[j], at, m, runs)
+    return all_finite(vector, dtype)
 
 
 def engine(device: str) -> SimpleNamespace:
@@ -150,16 +149,13 @@ def engine(device: str) -> SimpleNamespace:
         BLOCK=_BLOCK_ON_CPU if torch.device(device).type == "cpu" else _BLOCK_ON_GPU,
         MAGNITUDE_BITS=MAGNITUDE_BITS,
         load=lambda bits: torch.from_numpy(bits.view(f"int{8 * bits.itemsize}")).to(device),
-        random_mask=lambda start, count, key, taken, limits: _random_mask(
-            start, count, key, taken, limits, device
-        ),
+        empty_masks=lambda vectors, size: torch.empty((vectors, size), dtype=torch.uint8, device=device),
         add_kept=add_kept,
         all_finite=all_finite,
-        count_both=count_both,
         count_digits=count_digits,
-        energy=energy,
         keep_vector=keep_vector,
         nm_mask=nm_mask,
-        tally_runs=tally_runs,
+        random_mask=random_mask,
+        tally=tally,
         threshold_mask=threshold_mask,
     )

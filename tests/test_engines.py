@@ -1,10 +1,13 @@
 """Two ways to the same answer: the torch kernels give the bits of the compiled ones, on every device there is."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from common import kernels
+from common.prune_tensor import Counts
 from common.pruners import Pruning, masks_by_block
 from common.torch_kernels import draws, engine
 
@@ -25,7 +28,7 @@ def values(dtype: str, numel: int, seed: int) -> np.ndarray:
 def pruned(pruning, dtype, vectors, base, arithmetic, block):
     """Masks, results and counts of one tensor as an engine makes them, as numpy arrays."""
     out = []
-    states = [np.zeros(4, np.int64) for _ in vectors]
+    counts = Counts(len(vectors))
     held = {}
 
     def read(j, start, stop):
@@ -38,12 +41,12 @@ def pruned(pruning, dtype, vectors, base, arithmetic, block):
     ):
         below = arithmetic.load(base[start:stop].copy())
         for j, mask in enumerate(masks):
-            arithmetic.tally_runs(mask, start, pruning.m, states[j])
+            assert arithmetic.tally(bits[j], dtype, masks, j, start, pruning.m, counts.of(j))
             added, kept = np.empty((2, stop - start), BITS[dtype])
             assert arithmetic.add_kept(added, below, dtype, bits[j], dtype, mask, pruning.scale)
             assert arithmetic.keep_vector(kept, bits[j], dtype, mask, pruning.scale)
-            out += [added, kept, np.array([arithmetic.count_both(mask, other) for other in masks])]
-    return np.concatenate([part.astype(np.uint64) for part in out]), np.array(states).tolist()
+            out += [added, kept, np.asarray(mask.cpu() if isinstance(mask, torch.Tensor) else mask)]
+    return np.concatenate([part.astype(np.uint64) for part in out]), counts.tallies(numel)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -60,7 +63,10 @@ def test_same_bits(device, dtype, method, n, m, conflict_aware):
         ours = pruned(pruning, dtype, vectors, base, kernels, block)
         theirs = pruned(pruning, dtype, vectors, base, engine(device), block)
         np.testing.assert_array_equal(ours[0], theirs[0])
-        assert ours[1] == theirs[1]
+        for mine, other in zip(ours[1], theirs[1], strict=True):
+            energies = [(tally.energy_kept, tally.energy) for tally in (mine, other)]
+            np.testing.assert_allclose(*energies, rtol=1e-6)
+            assert replace(mine, energy_kept=0, energy=0) == replace(other, energy_kept=0, energy=0)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -77,6 +83,7 @@ def test_not_finite_is_seen(bad):
     assert not kernels.all_finite(bits, "F16")
     mask, zeros, out = np.ones(3, np.uint8), np.zeros(3, np.uint16), np.empty(3, np.uint16)
     for each, kept in ((kernels, mask), (arithmetic, torch.from_numpy(mask))):
+        assert not each.tally(each.load(bits), "F16", kept[None], 0, 0, 2, Counts(1).of(0))
         loaded = each.load(bits), "F16", kept, 1.0
         assert not each.keep_vector(out, *loaded)
         assert not each.add_kept(out, each.load(zeros), "F16", *loaded)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 
 from common import kernels
+from common.prune_tensor import Counts
 from common.pruners import Pruning, masks_by_block, random_key, scopes
 
 INTEGERS = {"F16": torch.int16, "BF16": torch.int16, "F32": torch.int32}
@@ -249,12 +250,11 @@ def expect_conversion(tensor: torch.Tensor, source: str, target: str, clamp: boo
     """Bits and counts of one conversion against torch."""
     bits = bits_of(tensor, source)
     out = np.empty(bits.size, UNSIGNED[target])
-    kernels.round_into(out, target, bits, source)
-    assert np.array_equal(kernels.rounded(bits, source, target), out)
+    counts = kernels.convert(bits, source, out, target)
     finite, kept = tensor.isfinite(), tensor.to(oracle.DTYPES[target]).isfinite()
     assert kernels.all_finite(bits, source) == finite.all().item()
     if finite.all():
-        assert kernels.all_finite(out, target) == kept.all().item()
+        assert kernels.all_finite(out, target) == counts[2] == kept.all().item()
     if clamp:
         kernels.clamp(out, target)
     want = oracle.convert(tensor, oracle.DTYPES[target], clamp)
@@ -262,7 +262,7 @@ def expect_conversion(tensor: torch.Tensor, source: str, target: str, clamp: boo
     if finite.all():
         changed = (want.double() != tensor.double()).sum().item()
         zeroed = ((want == 0) & (tensor != 0)).sum().item()
-        assert tuple(kernels.changes(bits, source, out, target)) == (changed, zeroed)
+        assert counts[:2] == (changed, zeroed)
 
 
 @pytest.mark.parametrize("source", ["F16", "BF16"])
@@ -296,9 +296,10 @@ def test_subtract_is_the_oracles(source, target):
     finetuned = values("bits", 1, 20_000, source)[0].clamp(-30_000, 30_000)
     base = values("bits", 1, 20_000, target, 1)[0].clamp(-30_000, 30_000)
     finetuned[:99] = base[:99].to(finetuned.dtype)  # some differences are zero
-    left = kernels.rounded(bits_of(finetuned, source), source, target)
-    out = np.empty_like(left)
-    differs = kernels.subtract(left, bits_of(base, target), out, target)
+    out = np.empty(20_000, UNSIGNED[target])
+    left, right = (bits_of(finetuned, source), source), (bits_of(base, target), target)
+    differs, finite = kernels.subtract(*left, *right, out, target)
+    assert finite
     want = oracle.extract(finetuned, base, oracle.DTYPES[target])
     assert oracle.same(tensor_of(out, target), want)
     assert differs == int((want != 0).sum()) < 20_000
@@ -336,12 +337,53 @@ def test_what_is_not_finite_is_seen(code):
             assert not kernels.all_finite(bits_of(tensor, code), code)
 
 
+@pytest.mark.parametrize("code, patterns", [
+    ("F16", (0x7C00, 0xFC00, 0x7C01, 0x7FFF, 0xFFFF)), ("BF16", (0x7F80, 0xFF80, 0x7F81, 0x7FFF, 0xFFFF)),
+    ("F32", (0x7F800000, 0xFF800000, 0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF)),
+])  # fmt: skip
+def test_no_nan_gets_through(code, patterns):
+    """Infinities, and NaNs of the smallest and largest payload, of either sign, through everything that checks its result."""
+    for pattern in patterns:
+        bits = np.full(70, 0x3C00, UNSIGNED[code])
+        bits[65] = pattern
+        mask, zeros = np.ones((1, 70), np.uint8), np.zeros(70, UNSIGNED[code])
+        for dtype in oracle.DTYPES:
+            out = np.empty(70, UNSIGNED[dtype])
+            assert not kernels.convert(bits, code, out, dtype)[2]
+            for left, right in ((bits, zeros), (zeros, bits), (bits, bits)):
+                assert not kernels.subtract(left, code, right, code, out, dtype)[1]
+        out = np.empty(70, UNSIGNED[code])
+        assert not kernels.add_kept(out, bits, code, zeros, code, mask[0], 1.0)
+        assert not kernels.add_kept(out, bits, code, bits, code, 1 - mask[0], 1.0)
+        assert not kernels.add_kept(out, zeros, code, bits, code, mask[0], 1.0)
+        assert not kernels.keep_vector(out, bits, code, mask[0], 1.0)
+        assert not kernels.tally(bits, code, 1 - mask, 0, 0, 4, Counts(1).of(0))
+
+
 @pytest.mark.parametrize("code", ["F16", "BF16", "F32"])
-def test_energy(code):
-    """Sums of squares, kept and in all, to six digits, over large and small values."""
+@pytest.mark.parametrize("m, steps", [(7, 1000), (256, 4096), (5000, 3001), (20_000, 9002)])
+def test_tally(code, m, steps):
+    """Sums of squares to six digits, over large and small values; counts per run of m and of what two masks keep."""
     extremes = torch.tensor([300.0, -1e-4] if code == "F16" else [3e25, -1e-25]).to(oracle.DTYPES[code])
-    vector = torch.cat([values("steps", 1, 9000, code)[0], extremes])
-    mask = np.random.default_rng(1).random(9002) < 0.3
-    squares = vector.double().numpy() ** 2
-    ours = kernels.energy(bits_of(vector, code), code, mask.view(np.uint8))
-    assert ours == pytest.approx((squares[mask].sum(), squares.sum()), rel=1e-6)
+    vectors = [torch.cat([vector, extremes]) for vector in values("steps", 2, 9000, code)]
+    masks, counts = np.random.default_rng(1).random((2, 9002)) < [[0.3], [0.6]], Counts(2)
+    for start in range(0, 9002, steps):
+        part = slice(start, start + steps)
+        for j, vector in enumerate(vectors):
+            bits = bits_of(vector, code)[part]
+            assert kernels.tally(bits, code, masks.view(np.uint8)[:, part], j, start, m, counts.of(j))
+    for j, tally in enumerate(counts.tallies(9002)):
+        squares, runs = (
+            vectors[j].double().numpy() ** 2,
+            np.add.reduceat(masks[j], range(0, 9002, m), dtype=int),
+        )
+        whole = runs[: 9002 // m]
+        assert (tally.energy_kept, tally.energy) == pytest.approx(
+            (squares[masks[j]].sum(), squares.sum()), rel=1e-6
+        )
+        assert tally.runs == [sum(runs[len(whole) :]), len(whole), whole.sum(), (whole**2).sum()]
+        assert (tally.numel, tally.kept) == (9002, masks[j].sum())
+        assert (
+            tally.both[1 - j] == (masks[0] & masks[1]).sum()
+            and tally.either[1 - j] == (masks[0] | masks[1]).sum()
+        )

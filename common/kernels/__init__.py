@@ -10,32 +10,24 @@ function of another file: numba's cache would not notice a change there. The sam
 torch_kernels.py.
 """
 
+import numpy as np
+
 from common.kernels.arithmetic import (
     BITS_DTYPE,
     add_kept,
     all_finite,
-    changes,
     clamp,
-    energy,
+    convert,
     keep_vector,
-    round_into,
-    rounded,
     subtract,
+    tally,
 )  # fmt: skip
 from common.kernels.philox import draws, random_mask
-from common.kernels.ranking import (
-    MAGNITUDE_BITS,
-    count_both,
-    count_digits,
-    nm_mask,
-    tally_runs,
-    threshold_mask,
-)
+from common.kernels.ranking import MAGNITUDE_BITS, count_digits, nm_mask, threshold_mask
 
 __all__ = [
-    "BITS_DTYPE", "BLOCK", "MAGNITUDE_BITS", "add_kept", "all_finite", "changes", "clamp", "count_both", "count_digits",
-    "draws", "energy", "keep_vector", "load", "nm_mask", "random_mask", "round_into", "rounded", "subtract", "tally_runs",
-    "threshold_mask",
+    "BITS_DTYPE", "BLOCK", "MAGNITUDE_BITS", "add_kept", "all_finite", "clamp", "convert", "count_digits", "draws",
+    "empty_masks", "keep_vector", "load", "nm_mask", "random_mask", "subtract", "tally", "threshold_mask",
 ]  # fmt: skip
 
 BLOCK = 1 << 18  # elements: with its inputs, masks and outputs a block stays in a core's L2 cache
@@ -44,3 +36,8 @@ BLOCK = 1 << 18  # elements: with its inputs, masks and outputs a block stays in
 def load(bits):
     """Bits as this engine computes on them: the array itself."""
     return bits
+
+
+def empty_masks(vectors: int, size: int):
+    """Room for the masks of a block: uint8 [vectors, size]."""
+    return np.empty((vectors, size), np.uint8)

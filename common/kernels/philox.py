@@ -66,25 +66,27 @@ def draws(start, count, key):
 @cache
 def _random_kernel(levels):
     @njit(nogil=True, cache=True)
-    def keep(first, key0, key1, taken, limits, mask):
+    def keep(first, key0, key1, taken, last, some, mask):
         numbers = np.empty((_PIECE, 4), np.uint32)
         flat = numbers.reshape(-1)
         for start in range(0, mask.size, 4 * _PIECE):
             _draw_kernel(np.uint64(first + np.uint64(start // 4)), key0, key1, numbers)
             part, earlier = mask[start : start + 4 * _PIECE], taken[start : start + 4 * _PIECE]
             for i in range(part.size):
-                part[i] = flat[i] < limits[earlier[i] if levels else 0]
+                part[i] = (flat[i] <= last[0]) & some[0]
+            for level in range(1, levels):
+                for i in range(part.size):
+                    part[i] = (flat[i] <= last[level]) & some[level] if earlier[i] == level else part[i]
 
     return keep
 
 
-def random_mask(start, count, key, taken, limits):
-    """Keep position start + i where its draw is below limits[taken[i]] (of 2**32) -> mask uint8 [count].
+def random_mask(mask, start, key, taken, limits) -> None:
+    """mask[i], uint8 = whether the draw of position start + i is below limits[taken[i]] (of 2**32).
 
     With one limit `taken` is not read. `start` % 4 is 0.
     """
-    mask = np.empty(count, np.uint8)
-    several = len(limits) > 1
     words = np.uint64(start // 4), np.uint64(key & 0xFFFFFFFF), np.uint64(key >> 32)
-    _random_kernel(several)(*words, taken if several else mask, np.array(limits, np.uint64), mask)
-    return mask
+    last = np.array([max(limit, 1) - 1 for limit in limits], np.uint32)  # 2**32 itself has no 32 bits
+    some = np.array([limit > 0 for limit in limits], np.uint8)
+    _random_kernel(len(limits))(*words, taken if len(limits) > 1 else mask, last, some, mask)

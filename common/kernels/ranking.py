@@ -98,14 +98,13 @@ def _key_dtype(dtype, levels):
     return "uint16" if bits <= 16 else "uint32" if bits <= 32 else "uint64"
 
 
-def nm_mask(bits, dtype, taken, levels, n, m):
-    """Keep n of every m consecutive elements -> mask uint8; a last run of r keeps ceil(n*r/m).
+def nm_mask(mask, bits, dtype, taken, levels, n, m) -> None:
+    """mask, uint8 = n of every m consecutive elements; a last run of r keeps ceil(n*r/m).
 
     `taken[i]` (uint8) counts the `levels` earlier vectors that kept position i; with levels 0 it is not read.
     Order within a run: fewest earlier vectors, larger magnitude, lower index. Values must be finite.
     Source: CABS, section 3 (n:m balanced sparsification). `bits` starts at a multiple of m.
     """
-    mask = np.empty(bits.size, np.uint8)
     taken = taken if levels else mask  # at level 0 any array of the right length: it is not read
     done = 0
     if m <= _SMALL_M:
@@ -117,7 +116,6 @@ def nm_mask(bits, dtype, taken, levels, n, m):
         nm_kernel(key_dtype, MAGNITUDE_BITS[dtype], min(levels, 1), m)(
             bits[done:], taken[done:], n, mask[done:]
         )
-    return mask
 
 
 # --- ranking in scopes larger than a block: count digits, then compare with a threshold -----------
@@ -195,53 +193,8 @@ def _threshold_kernel(key_dtype, magnitude_bits, levels):
     return threshold
 
 
-def threshold_mask(bits, dtype, taken, levels, least, ties):
-    """Keep keys above `least` and the first `ties` that equal it -> (mask uint8, how many ties it used)."""
+def threshold_mask(mask, bits, dtype, taken, levels, least, ties) -> int:
+    """mask, uint8 = keys above `least` and the first `ties` that equal it -> how many ties it used."""
     key_dtype = _key_dtype(dtype, levels)
     kernel = _threshold_kernel(key_dtype, MAGNITUDE_BITS[dtype], levels)
-    mask = np.empty(bits.size, np.uint8)
-    used = kernel(bits, taken if levels else mask, np.dtype(key_dtype).type(least), ties, mask)
-    return mask, used
-
-
-# --- what the report measures ---------------------------------------------------------------------
-
-
-@njit(nogil=True, cache=True)
-def _tally_kernel(mask, start, m, state):
-    position = 0
-    while position < mask.size:
-        end = min(mask.size, position + m - (start + position) % m)
-        run = mask[position:end]
-        kept = np.uint32(0)
-        for i in range(run.size):
-            kept = np.uint32(kept + np.uint32(run[i]))
-        state[0] += kept
-        position = end
-        if (start + position) % m == 0:
-            state[1] += 1
-            state[2] += state[0]
-            state[3] += state[0] * state[0]
-            state[0] = 0
-
-
-def tally_runs(mask, start, m, state) -> None:
-    """Count what is kept in each whole run of m; `start` is where `mask` begins in its tensor.
-
-    state, int64 [4], is brought up to date: kept so far in the open run, whole runs, the sum of their counts, the sum
-    of their squares.
-    """
-    _tally_kernel(mask, start, m, state)
-
-
-@njit(nogil=True, cache=True)
-def _both_kernel(left, right):
-    count = np.uint32(0)
-    for i in range(left.size):
-        count = np.uint32(count + np.uint32(left[i] & right[i]))
-    return count
-
-
-def count_both(left, right) -> int:
-    """How many positions both masks keep."""
-    return _both_kernel(left, right)
+    return kernel(bits, taken if levels else mask, np.dtype(key_dtype).type(least), ties, mask)

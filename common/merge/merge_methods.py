@@ -60,10 +60,9 @@ def _vector(
 ) -> np.ndarray:
     """A block of a task vector from blocks of both models, as extract_task_vector_7b.py forms it."""
     code, name = _code(group.base.tensor), group.metadata.name
-    rounded = kernels.rounded(tuned, code, target), kernels.rounded(base, code, target)
-    vector = np.empty_like(rounded[0])
-    kernels.subtract(*rounded, vector, target)
-    if not kernels.all_finite(vector, target):
+    vector = np.empty(base.size, kernels.BITS_DTYPE[target])
+    _, finite = kernels.subtract(tuned, code, base, code, vector, target)
+    if not finite:
         for bits, model in ((base, group.base.id), (tuned, entry.id)):
             if not kernels.all_finite(bits, code):
                 raise DataError(f"tensor {name!r} of {model} holds NaN or infinity; take another model")
@@ -85,10 +84,11 @@ def _mixed_nm_masks(
     step = max(kernels.BLOCK // together, 1) * together
     for start in range(0, numel, step):
         stop = min(start + step, numel)
-        vectors, masks, taken = [], [], None
+        vectors, taken = [], None
+        masks = kernels.empty_masks(len(pairs), stop - start)
         for j, (n, m) in enumerate(pairs):
             vectors.append(read(j, start, stop))
-            masks.append(kernels.nm_mask(vectors[j], dtype, taken, j if conflict_aware else 0, n, m))
+            kernels.nm_mask(masks[j], vectors[j], dtype, taken, j if conflict_aware else 0, n, m)
             if conflict_aware:
                 taken = masks[j] if taken is None else taken + masks[j]
         yield start, stop, vectors, masks
