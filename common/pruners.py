@@ -131,7 +131,7 @@ def _scope_masks(pruning, dtypes, scope, read, engine, masks, step) -> Iterator[
     thresholds: list[Threshold] = []
 
     def masks_of(vectors: list, ties: list[int]):
-        found = masks[: len(vectors), : len(vectors[0])]
+        found = [mask[: len(bits)] for mask, bits in zip(masks, vectors, strict=False)]
 
         def rank(j, mask, bits, taken, levels):
             ties[j] -= engine.threshold_mask(
@@ -170,7 +170,7 @@ def masks_by_block(
     engine,
     block: int | None = None,
 ) -> Iterator[tuple]:
-    """(start, stop, vectors' bits, masks uint8 [vectors, stop - start]) of one tensor's blocks, in order.
+    """(start, stop, vectors' bits, their masks uint8 [stop - start]) of one tensor's blocks, in order.
 
     name: what random masks are drawn under. read(j, start, stop) -> bits of vector j's elements, a buffer that
     holds until the next call with this j; so do the masks. Masks do not depend on `block` (elements; default: the
@@ -196,6 +196,7 @@ def masks_by_block(
             else:
                 engine.random_mask(mask, start, keys[j], taken, limits[j])
 
-        vectors, found = [read(j, start, stop) for j in range(len(dtypes))], masks[:, : stop - start]
+        vectors = [read(j, start, stop) for j in range(len(dtypes))]
+        found = [mask[: stop - start] for mask in masks]
         _rank_in_order(found, vectors, pruning.conflict_aware, rank)
         yield start, stop, vectors, found

@@ -131,7 +131,8 @@ def tally(vector, dtype, masks, j, at, m, counts) -> bool:
     runs, energy, both = counts
     squares = vector.view(_FLOAT[dtype]).double().square_()
     energy += [float((squares * masks[j]).sum()), float(squares.sum())]
-    both[:j] += (masks[:j] & masks[j]).sum(1, dtype=torch.int64).cpu().numpy()
+    for i, mask in enumerate(masks[:j]):
+        both[i] += int((mask & masks[j]).sum(dtype=torch.int64))
     _tally_runs(masks[j], at, m, runs)
     return all_finite(vector, dtype)
 

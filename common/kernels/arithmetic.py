@@ -257,7 +257,10 @@ def keep_vector(out, vector, dtype, mask, scale) -> bool:
 
 
 # Sums may be regrouped, which is what lets them vectorise; the report rounds to what does not depend on it.
-@njit(nogil=True, fastmath={"reassoc", "contract"})
+_REGROUP = {"reassoc", "contract"}
+
+
+@njit(nogil=True, inline="always")
 def _chunk_energy(vector, mask, kind, as_sum):
     kept, every = as_sum(0), as_sum(0)
     for i in range(vector.size):
@@ -282,9 +285,9 @@ def _tally_runs(mask, at, m, runs):
     position = 0
     while position < mask.size:
         end = min(mask.size, position + m - (at + position) % m)
-        kept = np.uint32(0)
-        for i in range(position, end):
-            kept = np.uint32(kept + np.uint32(mask[i]))
+        run, kept = mask[position:end], np.uint32(0)
+        for i in range(run.size):
+            kept = np.uint32(kept + np.uint32(run[i]))
         runs[0] += kept
         position = end
         if (at + position) % m == 0:
@@ -299,16 +302,16 @@ def _tally_kernel(kind):
     # Squares of float16 values stay far from float32's limits; each chunk's sums go to a float64.
     as_sum = np.float32 if kind == F16 else np.float64
 
-    @njit(nogil=True, cache=True)
+    @njit(nogil=True, cache=True, fastmath=_REGROUP)
     def tally(vector, masks, j, at, m, runs, energy, both):
         most = np.uint32(0)
         for start in range(0, vector.size, _CHUNK):
-            part, mask = vector[start : start + _CHUNK], masks[j, start : start + _CHUNK]
+            part, mask = vector[start : start + _CHUNK], masks[j][start : start + _CHUNK]
             kept, every = _chunk_energy(part, mask, kind, as_sum)
             energy[0] += kept
             energy[1] += every
             for i in range(j):
-                both[i] += _count_both(masks[i, start : start + _CHUNK], mask)
+                both[i] += _count_both(masks[i][start : start + _CHUNK], mask)
             _tally_runs(mask, at + start, m, runs)
             most = max(most, _largest(part, kind))
         return most < _INFINITY[kind]
@@ -319,9 +322,9 @@ def _tally_kernel(kind):
 def tally(vector, dtype, masks, j, at, m, counts) -> bool:
     """Add one block of vector number j and its mask to `counts` -> whether all of the vector is finite.
 
-    masks: uint8 [vectors, elements]. The block begins at element `at` of its tensor. counts, of vector j, in numpy:
+    masks: of every vector, uint8 [elements]. The block begins at element `at` of its tensor. counts, of vector j, in numpy:
     runs, int64 [4]: kept so far in the open run of m, whole runs, the sum of their counts, the sum of their squares;
     energy, float64 [2]: sum of squares of what is kept, of everything, good to about 6 digits;
     both, int64 [vectors]: how many positions an earlier vector keeps as well.
     """
-    return _tally_kernel(_KIND[dtype])(vector, masks, j, at, m, *counts)
+    return _tally_kernel(_KIND[dtype])(vector, tuple(masks), j, at, m, *counts)
