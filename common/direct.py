@@ -126,6 +126,11 @@ class Window:
         self._file, self._begin, self._end = None, 0, 0  # bytes begin:end lie from begin % PAGE on
         self._cached_end = 0  # up to here, from where we are, the page cache has the file
 
+    @property
+    def is_from_disk(self) -> bool:
+        """Whether what was read last came from the disk, not from the page cache."""
+        return self._cached_end == 0
+
     def read(self, file: File, begin: int, end: int, limit: int) -> np.ndarray | None:
         """Bytes begin:end of a file (of those up to `limit` that will be asked for), None if the file ends before.
 
@@ -151,6 +156,31 @@ class Window:
             self._cached_end = 0
             self._end = base + file.read(self._memory[: last - base], base)
         self._file, self._begin = file, begin
+
+
+class Shelf:
+    """What came from the disk and will be read again within a task, kept in memory as far as that goes."""
+
+    def __init__(self, nbytes: int):
+        self._nbytes, self._memory, self._filled = nbytes, None, 0
+        self._found: dict[tuple, np.ndarray] = {}
+
+    def get(self, key: tuple) -> np.ndarray | None:
+        """What was kept under `key`."""
+        return self._found.get(key)
+
+    def keep(self, key: tuple, data: np.ndarray) -> None:
+        """Keep a copy, if there is room for it."""
+        if self._filled + data.size <= self._nbytes:
+            if self._memory is None:
+                self._memory = aligned(self._nbytes)
+            self._found[key] = self._memory[self._filled : self._filled + data.size]
+            self._found[key][:] = data
+            self._filled += data.size
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._found, self._filled = {}, 0
 
 
 class Stage:

@@ -6,7 +6,7 @@ import numpy as np
 
 from common.errors import DataError
 from common.headers import Tensor
-from common.pruners import Pruning, masks_by_block
+from common.pruners import Pruning, in_passes, masks_by_block
 from common.report import Tally
 from common.stream import Task, Worker, new_hash, not_finite
 
@@ -41,10 +41,10 @@ def prune_tensor(
     dtypes, counts = [vector.dtype for vector in vectors], Counts(len(vectors))
     base_hash = new_hash()
     vector_hashes, written_hashes = [new_hash() for _ in vectors], [new_hash() for _ in vectors]
-    raw = {}
+    raw, take = {}, worker.read_again if in_passes(pruning, engine.BLOCK) else worker.read
 
     def read(j: int, start: int, stop: int):
-        raw[j] = worker.read(vectors[j], start, stop, j)
+        raw[j] = take(vectors[j], start, stop, j)
         return engine.load(raw[j])
 
     blocks = masks_by_block(pruning, mask_name, dtypes, vectors[0].numel, read, engine)

@@ -56,6 +56,11 @@ def scopes(pruning: Pruning, numel: int) -> list[tuple[int, int, int]]:
     return [(start, start + size, -(-pruning.n * size // pruning.m)) for start, size in sizes]
 
 
+def in_passes(pruning: Pruning, block: int) -> bool:
+    """Whether a scope is larger than a block of so many elements, and is gone through several times."""
+    return pruning.method == "magnitude" or (pruning.method == "nm" and pruning.m > 2 * block)
+
+
 def random_key(pruning: Pruning, position: int, name: str) -> int:
     """The 64-bit generator key of one tensor of the vector at `position` in the order."""
     return xxhash.xxh3_64(f"{pruning.seed}/{position}/{name}".encode()).intdigest()
@@ -179,7 +184,7 @@ def masks_by_block(
     block = block or engine.BLOCK
     unit = pruning.m if pruning.method == "nm" else 4  # of random numbers four come at a time
     step = max(block // unit, 1) * unit
-    if pruning.method == "magnitude" or step > 2 * block:
+    if in_passes(pruning, block):
         masks = engine.empty_masks(len(dtypes), min(block, numel))
         for scope in scopes(pruning, numel):
             yield from _scope_masks(pruning, dtypes, scope, read, engine, masks, block)

@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from common.direct import File, Stage, Window
+from common.direct import File, Shelf, Stage, Window
 from common.errors import DataError
 from common.headers import DTYPE_BYTES, Tensor
 from common.plan import Slot
 from common.sink import Sink
 
 _COPY_BLOCK = 1 << 18  # elements
+SHELVES = 512 << 20  # bytes that all workers together keep of what a task reads from disk more than once
 _NUMPY = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -43,8 +44,8 @@ class Halted(Exception):
 class Worker:
     """What one thread holds: its inputs, the parts of them and of the outputs in memory, the way to the sink."""
 
-    def __init__(self, sink: Sink, halt: threading.Event, moved: Callable[[int], None]):
-        self._sink, self._halt, self._moved = sink, halt, moved
+    def __init__(self, sink: Sink, halt: threading.Event, moved: Callable[[int], None], shelf: Shelf):
+        self._sink, self._halt, self._moved, self._shelf = sink, halt, moved, shelf
         self._inputs: dict[Path, File] = {}
         self._windows: dict[int, Window] = defaultdict(Window)
         self._stages: dict[int, Stage] = defaultdict(Stage)
@@ -74,6 +75,17 @@ class Worker:
             data = data.copy()
         return data.view(_NUMPY[size])
 
+    def read_again(self, tensor: Tensor, start: int, stop: int, window: int = 0) -> np.ndarray:
+        """The same, for what a task reads in several passes: from memory where it was kept since the last one."""
+        kept = self._shelf.get((tensor, start, stop))
+        if kept is not None:
+            self._moved(kept.nbytes)
+            return kept.view(_NUMPY[DTYPE_BYTES[tensor.dtype]])
+        data = self.read(tensor, start, stop, window)
+        if self._windows[window].is_from_disk:
+            self._shelf.keep((tensor, start, stop), data.view(np.uint8))
+        return data
+
     def room(self, task: Task, output: int, start: int, stop: int) -> np.ndarray:
         """Room for elements start:stop of a task's tensor in output number `output`, to be filled in order, without gaps.
 
@@ -90,6 +102,7 @@ class Worker:
         """Write what is left of a task's tensor, and hand its records to the sink."""
         for stage in self._stages.values():
             stage.flush()
+        self._shelf.clear()
         self._sink.finish_tensor(task.shard, task.name, records)
 
     def close(self) -> None:
@@ -157,7 +170,7 @@ def run(
             return task
 
     def work() -> None:
-        worker = Worker(sink, halt, moved)
+        worker = Worker(sink, halt, moved, Shelf(SHELVES // workers))
         try:
             while task := next_task():
                 worker.finish(task, process(task, worker))
@@ -186,5 +199,5 @@ def run(
 
 
 def worker_count() -> int:
-    """Threads to use: one more than the cores this process may run on, for when one waits; at most 9."""
-    return min(len(os.sched_getaffinity(0)), 8) + 1
+    """Threads to use: two more than the cores this process may run on, for when some wait for the disk; at most 10."""
+    return min(len(os.sched_getaffinity(0)), 8) + 2

@@ -7,10 +7,13 @@ from pathlib import Path
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import torch
+from checkpoints import files, run, write
 from hypothesis import given, settings
 
-from common import direct
+from common import direct, kernels, stream
 from common.direct import PAGE, File, Stage, Window, aligned
+from common.stream import Worker
 
 SIZES = st.lists(st.integers(0, 5 * PAGE), min_size=1, max_size=8)
 
@@ -203,3 +206,37 @@ def test_disk_errors_are_not_taken_for_missing_direct_io(tmp_path, monkeypatch):
 
 def test_aligned_memory():
     assert all(aligned(n).ctypes.data % PAGE == 0 and aligned(n).size == n for n in (1, PAGE, 3 << 20))
+
+
+def test_what_is_read_again_comes_from_memory(tmp_path, monkeypatch):
+    """magnitude goes through its vectors twice: the second time from the page cache or, as far as that goes, the shelf."""
+    write(tmp_path / "base", {"w": torch.linspace(-1, 1, 9000).half(), "x": torch.linspace(1, 3, 500).half()})
+    write(tmp_path / "a", {"w": torch.linspace(1, -1, 9000).half(), "x": torch.linspace(1, 4, 500).half()})
+    run("extract", "--finetuned_model_path", tmp_path / "a", "--base_model_path", tmp_path / "base",
+        "--save_path", tmp_path / "v")  # fmt: skip
+    monkeypatch.setattr(kernels, "BLOCK", 1000)
+    monkeypatch.setattr(stream, "worker_count", lambda: 1)
+    reads, real = [], Worker.read
+    monkeypatch.setattr(
+        Worker, "read", lambda self, *a: (reads.append(a[0].path.parent.name), real(self, *a))[1]
+    )
+    weights = []
+    for number, (cached, shelves, expected) in enumerate(
+        ((False, 0, 20), (False, 3 * 2000, 17), (False, 1 << 20, 10), (True, 1 << 20, 20))
+    ):
+        out = tmp_path / f"p{number}"
+        monkeypatch.setattr(File, "is_cached", lambda self, begin, end, cached=cached: cached)
+        reads.clear()
+        monkeypatch.setattr(stream, "SHELVES", shelves)
+        run(
+            "prune",
+            "--pruning_method",
+            "magnitude",
+            "--task_vector_paths",
+            tmp_path / "v",
+            "--save_directories",
+            out,
+        )
+        assert reads.count("v") == expected
+        weights.append(files(out)["model.safetensors"])
+    assert all(weight == weights[0] for weight in weights)
