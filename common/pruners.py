@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
+import numpy as np
 import xxhash
 
 
@@ -118,13 +119,15 @@ def _next_digit(counts, k: int) -> tuple[int, int]:
 
 
 def _find_threshold(blocks: list, k: int, count: Callable, digits: list[tuple[int, int]]) -> Threshold:
-    """The threshold that k keys of the scope pass. count(block, shift, width, prefix) -> counts of that digit."""
+    """The threshold that k keys of the scope pass. count(counts, block, shift, width, prefix) adds to a digit's counts."""
     if k == 0:
         return Threshold((1 << sum(digits[0])) - 1, 0)
     prefix = 0
     for shift, width in digits:
-        counts = sum(count(block, shift, width, prefix) for block in blocks)
-        digit, k = _next_digit(counts, k)
+        counts = np.zeros((2, 1 << width), np.int64)  # in two banks, see count_digits
+        for block in blocks:
+            count(counts, block, shift, width, prefix)
+        digit, k = _next_digit(counts.sum(axis=0), k)
         prefix = prefix << width | digit
     return Threshold(prefix, k)
 
@@ -150,13 +153,13 @@ def _scope_masks(pruning, dtypes, scope, read, engine, masks, step) -> Iterator[
         levels = j if pruning.conflict_aware else 0
         ties = {}
 
-        def count(block, shift, width, prefix, j=j, dtype=dtype, levels=levels, ties=ties):
+        def count(counts, block, shift, width, prefix, j=j, dtype=dtype, levels=levels, ties=ties):
             taken = None
             if levels:
                 if block[0] == start:
                     ties[j] = [threshold.ties for threshold in thresholds]
                 taken = sum(masks_of([read(i, *block) for i in range(j)], ties[j]))
-            return engine.count_digits(read(j, *block), dtype, taken, levels, shift, width, prefix)
+            engine.count_digits(counts, read(j, *block), dtype, taken, levels, shift, width, prefix)
 
         digits = _digits(engine.MAGNITUDE_BITS[dtype], levels)
         thresholds.append(_find_threshold(blocks, k, count, digits))

@@ -53,12 +53,11 @@ def nm_mask(mask, bits, dtype, taken, levels, n, m) -> None:
         mask[full:] = _keep_largest(keys[full:].view(1, -1), -(-n * rest // m), key_bits).view(-1)
 
 
-def count_digits(bits, dtype, taken, levels, shift, width, prefix):
-    """How many keys with the leading digits `prefix` have each value of the next digit -> numpy int64 [2**width]."""
+def count_digits(counts, bits, dtype, taken, levels, shift, width, prefix) -> None:
+    """Add to numpy's `counts` how many keys with the leading digits `prefix` have each value of the next digit."""
     keys = _keys(bits, dtype, taken, levels).to(torch.int64)
     chosen = keys[keys >> (shift + width) == prefix]
-    counts = torch.bincount((chosen >> shift) & ((1 << width) - 1), minlength=1 << width)
-    return counts.cpu().numpy()
+    counts[0] += torch.bincount((chosen >> shift) & ((1 << width) - 1), minlength=1 << width).cpu().numpy()
 
 
 def threshold_mask(mask, bits, dtype, taken, levels, least, ties) -> int:

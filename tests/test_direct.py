@@ -222,7 +222,7 @@ def test_what_is_read_again_comes_from_memory(tmp_path, monkeypatch):
     )
     weights = []
     for number, (cached, shelves, expected) in enumerate(
-        ((False, 0, 20), (False, 3 * 2000, 17), (False, 1 << 20, 10), (True, 1 << 20, 20))
+        ((False, 0, 20), (False, 3 * 2000, 16), (False, 1 << 20, 10), (True, 1 << 20, 20))
     ):
         out = tmp_path / f"p{number}"
         monkeypatch.setattr(File, "is_cached", lambda self, begin, end, cached=cached: cached)

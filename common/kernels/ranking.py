@@ -132,20 +132,19 @@ def _count_kernel(magnitude_bits, levels, shift, width):
         for i in range(bits.size):
             key = _key(bits[i], taken[i], magnitude, np.uint64, magnitude_bits, levels)
             if key >> above == prefix:
-                counts[i & 1, (key >> shift) & digit_of] += np.uint32(1)
+                counts[i & 1, (key >> shift) & digit_of] += 1
 
     return count
 
 
-def count_digits(bits, dtype, taken, levels, shift, width, prefix):
-    """How many keys with the leading digits `prefix` have each value of the next digit -> int64 [2**width].
+def count_digits(counts, bits, dtype, taken, levels, shift, width, prefix) -> None:
+    """Count, of the keys with the leading digits `prefix`, how many have each value of the next digit.
 
-    The digit is `width` bits of the key above its `shift` lowest. For the key see nm_mask.
+    The digit is `width` bits of the key above its `shift` lowest. For the key see nm_mask. counts, int64 [2, 2**width],
+    is added to, in two banks: of runs of equal keys, one would wait for the other.
     """
     kernel = _count_kernel(MAGNITUDE_BITS[dtype], levels, shift, width)
-    counts = np.zeros((2, 1 << width), np.uint32)  # two banks: runs of equal keys would wait for each other
     kernel(bits, taken if levels else bits, np.uint64(prefix), counts)
-    return counts.sum(axis=0, dtype=np.int64)
 
 
 @njit(nogil=True, inline="always")
