@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """Measure every script in pairs: ours, then a plain copy of the same bytes; print a table and one JSON line.
 
-    python benchmarks/bench.py --layers 4 8 --pairs 3        (make bench; 32 layers are Mistral-7B)
+    python benchmarks/bench.py --layers 4 8 --pairs 3        (make bench LAYERS="4 8"; 32 layers are Mistral-7B)
 
 The copy is `cat` of each input that is only read to nowhere and of as many inputs as there are outputs to new
-files, then `sync`. Ratios are medians over the pairs, so a disk that is slow today is slow for both. Peak memory is
-the largest resident set of the process as the kernel reports it (wait4), imports and mapped files included. The
-obvious implementation (benchmarks/in_memory.py) is run where it fits into memory. Models are made on the spot.
+files, then `sync`. Where the inputs take less than half of the memory they are read once before each run, ours and the
+copy's, untimed, so that both find them in the page cache; larger ones both read from disk. Ratios are medians over the
+pairs, so a disk that is slow today is slow for both. Peak memory is the largest resident set of the process as the kernel
+reports it (wait4), imports and mapped files included. The obvious implementation (benchmarks/in_memory.py) is run where
+it fits into memory. Models are made on the spot, and removed when they are no longer needed.
 """
 
 import argparse
@@ -22,51 +24,49 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.make_checkpoints import make, model_bytes
+from benchmarks.make_checkpoints import model_bytes
 from common.cli import positive_int, run
 from common.plan import check_disk
 
 ROOT = Path(__file__).resolve().parent.parent
-MODELS_ON_DISK = 9  # base, 2 fine-tuned, 2 vectors, 2 outputs, 2 copies
+MODELS_ON_DISK = 5  # at most: base, 2 vectors, 2 outputs or copies
 IN_MEMORY_NEEDS = 6.5  # times one model: what the obvious implementation was seen to need
+MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def case(command: list, reads: list[Path], copies: list[Path], outputs: list[Path]) -> dict:
+    """A row of the table: the command, what it only reads, what it reads and writes as much as, what it writes."""
+    return {"command": command, "reads": reads, "copies": copies, "outputs": outputs}
+
+
+def extract(directory: Path, number: int) -> dict:
+    """Extracting the vector of fine-tuned model `number`."""
+    base, tuned, vector = (directory / name for name in ("base", f"finetuned{number}", f"vector{number}"))
+    paths = ["--finetuned_model_path", tuned, "--base_model_path", base, "--save_path", vector]
+    return case(["extract_task_vector_7b.py", *paths], [base], [tuned], [vector])
 
 
 def prune(directory: Path, *flags: str) -> dict:
-    """A prune of both vectors: the command, what it only reads, what it reads and writes as much as."""
-    vectors = [directory / "vector1", directory / "vector2"]
+    """A prune of both vectors."""
+    base, vectors = directory / "base", [directory / "vector1", directory / "vector2"]
     outputs = [directory / "out1", directory / "out2"]
-    paths = [
-        "--base_model_path",
-        directory / "base",
-        "--task_vector_paths",
-        *vectors,
-        "--save_directories",
-        *outputs,
-    ]
-    command = ["prune_task_vector_7b.py", *paths, *flags]
-    return {"command": command, "reads": [directory / "base"], "copies": vectors, "outputs": outputs}
+    paths = ["--base_model_path", base, "--task_vector_paths", *vectors, "--save_directories", *outputs]
+    return case(["prune_task_vector_7b.py", *paths, *flags], [base], vectors, outputs)
 
 
-def cases(directory: Path) -> dict[str, dict]:
-    """{row of the table: what to run}."""
-    base, tuned = directory / "base", directory / "finetuned1"
-    out = directory / "out1"
+def model_cases(directory: Path) -> dict[str, dict]:
+    """Rows of what is done to models, once base and finetuned1 are there."""
+    base, out = directory / "base", directory / "out1"
     convert = ["convert_dtype.py", "--model_path", base, "--save_path", out, "--dtype", "bfloat16"]
-    extract = [
-        "extract_task_vector_7b.py",
-        "--finetuned_model_path",
-        tuned,
-        "--base_model_path",
-        base,
-        "--save_path",
-        out,
-    ]
+    return {"convert": case(convert, [], [base], [out]), "extract": extract(directory, 1)}
+
+
+def vector_cases(directory: Path) -> dict[str, dict]:
+    """Rows of what is done to vectors, once base, vector1 and vector2 are there."""
     rows = {
-        "convert": {"command": convert, "reads": [], "copies": [base], "outputs": [out]},
-        "extract": {"command": extract, "reads": [base], "copies": [tuned], "outputs": [out]},
         "prune nm 64:256": prune(directory),
-        "prune magnitude": prune(directory, "--pruning_method", "magnitude"),
         "prune random": prune(directory, "--pruning_method", "random", "--rescale"),
+        "prune magnitude": prune(directory, "--pruning_method", "magnitude"),
     }
     if shutil.which("nvidia-smi"):
         rows["prune nm 64:256, cuda"] = prune(directory, "--device", "cuda")
@@ -95,53 +95,50 @@ def remove(paths: list[Path]) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def copy_command(case: dict) -> list[str]:
-    """A shell command that reads and writes the bytes of a case, and syncs."""
-    lines = [f"cat {source}/*.safetensors > /dev/null" for source in case["reads"]]
-    for source, target in zip(case["copies"], case["outputs"], strict=True):
+def copy_command(row: dict) -> list[str]:
+    """A shell command that reads and writes the bytes of a row, and syncs."""
+    lines = [f"cat {source}/*.safetensors > /dev/null" for source in row["reads"]]
+    for source, target in zip(row["copies"], row["outputs"], strict=True):
         lines.append(f"mkdir {target} && cat {source}/*.safetensors > {target}/copy")
     return ["sh", "-c", "set -e; " + "; ".join([*lines, "sync"])]
 
 
-def measure(case: dict, pairs: int) -> dict:
-    """Medians over pairs of (ours, copy), after one run of each to warm caches and compile kernels."""
+def measure(row: dict, pairs: int) -> dict:
+    """Medians over pairs of (ours, copy), after one run of each to compile kernels and use the disk's free blocks."""
+    inputs = [
+        path for directory in [*row["reads"], *row["copies"]] for path in directory.glob("*.safetensors")
+    ]
+    size = {path: path.stat().st_size for path in inputs}
+    moved = sum(size.values()) + sum(size[path] for path in inputs if path.parent in row["copies"])
+    warm = ["cat", *inputs] if sum(size.values()) < MEMORY / 2 else ["true"]
     rows = []
     for number in range(pairs + 1):
-        remove(case["outputs"])
-        os.sync()
-        seconds, memory = timed([sys.executable, *case["command"]])
-        remove(case["outputs"])
-        os.sync()
-        copied, _ = timed(copy_command(case))
+        figures = []
+        for command in ([sys.executable, *row["command"]], copy_command(row)):
+            remove(row["outputs"])
+            os.sync()
+            timed(warm)
+            figures += timed(command)
         if number:
-            rows.append((seconds, copied, seconds / copied, memory))
-    remove(case["outputs"])
+            rows.append((figures[0], figures[2], figures[0] / figures[2], figures[1]))
+    remove(row["outputs"])
     ours, copy, ratio, memory = (statistics.median(column) for column in zip(*rows, strict=True))
-    moved = sum(
-        p.stat().st_size
-        for d in [*case["reads"], *case["copies"], *case["copies"]]
-        for p in d.glob("*.safetensors")
-    )
     return {"seconds": ours, "copy": copy, "ratio": ratio, "peak_GB": memory, "GB_per_s": moved / ours / 1e9,
             "ratios": [row[2] for row in rows]}  # fmt: skip
 
 
 def measure_obvious(directory: Path) -> tuple[float, float] | None:
-    """(seconds, peak GB) of the in-memory implementation, None where it would not fit."""
-    need = IN_MEMORY_NEEDS * sum(p.stat().st_size for p in (directory / "base").glob("*.safetensors"))
-    if need > 0.8 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+    """(seconds, peak GB) of the in-memory implementation of the nm row, None where it would not fit."""
+    row = prune(directory)
+    if (
+        IN_MEMORY_NEEDS * sum(p.stat().st_size for p in (directory / "base").glob("*.safetensors"))
+        > 0.8 * MEMORY
+    ):
         return None
-    case = prune(directory)
-    remove(case["outputs"])
-    command = [
-        sys.executable,
-        ROOT / "benchmarks/in_memory.py",
-        directory / "base",
-        *case["copies"],
-        *case["outputs"],
-    ]
-    result = timed([*command, 64, 256])
-    remove(case["outputs"])
+    remove(row["outputs"])
+    paths = [directory / "base", *row["copies"], *row["outputs"]]
+    result = timed([sys.executable, ROOT / "benchmarks/in_memory.py", *paths, 64, 256])
+    remove(row["outputs"])
     return result
 
 
@@ -161,8 +158,9 @@ def measure_kernels() -> dict[str, float]:
     torch.set_num_threads(threads)
 
     def ours(block):
-        first = kernels.nm_mask(block, "F16", None, 0, 64, 256)
-        return kernels.nm_mask(block, "F16", first, 1, 64, 256)
+        first, second = kernels.empty_masks(2, block.size)
+        kernels.nm_mask(first, block, "F16", None, 0, 64, 256)
+        kernels.nm_mask(second, block, "F16", first, 1, 64, 256)
 
     def obvious():
         tensor = torch.from_numpy(values)
@@ -190,6 +188,7 @@ def measure_gpu() -> dict[str, float]:
     from common.torch_kernels import nm_mask
 
     bits = torch.randint(0, 0x7C00, (1 << 26,), dtype=torch.int16, device="cuda")
+    mask = torch.empty_like(bits, dtype=torch.uint8)
 
     def rate(call):
         for _ in range(3):
@@ -203,37 +202,66 @@ def measure_gpu() -> dict[str, float]:
 
     return {
         "name": torch.cuda.get_device_name(),
-        "nm_GB_per_s": rate(lambda: nm_mask(bits, "F16", None, 0, 64, 256)),
+        "nm_GB_per_s": rate(lambda: nm_mask(mask, bits, "F16", None, 0, 64, 256)),
         "copy_GB_per_s": rate(lambda: bits.clone()),
     }
 
 
-def prepare(directory: Path, layers: int) -> None:
-    """Models and task vectors of this depth, made once."""
-    if not (directory / "vector2").is_dir():
-        check_disk({directory: MODELS_ON_DISK * model_bytes(layers)})
-        remove([directory])
-        make(directory, layers)
-        for number in (1, 2):
-            timed([sys.executable, "extract_task_vector_7b.py", "--finetuned_model_path", directory / f"finetuned{number}",
-                   "--base_model_path", directory / "base", "--save_path", directory / f"vector{number}"])  # fmt: skip
+def make(directory: Path, layers: int, *names: str) -> None:
+    """Models, in a process of its own: what a process has used counts as the memory of those it starts."""
+    timed([sys.executable, ROOT / "benchmarks/make_checkpoints.py", "--save_path", directory, "--layers", layers,
+           "--names", *names])  # fmt: skip
+
+
+def measure_depth(directory: Path, layers: int, pairs: int, wanted) -> list[dict]:
+    """The rows of one depth; wanted(row's name) says which."""
+    results = []
+
+    def measure_all(rows: dict[str, dict]) -> None:
+        for script, row in rows.items():
+            if wanted(script):
+                results.append({"layers": layers, "script": script} | measure(row, pairs))
+                print(table(results).splitlines()[-1], flush=True)
+
+    remove([directory])
+    check_disk({directory: MODELS_ON_DISK * model_bytes(layers)})
+    make(directory, layers, "base", "finetuned1")
+    measure_all(model_cases(directory))
+    for number in (1, 2):
+        if number == 2:
+            make(directory, layers, "finetuned2")
+        timed([sys.executable, *extract(directory, number)["command"]])
+        remove([directory / f"finetuned{number}"])
+    measure_all(vector_cases(directory))
+    if wanted("prune nm 64:256") and (found := measure_obvious(directory)):
+        row = next(row for row in results if row["script"] == "prune nm 64:256")
+        row["obvious_seconds"], row["obvious_GB"] = found
+    remove([directory])
+    return results
 
 
 def table(results: list[dict]) -> str:
     """The rows of the README's table."""
     lines = [
-        "| layers | script | seconds | GB/s | copy, seconds | × copy | peak memory, GB |",
-        "|---|---|---|---|---|---|---|",
+        "| layers | script | seconds | GB/s | copy, seconds | × copy | peak memory, GB | obvious: seconds, GB, × ours |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {r['layers']} | {r['script']} | {r['seconds']:.1f} | {r['GB_per_s']:.2f} | {r['copy']:.1f} "
-        f"| {r['ratio']:.2f} | {r['peak_GB']:.2f} |"
-        for r in results
-    ]
+    for r in results:
+        obvious = f"{r['obvious_seconds']:.0f}, {r['obvious_GB']:.1f}, {r['obvious_seconds'] / r['seconds']:.0f} ×" if "obvious_GB" in r else ""  # fmt: skip
+        lines.append(
+            f"| {r['layers']} | {r['script']} | {r['seconds']:.1f} | {r['GB_per_s']:.2f} | {r['copy']:.1f} "
+            f"| {r['ratio']:.2f} | {r['peak_GB']:.2f} | {obvious} |"
+        )
     return "\n".join(lines)
 
 
-def main(argv=None) -> None:
+def processor() -> str:
+    """The processor's name, as Linux knows it."""
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return names[0].split(":")[1].strip() if names else platform.machine()
+
+
+def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -241,47 +269,43 @@ def main(argv=None) -> None:
         "--layers", type=positive_int, nargs="+", default=[4], help="depths to measure (default: 4)"
     )
     parser.add_argument("--pairs", type=positive_int, default=3, help="pairs per row (default: 3)")
-    parser.add_argument("--only", nargs="+", help="rows whose name contains one of these words")
+    parser.add_argument(
+        "--only", nargs="+", metavar="WORD", help="rows whose name contains one of these words"
+    )
     parser.add_argument(
         "--save_path",
         type=Path,
         default=Path("models/bench"),
         help="where models are made (default: %(default)s)",
     )
-    parser.add_argument("--keep", action="store_true", help="leave the models there for the next time")
-    args = parser.parse_args(argv)
-    print(
-        f"disk: {MODELS_ON_DISK * model_bytes(max(args.layers)) / 1e9:.0f} GB are used under {args.save_path} at most",
-        flush=True,
-    )
-    results, obvious = [], {}
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    most = MODELS_ON_DISK * model_bytes(max(args.layers)) / 1e9
+    print(f"disk: {most:.0f} GB are used under {args.save_path} at most", flush=True)
+    results = []
     for layers in args.layers:
         directory = args.save_path.resolve() / f"layers{layers}"
-        prepare(directory, layers)
-        for script, case in cases(directory).items():
-            if not args.only or any(word in script for word in args.only):
-                results.append({"layers": layers, "script": script} | measure(case, args.pairs))
-                print(table(results).splitlines()[-1], flush=True)
-        if not args.only:
-            obvious[layers] = measure_obvious(directory)
-        if not args.keep:
-            remove([directory])
+        results += measure_depth(
+            directory,
+            layers,
+            args.pairs,
+            lambda name: not args.only or any(word in name for word in args.only),
+        )
     kernels, gpu = measure_kernels(), measure_gpu()
     print(
-        f"\n{platform.machine()}, {os.cpu_count()} cores, float16, medians of {args.pairs} pairs\n\n{table(results)}\n"
+        f"\n{processor()}, {os.cpu_count()} cores, {MEMORY / 1e9:.0f} GB, float16, medians of {args.pairs} pairs\n"
     )
-    for layers, found in obvious.items():
-        print(
-            f"obvious in-memory prune, {layers} layers: "
-            + (f"{found[0]:.0f} s, {found[1]:.1f} GB" if found else "does not fit")
-        )
-    print(f"nm kernel: {kernels['ours_ns']:.2f} ns per element and vector on {kernels['threads']} threads, "
+    print(table(results))
+    print(f"\nnm kernel: {kernels['ours_ns']:.2f} ns per element and vector on {kernels['threads']} threads, "
           f"topk + scatter {kernels['topk_scatter_ns']:.1f} ns, {kernels['topk_scatter_ns'] / kernels['ours_ns']:.0f} ×")  # fmt: skip
     if gpu:
         print(
             f"{gpu['name']}: nm kernel {gpu['nm_GB_per_s']:.0f} GB/s, copy on the card {gpu['copy_GB_per_s']:.0f} GB/s"
         )
-    print(json.dumps({"results": results, "obvious": obvious, "kernels": kernels, "gpu": gpu}))
+    print(json.dumps({"results": results, "kernels": kernels, "gpu": gpu}))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from common.cli import positive_int, run
 from common.plan import index_text, plan_shards, tensor_bytes
 
 HIDDEN, INTERMEDIATE, KEY_VALUE, VOCABULARY = 4096, 14336, 1024, 32000
+NAMES = ["base", "finetuned1", "finetuned2"]
 POOL = 1 << 24  # random values, made once; each tensor starts at another place in them
 
 
@@ -76,29 +77,32 @@ def write_model(directory: Path, layers: int, pools: list[np.ndarray]) -> None:
         (directory / "model.safetensors.index.json").write_text(index_text(shards))
 
 
-def make(directory: Path, layers: int, seed: int = 0) -> None:
-    """base, finetuned1 and finetuned2 under `directory`."""
-    generator = np.random.default_rng(seed)
-    weights = generator.standard_normal(POOL, dtype=np.float32) * np.float32(0.02)
-    write_model(directory / "base", layers, [weights])
-    for number in (1, 2):
-        change = generator.standard_normal(POOL, dtype=np.float32) * np.float32(0.002)
-        write_model(directory / f"finetuned{number}", layers, [weights, change])
+def pool(part: int, deviation: float) -> np.ndarray:
+    """Normal values, float32 [POOL]; part 0 is the base, part i what fine-tuned model i adds."""
+    return np.random.default_rng([0, part]).standard_normal(POOL, dtype=np.float32) * np.float32(deviation)
+
+
+def make(directory: Path, layers: int, names: list[str]) -> None:
+    """Those of base, finetuned1 and finetuned2 that are named, under `directory`."""
+    for name in names:
+        changes = [pool(int(name[-1]), 0.002)] if name != "base" else []
+        write_model(directory / name, layers, [pool(0, 0.02), *changes])
 
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--save_path", type=Path, required=True, help="where the three models go")
+    parser.add_argument("--save_path", type=Path, required=True, help="where the models go")
     parser.add_argument(
         "--layers", type=positive_int, default=4, help="layers; 32 are Mistral-7B (default: 4)"
     )
-    args = parser.parse_args(argv)
-    make(args.save_path, args.layers)
-    print(
-        f"wrote base, finetuned1 and finetuned2 to {args.save_path} ({3 * model_bytes(args.layers) / 1e9:.1f} GB)"
+    parser.add_argument(
+        "--names", nargs="+", choices=NAMES, default=NAMES, help="which models (default: all)"
     )
+    args = parser.parse_args(argv)
+    make(args.save_path, args.layers, args.names)
+    print(f"wrote {', '.join(args.names)} to {args.save_path} ({model_bytes(args.layers) / 1e9:.1f} GB each)")
 
 
 if __name__ == "__main__":
