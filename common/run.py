@@ -11,11 +11,12 @@ from tqdm import tqdm
 
 from common import sink, stream
 from common.checkpoint import Checkpoint
+from common.direct import READ, WRITE
 from common.errors import DataError
 from common.plan import check_disk, existing_parent
 from common.processes import Group, deal, group, wait_for_everyone
 from common.sink import Output
-from common.stream import Task
+from common.stream import SHELVES, Task
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,14 @@ def describe(job: Job, inputs: list[Checkpoint]) -> str:
     total = sum(output.nbytes for output in job.outputs)
     workers = stream.worker_count()
     lines.append(f"disk    {total / 1e9:8.3f} GB  to be free; there are: {_free(job)}")
-    lines.append(
-        f"memory  {0.3 + 0.02 * workers:8.3f} GB  at most, whatever the size of the model ({workers} threads)"
-    )
+    lines.append(f"memory  {_memory(job, workers) / 1e9:8.3f} GB  at most ({workers} threads)")
     return "\n".join(lines)
+
+
+def _memory(job: Job, workers: int) -> int:
+    """Bytes, a little more than measured: libraries, a request for every file per thread, what is read again."""
+    streams = [READ * len(task.inputs) + WRITE * len(task.slots) for task in job.tasks]
+    return 250 * 10**6 + workers * max(streams, default=0) + (SHELVES if job.passes > 1 else 0)
 
 
 def _free(job: Job) -> str:

@@ -15,7 +15,7 @@ from common.kernels.ranking import MAGNITUDE_BITS
 
 _FLOAT = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _INFINITY = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000}
-_BLOCK_ON_GPU, _BLOCK_ON_CPU = 1 << 24, 1 << 18  # elements
+_BLOCK_ON_GPU, _BLOCK_ON_CPU = 1 << 22, 1 << 18  # elements; a thread holds a block of every input in memory
 
 
 def _magnitudes(bits, dtype):

@@ -119,9 +119,8 @@ def main() -> None:
     import common.direct
     import common.kernels
 
-    common.direct.CHUNK = (
-        2 * common.direct.PAGE
-    )  # so that small models take several requests of several blocks
+    # Small models, too, take several requests of several blocks.
+    common.direct.READ = common.direct.WRITE = 2 * common.direct.PAGE
     common.kernels.BLOCK = 2048
     tqdm.monitor_interval = 0  # no thread of its own, which a fork would not take along
     sys.stdout, answers = sys.stderr, sys.stdout

@@ -8,8 +8,8 @@ from functools import cache
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+
+from common.kernels.compiler import intrinsic, njit, types
 
 F16, BF16, F32 = 0, 1, 2
 _NAME = ("F16", "BF16", "F32")

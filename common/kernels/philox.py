@@ -3,7 +3,8 @@
 from functools import cache
 
 import numpy as np
-from numba import njit
+
+from common.kernels.compiler import njit
 
 _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 

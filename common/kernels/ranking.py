@@ -7,8 +7,8 @@ index wins. nm_mask ranks runs of m; count_digits and threshold_mask rank scopes
 from functools import cache
 
 import numpy as np
-from numba import njit
 
+from common.kernels.compiler import njit
 from common.kernels.runs import nm_kernel
 
 _CHUNK = 4096  # keys compared at a time

@@ -9,8 +9,8 @@ from functools import cache
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+
+from common.kernels.compiler import intrinsic, njit, types
 
 _LANES = 32
 
