@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from common.checkpoint import Checkpoint, config_with_dtype, copy_companions, open_checkpoint
-from common.cli import add_output_flags, run
+from common.cli import add_output_flags, run_and_leave
 from common.errors import DataError
 from common.headers import DTYPE_CODES
 from common.plan import check_floats, check_places, plan_shards
@@ -129,4 +129,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_and_leave(main)

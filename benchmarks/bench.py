@@ -104,15 +104,15 @@ def copy_command(row: dict) -> list[str]:
 
 
 def measure(row: dict, pairs: int) -> dict:
-    """Medians over pairs of (ours, copy), after one run of each to compile kernels and use the disk's free blocks."""
+    """Medians over pairs of (ours, copy), after one run of each to compile kernels, where the inputs fit into memory."""
     inputs = [
         path for directory in [*row["reads"], *row["copies"]] for path in directory.glob("*.safetensors")
     ]
     size = {path: path.stat().st_size for path in inputs}
     moved = sum(size.values()) + sum(size[path] for path in inputs if path.parent in row["copies"])
-    warm = ["cat", *inputs] if sum(size.values()) < MEMORY / 2 else ["true"]
-    rows = []
-    for number in range(pairs + 1):
+    fits = sum(size.values()) < MEMORY / 2
+    warm, rows = ["cat", *inputs] if fits else ["true"], []
+    for number in range(0 if fits else 1, pairs + 1):
         figures = []
         for command in ([sys.executable, *row["command"]], copy_command(row)):
             remove(row["outputs"])

@@ -187,3 +187,10 @@ def run(main) -> None:
             file=sys.stderr,
         )
         sys.exit(130 if isinstance(stop, KeyboardInterrupt) else 143)
+
+
+def run_and_leave(main) -> None:
+    """run(), for a script that has nothing to tidy up: Python would take another 0.1 s to take itself apart."""
+    run(main)
+    sys.stderr.flush()
+    os._exit(0)
