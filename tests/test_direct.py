@@ -96,6 +96,7 @@ def test_whole_pages_go_past_the_cache(tmp_path, monkeypatch):
         calls.append((bool(flags & os.O_DIRECT), offset, len(data)))
         return real(descriptor, data, offset)
 
+    OddKernel("no RWF_DONTCACHE", monkeypatch)
     monkeypatch.setattr(os, "pwrite", counted)
     staged(tmp_path / "x", random_bytes(10 * PAGE), 100, [1000] * 40 + [960])
     assert [call for call in calls if not call[0]] == [(False, 100, PAGE - 100), (False, 10 * PAGE, 100)]
@@ -146,12 +147,19 @@ def test_what_is_cached_is_not_read_from_disk(tmp_path, monkeypatch):
 
 
 class OddKernel:
-    """os.open, os.pwrite and os.preadv of a system that has no direct I/O, notices late, or does only part of a call."""
+    """os.open, os.pwrite, os.pwritev and os.preadv of a system that lacks what we would like, notices late, or does only
+    part of a call."""
 
     def __init__(self, kind: str, monkeypatch):
-        self.kind, self.open, self.pwrite, self.preadv = kind, os.open, os.pwrite, os.preadv
+        self.kind, self.open, self.pwrite, self.pwritev, self.preadv = (
+            kind,
+            os.open,
+            os.pwrite,
+            os.pwritev,
+            os.preadv,
+        )
         self.direct = set()
-        for name in ("open", "pwrite", "preadv"):
+        for name in ("open", "pwrite", "pwritev", "preadv"):
             monkeypatch.setattr(os, name, getattr(self, f"odd_{name}"))
 
     def odd_open(self, path, flags, *mode):
@@ -172,14 +180,19 @@ class OddKernel:
             descriptor, data[:777] if self.kind == "short" and len(data) > 777 else data, offset
         )
 
+    def odd_pwritev(self, descriptor, buffers, offset, flags):
+        if self.kind != "short and RWF_DONTCACHE":
+            raise OSError(errno.EOPNOTSUPP, "no RWF_DONTCACHE")
+        return self.pwritev(descriptor, [buffer[:777] for buffer in buffers], offset, flags)
+
     def odd_preadv(self, descriptor, buffers, offset):
         self.check(descriptor)
-        if self.kind == "short" and descriptor not in self.direct:
+        if self.kind.startswith("short") and descriptor not in self.direct:
             buffers = [buffer[:777] for buffer in buffers]
         return self.preadv(descriptor, buffers, offset)
 
 
-@pytest.mark.parametrize("kind", ["no direct I/O", "larger pages", "short"])
+@pytest.mark.parametrize("kind", ["no direct I/O", "larger pages", "short", "short and RWF_DONTCACHE"])
 def test_on_odd_systems(tmp_path, monkeypatch, kind):
     """The same bytes, written and read."""
     data = random_bytes(9 * PAGE + 1234)
@@ -201,6 +214,7 @@ def test_disk_errors_are_not_taken_for_missing_direct_io(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "broken")
 
     monkeypatch.setattr(os, "pwrite", broken)
+    monkeypatch.setattr(os, "pwritev", broken)
     with pytest.raises(OSError, match="broken"):
         staged(tmp_path / "x", random_bytes(3 * PAGE), 0, [3 * PAGE])
 

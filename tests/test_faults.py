@@ -415,6 +415,7 @@ def test_everything_is_durable_before_its_name(jobs, folder, monkeypatch):
         return os.readlink(f"/proc/self/fd/{file}")
 
     record(os, "pwrite", path_of)
+    record(os, "pwritev", path_of)
     record(os, "fsync", path_of)
     record(os, "rename", lambda source, target: (str(source), str(target)))
     job = jobs["prune"]
@@ -432,7 +433,8 @@ def test_everything_is_durable_before_its_name(jobs, folder, monkeypatch):
             assert f"{part}/{name}" in synced or f"{part}/{name}.tmp" in synced, name
         for shard in (name for name in job.whole[output] if name.endswith(".safetensors")):
             renamed, temporary = renames[f"{part}/{shard}"]
-            last_write = max(i for i, event in enumerate(events) if event == ("pwrite", temporary))
+            writes = [("pwrite", temporary), ("pwritev", temporary)]
+            last_write = max(i for i, event in enumerate(events) if event in writes)
             assert ("fsync", temporary) in events[last_write:renamed]
     job.clean()
 
@@ -450,5 +452,47 @@ def test_torchrun_writes_the_same_bytes(jobs):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("wrote ") == 2
+    assert {output: files(output) for output in job.outputs} == job.whole
+    job.clean()
+
+
+ONE_IS_KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from common import cli, sink
+from prune_task_vector_7b import main
+
+def killed(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if os.environ["RANK"] == "1" and not os.path.exists({flag!r}):
+    open({flag!r}, "w").close()
+    sink.Sink.finish_tensor = killed
+cli.run_and_leave(main)
+"""
+
+
+def test_one_of_several_processes_is_killed(jobs, tmp_path):
+    """The run fails, says so and publishes nothing; the same command goes on to the same bytes."""
+    job, script = jobs["prune"], tmp_path / "script.py"
+    script.write_text(ONE_IS_KILLED.format(root=str(ROOT), flag=str(tmp_path / "flag")))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--",
+        script,
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    arguments = [*command, *map(str, job.arguments)]
+    first = subprocess.run(arguments, capture_output=True, text=True, env=environment)
+    assert first.returncode == 1 and "Signal 9 (SIGKILL)" in first.stderr, first.stderr[-2000:]
+    assert "interrupted; nothing half-written was published. The same command goes on" in first.stderr
+    assert job.published() == []
+    second = subprocess.run(arguments, capture_output=True, text=True, env=environment)
+    assert second.returncode == 0, second.stderr[-2000:]
     assert {output: files(output) for output in job.outputs} == job.whole
     job.clean()
