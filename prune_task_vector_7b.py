@@ -14,8 +14,9 @@
 
 Conflict-aware: a vector keeps positions that no earlier one kept as long as there are any; each keeps its full
 budget. The order is the order of the command line. Equal magnitudes: the lower index is kept. Each output is the
-base plus the pruned vector, a model that mergekit reads, with prune_report.json beside it. Streams: about 0.4 GB
-of memory whatever the size of the model; magnitude reads the vectors twice. Several processes: torchrun
+base plus the pruned vector, a model that mergekit reads, with prune_report.json beside it. Streams: 0.3 GB
+of memory on 2 cores, 0.7 GB on 8, whatever the size of the model; magnitude reads the vectors twice and keeps up
+to 0.5 GB of them in between. Several processes: torchrun
 --nproc-per-node 2 -- prune_task_vector_7b.py ... writes the same bytes. Stopped, the same command goes on.
 
 Later: a picture of two runs side by side, from their reports; and are the files still what was written?
