@@ -64,20 +64,41 @@ def draws(start, count, key):
     return out.reshape(-1)[:count]
 
 
+@njit(nogil=True, inline="always")
+def _below(word0, word1, word2, word3, last, out):
+    """Whether each draw is at most `last`: a byte each, those of a counter in one word of `out`, in order in memory."""
+    byte = np.uint32(8)
+    for i in range(out.size):
+        late = np.uint32(word3[i] <= last) << byte | np.uint32(word2[i] <= last)
+        out[i] = (late << byte | np.uint32(word1[i] <= last)) << byte | np.uint32(word0[i] <= last)
+
+
+@njit(nogil=True, inline="always")
+def _take(mask, below, some, taken, level, is_one_of_several):
+    """mask = below, where there is but one level; of several, each where it applies, from level 0 on."""
+    if not is_one_of_several:
+        for i in range(mask.size):
+            mask[i] = below[i] & some
+    else:
+        keep_others = np.uint8(level > 0)
+        for i in range(mask.size):
+            applies = np.uint8(taken[i] == level)
+            mask[i] = (mask[i] & keep_others) | (below[i] & some & applies)
+
+
 @cache
 def _random_kernel(levels):
     @njit(nogil=True, cache=True)
     def keep(first, key0, key1, taken, last, some, mask):
-        numbers = np.empty((_PIECE, 4), np.uint32)
-        flat = numbers.reshape(-1)
+        word0, word1, word2, word3 = np.empty((4, _PIECE), np.uint32)
+        packed = np.empty(_PIECE, np.uint32)
+        below = packed.view(np.uint8)
         for start in range(0, mask.size, 4 * _PIECE):
-            _draw_kernel(np.uint64(first + np.uint64(start // 4)), key0, key1, numbers)
             part, earlier = mask[start : start + 4 * _PIECE], taken[start : start + 4 * _PIECE]
-            for i in range(part.size):
-                part[i] = (flat[i] <= last[0]) & some[0]
-            for level in range(1, levels):
-                for i in range(part.size):
-                    part[i] = (flat[i] <= last[level]) & some[level] if earlier[i] == level else part[i]
+            _philox(np.uint64(first + np.uint64(start // 4)), key0, key1, word0, word1, word2, word3)
+            for level in range(levels):
+                _below(word0, word1, word2, word3, last[level], packed)
+                _take(part, below, some[level], earlier, np.uint8(level), levels > 1)
 
     return keep
 
