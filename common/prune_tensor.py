@@ -47,7 +47,10 @@ def prune_tensor(
         raw[j] = take(vectors[j], start, stop, j)
         return engine.load(raw[j])
 
-    blocks = masks_by_block(pruning, mask_name, dtypes, vectors[0].numel, read, engine)
+    def peek(j: int, start: int, stop: int):
+        return engine.load(worker.peek(vectors[j], start, stop, j))
+
+    blocks = masks_by_block(pruning, mask_name, dtypes, vectors[0].numel, read, engine, peek=peek)
     for start, stop, bits, masks in blocks:
         below = None
         if base:

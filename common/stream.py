@@ -57,20 +57,25 @@ class Worker:
 
     def read(self, tensor: Tensor, start: int, stop: int, window: int = 0) -> np.ndarray:
         """Bits of elements start:stop of a tensor, valid until the next read through window number `window`."""
+        bits = self._bits(tensor, start, stop, tensor.numel, window)
+        self._moved(bits.nbytes)
+        return bits
+
+    def peek(self, tensor: Tensor, start: int, stop: int, window: int = 0) -> np.ndarray:
+        """The same, for a small part out of the order: nothing is read ahead, and the progress bar does not move."""
+        return self._bits(tensor, start, stop, stop, window)
+
+    def _bits(self, tensor: Tensor, start: int, stop: int, last: int, window: int) -> np.ndarray:
+        """Elements start:stop, of those up to `last` that will be asked for."""
         if self._halt.is_set():
             raise Halted
         size = DTYPE_BYTES[tensor.dtype]
-        begin, end, limit = (
-            tensor.offset + start * size,
-            tensor.offset + stop * size,
-            tensor.offset + tensor.nbytes,
-        )
+        begin, end, limit = (tensor.offset + number * size for number in (start, stop, last))
         data = self._windows[window].read(self._input(tensor.path), begin, end, limit)
         if data is None:
             raise DataError(
                 f"tensor {tensor.name!r} in {tensor.path}: the file ends within it; it was cut short while it was read"
             )
-        self._moved(data.nbytes)
         if begin % size:  # other writers than ours need not align a tensor to its elements
             data = data.copy()
         return data.view(_NUMPY[size])

@@ -53,11 +53,17 @@ def nm_mask(mask, bits, dtype, taken, levels, n, m) -> None:
         mask[full:] = _keep_largest(keys[full:].view(1, -1), -(-n * rest // m), key_bits).view(-1)
 
 
-def count_digits(counts, bits, dtype, taken, levels, shift, width, prefix) -> None:
-    """Add to numpy's `counts` how many keys with the leading digits `prefix` have each value of the next digit."""
-    keys = _keys(bits, dtype, taken, levels).to(torch.int64)
-    chosen = keys[keys >> (shift + width) == prefix]
-    counts[0] += torch.bincount((chosen >> shift) & ((1 << width) - 1), minlength=1 << width).cpu().numpy()
+def keys_of(bits, dtype, taken, levels) -> np.ndarray:
+    """int64 [elements], in numpy: the key of each position."""
+    return _keys(bits, dtype, taken, levels).to(torch.int64).cpu().numpy()
+
+
+def count_keys(counts, bits, dtype, taken, levels, low, high, shift) -> int:
+    """Add to numpy's `counts` how many keys lie in each bin from `low` to below `high` -> how many lie above."""
+    found = _keys(bits, dtype, taken, levels).to(torch.int64)
+    near = found[(found >= low) & (found < high)]
+    counts[0] += torch.bincount((near - low) >> shift, minlength=counts.shape[1]).cpu().numpy()
+    return int((found >= high).sum())
 
 
 def threshold_mask(mask, bits, dtype, taken, levels, least, ties) -> int:
@@ -152,8 +158,9 @@ def engine(device: str) -> SimpleNamespace:
         empty_masks=lambda vectors, size: torch.empty((vectors, size), dtype=torch.uint8, device=device),
         add_kept=add_kept,
         all_finite=all_finite,
-        count_digits=count_digits,
+        count_keys=count_keys,
         keep_vector=keep_vector,
+        keys_of=keys_of,
         nm_mask=nm_mask,
         random_mask=random_mask,
         tally=tally,

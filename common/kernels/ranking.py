@@ -1,7 +1,7 @@
 """Ranks: which positions to keep, by comparing bit patterns.
 
 A key ranks a position: fewest earlier vectors that kept it, then larger magnitude; among equal keys the lower
-index wins. nm_mask ranks runs of m; count_digits and threshold_mask rank scopes of any size in several passes.
+index wins. nm_mask ranks runs of m; count_keys and threshold_mask rank scopes of any size in several passes.
 """
 
 from functools import cache
@@ -118,33 +118,73 @@ def nm_mask(mask, bits, dtype, taken, levels, n, m) -> None:
         )
 
 
-# --- ranking in scopes larger than a block: count digits, then compare with a threshold -----------
+# --- ranking in scopes larger than a block: count keys, then compare with a threshold -------------
+
+
+@njit(nogil=True, inline="always")
+def _fill_keys(keys, bits, taken, magnitude, magnitude_bits, levels):
+    for i in range(keys.size):
+        keys[i] = _key(bits[i], taken[i], magnitude, keys.dtype.type, magnitude_bits, levels)
+
+
+@njit(nogil=True, inline="always")
+def _mark(keys, low, last, near):
+    """near[i] = whether key i lies in low..last -> (how many do, how many lie above); loops that vectorise."""
+    as_key = keys.dtype.type
+    reached, above = as_key(0), as_key(0)
+    for i in range(keys.size):
+        near[i] = as_key(keys[i] - low) <= as_key(last - low)
+    for i in range(keys.size):
+        reached = as_key(reached + as_key(keys[i] >= low))
+        above = as_key(above + as_key(keys[i] > last))
+    return np.int64(reached) - np.int64(above), np.int64(above)
 
 
 @cache
-def _count_kernel(magnitude_bits, levels, shift, width):
+def _count_kernel(key_dtype, magnitude_bits, levels):
+    as_key = np.dtype(key_dtype).type
     magnitude = np.uint32((1 << magnitude_bits) - 1)
-    digit_of = np.uint64((1 << width) - 1)
-    shift, above = np.uint64(shift), np.uint64(shift + width)
 
     @njit(nogil=True, cache=True)
-    def count(bits, taken, prefix, counts):
-        for i in range(bits.size):
-            key = _key(bits[i], taken[i], magnitude, np.uint64, magnitude_bits, levels)
-            if key >> above == prefix:
-                counts[i & 1, (key >> shift) & digit_of] += 1
+    def count(bits, taken, low, last, shift, counts):
+        scratch, near, above = np.zeros(_CHUNK, as_key), np.zeros(_CHUNK, np.uint8), np.int64(0)
+        eights, which = near.view(np.uint64), np.int64(counts.shape[1] - 1)
+        for start in range(0, bits.size, _CHUNK):
+            part, earlier = bits[start : start + _CHUNK], taken[start : start + _CHUNK]
+            keys = scratch[: part.size]
+            _fill_keys(keys, part, earlier, magnitude, magnitude_bits, levels)
+            inside, more = _mark(keys, low, last, near)
+            near[keys.size :] = 0
+            above += more
+            if inside > keys.size >> 5:  # many: without branches, which would be guessed wrong
+                for i in range(keys.size):
+                    counts[i & 1, (np.int64(as_key(keys[i] - low)) >> shift) & which] += near[i]
+            else:
+                for eight in range(eights.size):
+                    if eights[eight]:
+                        for i in range(8 * eight, 8 * eight + 8):
+                            if near[i]:
+                                counts[i & 1, np.int64(as_key(scratch[i] - low)) >> shift] += 1
+        return above
 
     return count
 
 
-def count_digits(counts, bits, dtype, taken, levels, shift, width, prefix) -> None:
-    """Count, of the keys with the leading digits `prefix`, how many have each value of the next digit.
+def keys_of(bits, dtype, taken, levels) -> np.ndarray:
+    """int64 [elements]: the key of each position (see nm_mask)."""
+    found = bits.astype(np.int64) & ((1 << MAGNITUDE_BITS[dtype]) - 1)
+    return found if not levels else found | (levels - taken.astype(np.int64)) << MAGNITUDE_BITS[dtype]
 
-    The digit is `width` bits of the key above its `shift` lowest. For the key see nm_mask. counts, int64 [2, 2**width],
-    is added to, in two banks: of runs of equal keys, one would wait for the other.
+
+def count_keys(counts, bits, dtype, taken, levels, low, high, shift) -> int:
+    """Count keys in bins of 2**shift keys each, from `low` to below `high` -> how many keys are `high` and above.
+
+    For the key see nm_mask. counts, int64 [2, a power of two that is at least the bins], is added to, in two banks: of
+    runs of equal keys, one would wait for the other.
     """
-    kernel = _count_kernel(MAGNITUDE_BITS[dtype], levels, shift, width)
-    kernel(bits, taken if levels else bits, np.uint64(prefix), counts)
+    key_dtype = _key_dtype(dtype, levels)
+    as_key, kernel = np.dtype(key_dtype).type, _count_kernel(key_dtype, MAGNITUDE_BITS[dtype], levels)
+    return kernel(bits, taken if levels else bits, as_key(low), as_key(high - 1), shift, counts)
 
 
 @njit(nogil=True, inline="always")
@@ -173,8 +213,7 @@ def _threshold_kernel(key_dtype, magnitude_bits, levels):
                 mask[start : start + _CHUNK],
             )
             keys = scratch[: part.size]
-            for i in range(part.size):
-                keys[i] = _key(part[i], earlier[i], magnitude, as_key, magnitude_bits, levels)
+            _fill_keys(keys, part, earlier, magnitude, magnitude_bits, levels)
             tied = _compare(keys, least, kept)
             if tied > left:  # from here on only the first `left` ties are kept
                 for i in range(keys.size):
