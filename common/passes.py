@@ -46,9 +46,7 @@ def find_threshold(count: Callable, k: int, low: int, high: int, top: int) -> Th
     while True:
         shift = ((high - low - 1) // _BINS).bit_length()
         counts, above = count(low, high, shift)
-        reached = (
-            above + np.cumsum(counts[::-1])[::-1]
-        )  # how many keys are at least as large as a bin's least
+        reached = above + np.cumsum(counts[::-1])[::-1]  # keys that reach a bin's least, bin by bin
         if above >= k:
             low, high = high, top
         elif reached[0] < k:
