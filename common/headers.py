@@ -57,6 +57,7 @@ class Tensor:
 
     @property
     def numel(self) -> int:
+        """How many elements it has."""
         return self.nbytes // DTYPE_BYTES[self.dtype]
 
     @property

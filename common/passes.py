@@ -75,7 +75,7 @@ def blocks(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
 class Scope:
     """Elements start:stop of all vectors, of each of which the k that rank first are kept.
 
-    read and peek(j, start, stop) -> bits of vector j; peek is for what will be read again, or not at all.
+    read and peek(j, start, stop) -> bits of vector j, in order or, with peek, a small part from anywhere.
     """
 
     def __init__(self, start: int, stop: int, k: int, dtypes: list[str], conflict_aware: bool, engine, masks):
@@ -110,10 +110,8 @@ class Scope:
 
     def _threshold(self, j: int, read: Callable, peek: Callable, step: int) -> Threshold:
         levels = j if self._conflict_aware else 0
-        size, top = (
-            self._stop - self._start,
-            1 << self._engine.MAGNITUDE_BITS[self._dtypes[j]] + levels.bit_length(),
-        )
+        size = self._stop - self._start
+        top = 1 << self._engine.MAGNITUDE_BITS[self._dtypes[j]] + levels.bit_length()
 
         def count(low, high, shift):
             counts, above = np.zeros((2, 1 << (high - low - 1 >> shift).bit_length()), np.int64), 0
@@ -121,12 +119,9 @@ class Scope:
                 above += self._engine.count_keys(counts, *ranked, low, high, shift)
             return counts.sum(axis=0), above
 
-        is_large = size > 16 * _PIECES * _PIECE
-        guess = (
-            bracket(self._sample(j, peek, min(_PIECE, step)), self._k / size, top)
-            if is_large and self._k
-            else (0, top)
-        )
+        guess = 0, top
+        if self._k and size > 16 * _PIECES * _PIECE:  # large enough for a sample to be cheap
+            guess = bracket(self._sample(j, peek, min(_PIECE, step)), self._k / size, top)
         return find_threshold(count, self._k, *guess, top)
 
     def masks_by_block(self, read: Callable, peek: Callable, step: int) -> Iterator[tuple]:

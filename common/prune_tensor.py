@@ -41,7 +41,8 @@ def prune_tensor(
     dtypes, counts = [vector.dtype for vector in vectors], Counts(len(vectors))
     base_hash = new_hash()
     vector_hashes, written_hashes = [new_hash() for _ in vectors], [new_hash() for _ in vectors]
-    raw, take = {}, worker.read_again if in_passes(pruning, engine.BLOCK) else worker.read
+    again = in_passes(pruning, engine.BLOCK)
+    raw, take = {}, worker.read_again if again else worker.read
 
     def read(j: int, start: int, stop: int):
         raw[j] = take(vectors[j], start, stop, j)
@@ -59,6 +60,8 @@ def prune_tensor(
             below = engine.load(below)
         for j, vector in enumerate(vectors):
             vector_hashes[j].update(raw[j])
+            if again:
+                worker.moved(raw[j].nbytes)
             if not engine.tally(bits[j], vector.dtype, masks, j, start, pruning.m, counts.of(j)):
                 raise not_finite(vector)
             out, kept = worker.room(task, j, start, stop), (bits[j], vector.dtype, masks[j], pruning.scale)

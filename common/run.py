@@ -29,11 +29,11 @@ class Job:
     tasks: list[Task]
     process: Callable  # (task, worker) -> a record for each output
     complete: Callable  # (output, records): write what goes beside the weights to output.part
-    passes: int = 1  # how often the inputs are read
+    passes: int = 1  # how often the inputs are read, at least
 
     def moves(self, task: Task) -> int:
-        """Bytes that a task reads and writes."""
-        return self.passes * sum(t.nbytes for t in task.inputs) + sum(slot.nbytes for slot in task.slots)
+        """Bytes that a task reads and writes; what it reads in several passes counts once."""
+        return sum(t.nbytes for t in task.inputs) + sum(slot.nbytes for slot in task.slots)
 
 
 def input_files(checkpoints: list[Checkpoint]) -> dict[str, list[int]]:

@@ -45,7 +45,7 @@ class Worker:
     """What one thread holds: its inputs, the parts of them and of the outputs in memory, the way to the sink."""
 
     def __init__(self, sink: Sink, halt: threading.Event, moved: Callable[[int], None], shelf: Shelf):
-        self._sink, self._halt, self._moved, self._shelf = sink, halt, moved, shelf
+        self._sink, self._halt, self.moved, self._shelf = sink, halt, moved, shelf
         self._inputs: dict[Path, File] = {}
         self._windows: dict[int, Window] = defaultdict(Window)
         self._stages: dict[int, Stage] = defaultdict(Stage)
@@ -55,10 +55,14 @@ class Worker:
             self._inputs[path] = File(path, os.O_RDONLY)
         return self._inputs[path]
 
-    def read(self, tensor: Tensor, start: int, stop: int, window: int = 0) -> np.ndarray:
-        """Bits of elements start:stop of a tensor, valid until the next read through window number `window`."""
+    def read(self, tensor: Tensor, start: int, stop: int, window: int = 0, moves: bool = True) -> np.ndarray:
+        """Bits of elements start:stop of a tensor, valid until the next read through window number `window`.
+
+        Moves the progress bar, unless the caller does.
+        """
         bits = self._bits(tensor, start, stop, tensor.numel, window)
-        self._moved(bits.nbytes)
+        if moves:
+            self.moved(bits.nbytes)
         return bits
 
     def peek(self, tensor: Tensor, start: int, stop: int, window: int = 0) -> np.ndarray:
@@ -81,12 +85,14 @@ class Worker:
         return data.view(_NUMPY[size])
 
     def read_again(self, tensor: Tensor, start: int, stop: int, window: int = 0) -> np.ndarray:
-        """The same, for what a task reads in several passes: from memory where it was kept since the last one."""
+        """The same, for what a task reads in several passes: from memory where it was kept since the last one.
+
+        The caller moves the progress bar, once for all passes: how many there are depends on the data.
+        """
         kept = self._shelf.get((tensor, start, stop))
         if kept is not None:
-            self._moved(kept.nbytes)
             return kept.view(_NUMPY[DTYPE_BYTES[tensor.dtype]])
-        data = self.read(tensor, start, stop, window)
+        data = self.read(tensor, start, stop, window, False)
         if self._windows[window].is_from_disk:
             self._shelf.keep((tensor, start, stop), data.view(np.uint8))
         return data
@@ -100,7 +106,7 @@ class Worker:
         size = DTYPE_BYTES[slot.dtype]
         file = self._sink.files(task.shard)[output]
         data = self._stages[output].room(file, slot.offset + start * size, (stop - start) * size)
-        self._moved(data.nbytes)
+        self.moved(data.nbytes)
         return data.view(_NUMPY[size])
 
     def finish(self, task: Task, records: list[dict]) -> None:

@@ -3,12 +3,14 @@
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from checkpoints import chain, prune_arguments, run
 from hypothesis import given, settings
 from test_engines import pruned, values
 from test_pruners import expect_oracle, tensor_of
 from test_pruners import values as tensors
 
 from common import kernels, passes
+from common import run as one_run
 from common.passes import Threshold, bracket, find_threshold
 from common.pruners import Pruning, masks_by_block
 from common.torch_kernels import engine
@@ -136,3 +138,21 @@ def test_one_pass_finds_the_threshold():
     ):
         pass
     assert sum(calls) == 2 * numel + 16 * 2048
+
+
+@pytest.mark.parametrize("method", ["nm", "random", "magnitude"])
+@pytest.mark.parametrize("aware", ["--conflict_aware", "--no-conflict_aware"])
+def test_progress_ends_at_the_whole(method, aware, tmp_path, monkeypatch, small_samples):
+    """However many passes a method takes, the bar ends where it said it would."""
+    bars = []
+
+    class Bar(one_run.tqdm):
+        def close(self):
+            bars.append((self.n, self.total))
+            super().close()
+
+    chain(tmp_path)
+    monkeypatch.setattr(kernels, "BLOCK", 64)
+    monkeypatch.setattr(one_run, "tqdm", Bar)
+    run("prune", *prune_arguments(tmp_path, "--pruning_method", method, aware))
+    assert bars[0][0] == bars[0][1] > 0
