@@ -24,17 +24,30 @@ from common.stream import Task, Worker, blocks, copy_tensor, new_hash, not_finit
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model_path",
+        default="mistralai/Mistral-7B-v0.1",
+        metavar="DIR|ORG/NAME",
+        help="model directory or Hugging Face Hub id (default: %(default)s)",
     )
-    parser.add_argument("--model_path", default="mistralai/Mistral-7B-v0.1", metavar="DIR|ORG/NAME",
-                        help="model directory or Hugging Face Hub id (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--save_path", default="models/Mistral-7b-v0.1-float16", metavar="DIR",
-                        help="where the converted model goes (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--dtype", choices=sorted(DTYPE_CODES), default="float16",
-                        help="dtype of every parameter (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--clamp", action="store_true",
-                        help="a value too large for the dtype becomes its largest finite one instead of an error")  # fmt: skip
+    parser.add_argument(
+        "--save_path",
+        default="models/Mistral-7b-v0.1-float16",
+        metavar="DIR",
+        help="where the converted model goes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=sorted(DTYPE_CODES),
+        default="float16",
+        help="dtype of every parameter (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--clamp",
+        action="store_true",
+        help="a value too large for the dtype becomes its largest finite one instead of an error",
+    )
     add_output_flags(parser)
     return parser.parse_args(argv)
 
@@ -70,11 +83,7 @@ def plan(model: Checkpoint, args: argparse.Namespace) -> Job:
         [(t.name, target if t.is_parameter else t.dtype, t.shape) for t in model.tensors.values()],
         args.max_shard_size,
     )
-    tasks = [
-        Task(slot.name, (model.tensors[slot.name],), (slot,), i)
-        for i, s in enumerate(shards)
-        for slot in s.slots
-    ]
+    tasks = [Task(slot.name, (model.tensors[slot.name],), (slot,), i) for i, s in enumerate(shards) for slot in s.slots]
     return Job(
         title="convert",
         identity={
@@ -99,9 +108,7 @@ def complete(model: Checkpoint, dtype: str, clamp: bool, output: Output, records
     """Refuse what overflowed, name by name; otherwise add config and tokenizer and say what changed."""
     overflowed = [name for name, record in records.items() if record.get("overflow")]
     if overflowed and not clamp:
-        names = ", ".join(repr(name) for name in overflowed[:8]) + (
-            " and more" if len(overflowed) > 8 else ""
-        )
+        names = ", ".join(repr(name) for name in overflowed[:8]) + (" and more" if len(overflowed) > 8 else "")
         raise DataError(
             f"{len(overflowed)} tensor(s) of {model.label} hold values beyond the largest {dtype}: {names}; "
             "convert to bfloat16 or float32, or accept the nearest finite value with --clamp"
@@ -109,9 +116,7 @@ def complete(model: Checkpoint, dtype: str, clamp: bool, output: Output, records
     copy_companions(model.path, output.part)
     (output.part / "config.json").write_text(config_with_dtype(model.config, dtype), encoding="utf-8")
     values = sum(tensor.numel for tensor in model.tensors.values() if tensor.is_parameter)
-    changed, zeroed = (
-        sum(record.get(key, 0) for record in records.values()) for key in ("changed", "zeroed")
-    )
+    changed, zeroed = (sum(record.get(key, 0) for record in records.values()) for key in ("changed", "zeroed"))
     print(f"{values} values: {changed} changed by rounding, {zeroed} of them became zero")
     if overflowed:
         print(f"clamped: values in {len(overflowed)} tensor(s), the first {overflowed[0]!r}")

@@ -30,16 +30,26 @@ from common.task_vector import config_notes, write_task_vector_json
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--finetuned_model_path",
+        required=True,
+        metavar="DIR|ORG/NAME",
+        help="fine-tuned model: directory or Hugging Face Hub id",
     )
-    parser.add_argument("--finetuned_model_path", required=True, metavar="DIR|ORG/NAME",
-                        help="fine-tuned model: directory or Hugging Face Hub id")  # fmt: skip
-    parser.add_argument("--base_model_path", required=True, metavar="DIR|ORG/NAME",
-                        help="its base model, in one dtype (see convert_dtype.py)")  # fmt: skip
+    parser.add_argument(
+        "--base_model_path",
+        required=True,
+        metavar="DIR|ORG/NAME",
+        help="its base model, in one dtype (see convert_dtype.py)",
+    )
     parser.add_argument("--save_path", required=True, metavar="DIR", help="where the task vector goes")
-    parser.add_argument("--dtype", choices=sorted(DTYPE_CODES), default="float16",
-                        help="dtype both models are rounded to, and the vector's (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--dtype",
+        choices=sorted(DTYPE_CODES),
+        default="float16",
+        help="dtype both models are rounded to, and the vector's (default: %(default)s)",
+    )
     add_output_flags(parser)
     return parser.parse_args(argv)
 

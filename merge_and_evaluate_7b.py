@@ -181,15 +181,11 @@ def check_combination(parser: argparse.ArgumentParser, given: set[str]) -> None:
         ("plot_path", {"compare"}),
     ]:
         if flag in given and not given & needed:
-            parser.error(
-                f"--{flag} needs {' or '.join('--' + name for name in sorted(needed, reverse=True))}"
-            )
+            parser.error(f"--{flag} needs {' or '.join('--' + name for name in sorted(needed, reverse=True))}")
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_pipeline_flags(parser)
     add_sweep_flags(parser)
     add_compare_flags(parser)

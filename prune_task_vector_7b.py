@@ -71,22 +71,30 @@ def add_pruning_flags(parser: argparse.ArgumentParser) -> None:
     add("--pruning_method", choices=["nm", "random", "magnitude"], default="nm", help="default: nm")
     add("--n", type=cli.positive_int, help="nm: elements to KEEP of every m (default: 64)")
     add("--m", type=cli.positive_int, help="nm: elements in a run (default: 256; density = n/m)")
-    add("--sparsity_level", type=cli.sparsity, metavar="FRACTION",
-        help="random, magnitude: fraction to ZERO (default: 0.75, density 0.25)")  # fmt: skip
-    add("--conflict_aware", action=argparse.BooleanOptionalAction,
-        help="keep positions no earlier vector kept first (default: yes for nm, no otherwise)")  # fmt: skip
+    add(
+        "--sparsity_level",
+        type=cli.sparsity,
+        metavar="FRACTION",
+        help="random, magnitude: fraction to ZERO (default: 0.75, density 0.25)",
+    )
+    add(
+        "--conflict_aware",
+        action=argparse.BooleanOptionalAction,
+        help="keep positions no earlier vector kept first (default: yes for nm, no otherwise)",
+    )
     add("--rescale", action="store_true", help="multiply what is kept by 1/density (DARE)")
     add("--seed", type=int, help="random: masks depend on it, on order and names alone (default: 0)")
-    add("--save_format", choices=["model", "task_vector"], default="model",
-        help="model: base + pruned vector; task_vector: the pruned vector (default: model)")  # fmt: skip
-    add("--device", default="cpu", metavar="cpu|cuda|cuda:1",
-        help="where to prune; same bits (default: cpu)")  # fmt: skip
+    add(
+        "--save_format",
+        choices=["model", "task_vector"],
+        default="model",
+        help="model: base + pruned vector; task_vector: the pruned vector (default: model)",
+    )
+    add("--device", default="cpu", metavar="cpu|cuda|cuda:1", help="where to prune; same bits (default: cpu)")
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_vector_flags(parser)
     add_pruning_flags(parser)
     cli.add_output_flags(parser)
@@ -105,21 +113,21 @@ def settle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse flags that contradict each other or that the method does not use; fill in defaults."""
     numbered = [args.task_vector_path1, args.task_vector_path2, args.save_directory1, args.save_directory2]
     if (args.task_vector_paths or args.save_directories) and any(numbered):
-        parser.error(
-            "give either --task_vector_paths and --save_directories, or the numbered flags, not both"
-        )
+        parser.error("give either --task_vector_paths and --save_directories, or the numbered flags, not both")
     if any(numbered):
         if not all(numbered):
-            parser.error("--task_vector_path1, --task_vector_path2, --save_directory1 and --save_directory2 go together; "
-                         "for another number of vectors use --task_vector_paths and --save_directories")  # fmt: skip
+            parser.error(
+                "--task_vector_path1, --task_vector_path2, --save_directory1 and --save_directory2 go together; "
+                "for another number of vectors use --task_vector_paths and --save_directories"
+            )
         args.task_vector_paths, args.save_directories = numbered[:2], numbered[2:]
     if not args.task_vector_paths or not args.save_directories:
-        parser.error("give the vectors and where the results go: --task_vector_path1/2 and --save_directory1/2, "
-                     "or --task_vector_paths and --save_directories")  # fmt: skip
-    if len(args.task_vector_paths) != len(args.save_directories):
         parser.error(
-            f"{len(args.task_vector_paths)} task vectors but {len(args.save_directories)} save directories"
+            "give the vectors and where the results go: --task_vector_path1/2 and --save_directory1/2, "
+            "or --task_vector_paths and --save_directories"
         )
+    if len(args.task_vector_paths) != len(args.save_directories):
+        parser.error(f"{len(args.task_vector_paths)} task vectors but {len(args.save_directories)} save directories")
     for flag, methods in USED_BY.items():
         if getattr(args, flag) is None:
             setattr(args, flag, DEFAULTS[flag])
@@ -173,9 +181,7 @@ def engine_for(device: str):
         return kernels
     from common.torch_kernels import engine
 
-    return engine(
-        f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
-    )
+    return engine(f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device)
 
 
 def plan(base: Checkpoint | None, vectors: list[TaskVector], args: argparse.Namespace) -> Job:
@@ -209,8 +215,7 @@ def plan(base: Checkpoint | None, vectors: list[TaskVector], args: argparse.Name
         title=f"prune {args.pruning_method}",
         identity={
             "script": "prune_task_vector_7b.py",
-            "parameters": parameters
-            | {"max_shard_size": args.max_shard_size, "outputs": args.save_directories},
+            "parameters": parameters | {"max_shard_size": args.max_shard_size, "outputs": args.save_directories},
             "inputs": input_files([*([base] if base else []), *checkpoints]),
         },
         outputs=[Output(Path(path), tuple(s)) for path, s in zip(args.save_directories, plans, strict=True)],
@@ -285,9 +290,7 @@ def main(argv=None) -> None:
         return
     for path, output in zip(args.save_directories, job.outputs, strict=True):
         print(table(read_json(output.final / REPORT)))
-        print(
-            f"wrote {path} ({output.nbytes / 1e9:.3f} GB), the figures of every tensor in {path}/{REPORT}\n"
-        )
+        print(f"wrote {path} ({output.nbytes / 1e9:.3f} GB), the figures of every tensor in {path}/{REPORT}\n")
     if args.plot_path:
         draw([read_run(args.save_directories), *beside], Path(args.plot_path))
 

@@ -105,9 +105,7 @@ def copy_command(row: dict) -> list[str]:
 
 def measure(row: dict, pairs: int) -> dict:
     """Medians over pairs of (ours, copy), after one run of each to compile kernels, where the inputs fit into memory."""
-    inputs = [
-        path for directory in [*row["reads"], *row["copies"]] for path in directory.glob("*.safetensors")
-    ]
+    inputs = [path for directory in [*row["reads"], *row["copies"]] for path in directory.glob("*.safetensors")]
     size = {path: path.stat().st_size for path in inputs}
     moved = sum(size.values()) + sum(size[path] for path in inputs if path.parent in row["copies"])
     fits = sum(size.values()) < MEMORY / 2
@@ -123,17 +121,20 @@ def measure(row: dict, pairs: int) -> dict:
             rows.append((figures[0], figures[2], figures[0] / figures[2], figures[1]))
     remove(row["outputs"])
     ours, copy, ratio, memory = (statistics.median(column) for column in zip(*rows, strict=True))
-    return {"seconds": ours, "copy": copy, "ratio": ratio, "peak_GB": memory, "GB_per_s": moved / ours / 1e9,
-            "ratios": [row[2] for row in rows]}  # fmt: skip
+    return {
+        "seconds": ours,
+        "copy": copy,
+        "ratio": ratio,
+        "peak_GB": memory,
+        "GB_per_s": moved / ours / 1e9,
+        "ratios": [row[2] for row in rows],
+    }
 
 
 def measure_obvious(directory: Path) -> tuple[float, float] | None:
     """(seconds, peak GB) of the in-memory implementation of the nm row, None where it would not fit."""
     row = prune(directory)
-    if (
-        IN_MEMORY_NEEDS * sum(p.stat().st_size for p in (directory / "base").glob("*.safetensors"))
-        > 0.8 * MEMORY
-    ):
+    if IN_MEMORY_NEEDS * sum(p.stat().st_size for p in (directory / "base").glob("*.safetensors")) > 0.8 * MEMORY:
         return None
     remove(row["outputs"])
     paths = [directory / "base", *row["copies"], *row["outputs"]]
@@ -209,8 +210,18 @@ def measure_gpu() -> dict[str, float]:
 
 def make(directory: Path, layers: int, *names: str) -> None:
     """Models, in a process of its own: what a process has used counts as the memory of those it starts."""
-    timed([sys.executable, ROOT / "benchmarks/make_checkpoints.py", "--save_path", directory, "--layers", layers,
-           "--names", *names])  # fmt: skip
+    timed(
+        [
+            sys.executable,
+            ROOT / "benchmarks/make_checkpoints.py",
+            "--save_path",
+            directory,
+            "--layers",
+            layers,
+            "--names",
+            *names,
+        ]
+    )
 
 
 def measure_depth(directory: Path, layers: int, pairs: int, wanted) -> list[dict]:
@@ -247,7 +258,11 @@ def table(results: list[dict]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
-        obvious = f"{r['obvious_seconds']:.0f}, {r['obvious_GB']:.1f}, {r['obvious_seconds'] / r['seconds']:.0f} ×" if "obvious_GB" in r else ""  # fmt: skip
+        obvious = (
+            f"{r['obvious_seconds']:.0f}, {r['obvious_GB']:.1f}, {r['obvious_seconds'] / r['seconds']:.0f} ×"
+            if "obvious_GB" in r
+            else ""
+        )
         lines.append(
             f"| {r['layers']} | {r['script']} | {r['seconds']:.1f} | {r['GB_per_s']:.2f} | {r['copy']:.1f} "
             f"| {r['ratio']:.2f} | {r['peak_GB']:.2f} | {obvious} |"
@@ -262,16 +277,10 @@ def processor() -> str:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--layers", type=positive_int, nargs="+", default=[4], help="depths to measure (default: 4)"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=positive_int, nargs="+", default=[4], help="depths to measure (default: 4)")
     parser.add_argument("--pairs", type=positive_int, default=3, help="pairs per row (default: 3)")
-    parser.add_argument(
-        "--only", nargs="+", metavar="WORD", help="rows whose name contains one of these words"
-    )
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="rows whose name contains one of these words")
     parser.add_argument(
         "--save_path",
         type=Path,
@@ -295,12 +304,12 @@ def main(argv=None) -> None:
             lambda name: not args.only or any(word in name for word in args.only),
         )
     kernels, gpu = measure_kernels(), measure_gpu()
-    print(
-        f"\n{processor()}, {os.cpu_count()} cores, {MEMORY / 1e9:.0f} GB, float16, medians of {args.pairs} pairs\n"
-    )
+    print(f"\n{processor()}, {os.cpu_count()} cores, {MEMORY / 1e9:.0f} GB, float16, medians of {args.pairs} pairs\n")
     print(table(results))
-    print(f"\nnm kernel: {kernels['ours_ns']:.2f} ns per element and vector on {kernels['threads']} threads, "
-          f"topk + scatter {kernels['topk_scatter_ns']:.1f} ns, {kernels['topk_scatter_ns'] / kernels['ours_ns']:.0f} ×")  # fmt: skip
+    print(
+        f"\nnm kernel: {kernels['ours_ns']:.2f} ns per element and vector on {kernels['threads']} threads, "
+        f"topk + scatter {kernels['topk_scatter_ns']:.1f} ns, {kernels['topk_scatter_ns'] / kernels['ours_ns']:.0f} ×"
+    )
     if gpu:
         print(
             f"{gpu['name']}: nm kernel {gpu['nm_GB_per_s']:.0f} GB/s, copy on the card {gpu['copy_GB_per_s']:.0f} GB/s"

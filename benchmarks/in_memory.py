@@ -16,9 +16,7 @@ from safetensors.torch import load_file, save_file
 
 def load(directory: str) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint."""
-    return {
-        k: v for path in sorted(Path(directory).glob("*.safetensors")) for k, v in load_file(path).items()
-    }
+    return {k: v for path in sorted(Path(directory).glob("*.safetensors")) for k, v in load_file(path).items()}
 
 
 def nm_mask(tensor: torch.Tensor, n: int, m: int) -> torch.Tensor:

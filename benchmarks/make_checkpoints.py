@@ -51,10 +51,17 @@ def model_bytes(layers: int) -> int:
 def config(layers: int) -> dict:
     """config.json of such a model."""
     return {
-        "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE, "num_hidden_layers": layers, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": VOCABULARY, "tie_word_embeddings": False, "dtype": "float16",
-    }  # fmt: skip
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": False,
+        "dtype": "float16",
+    }
 
 
 def write_model(directory: Path, layers: int, pools: list[np.ndarray]) -> None:
@@ -90,16 +97,10 @@ def make(directory: Path, layers: int, names: list[str]) -> None:
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save_path", type=Path, required=True, help="where the models go")
-    parser.add_argument(
-        "--layers", type=positive_int, default=4, help="layers; 32 are Mistral-7B (default: 4)"
-    )
-    parser.add_argument(
-        "--names", nargs="+", choices=NAMES, default=NAMES, help="which models (default: all)"
-    )
+    parser.add_argument("--layers", type=positive_int, default=4, help="layers; 32 are Mistral-7B (default: 4)")
+    parser.add_argument("--names", nargs="+", choices=NAMES, default=NAMES, help="which models (default: all)")
     args = parser.parse_args(argv)
     make(args.save_path, args.layers, args.names)
     print(f"wrote {', '.join(args.names)} to {args.save_path} ({model_bytes(args.layers) / 1e9:.1f} GB each)")

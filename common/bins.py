@@ -41,9 +41,7 @@ def _records(path: Path) -> dict[int, int]:
             archive = zipfile.ZipFile(file)
             for record in archive.infolist():
                 _check_record(path, archive, record)
-                file.seek(
-                    record.header_offset + 26
-                )  # where the local header has the lengths of name and extra
+                file.seek(record.header_offset + 26)  # where the local header has the lengths of name and extra
                 start = record.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
                 found[start] = record.file_size
         except (
@@ -80,9 +78,7 @@ def _state_dict(path: Path) -> dict:
     finally:
         logging.disable(logging.NOTSET)
     if not isinstance(state, dict):
-        raise DataError(
-            f"{path}: holds a {type(state).__name__}, needed is a state dict of tensors; {_TAKE_ANOTHER}"
-        )
+        raise DataError(f"{path}: holds a {type(state).__name__}, needed is a state dict of tensors; {_TAKE_ANOTHER}")
     return state
 
 
@@ -106,9 +102,7 @@ def _describe(path: Path, name: str, value, records: dict[int, int]) -> Tensor:
         raise DataError(f"{path}: {ascii(name):.80} is no name of a tensor; {_TAKE_ANOTHER}")
     if not isinstance(value, torch.Tensor) or value.dtype not in codes or value.layout != torch.strided:
         found = f"{value.dtype}, {value.layout}" if isinstance(value, torch.Tensor) else type(value).__name__
-        raise DataError(
-            f"tensor {name!r} in {path}: found {found}, needed is a plain tensor; {_TAKE_ANOTHER}"
-        )
+        raise DataError(f"tensor {name!r} in {path}: found {found}, needed is a plain tensor; {_TAKE_ANOTHER}")
     if not value.is_contiguous() or value.is_neg():
         raise DataError(
             f"tensor {name!r} in {path}: a view with strides {tuple(value.stride())}, needed is row-major; "
@@ -117,9 +111,7 @@ def _describe(path: Path, name: str, value, records: dict[int, int]) -> Tensor:
     storage = getattr(value.untyped_storage(), "_checkpoint_offset", None)
     nbytes, skipped = value.numel() * value.element_size(), value.storage_offset() * value.element_size()
     if storage not in records or skipped + nbytes > records[storage]:
-        raise DataError(
-            f"tensor {name!r} in {path}: the file does not hold its {nbytes} bytes; download it again"
-        )
+        raise DataError(f"tensor {name!r} in {path}: the file does not hold its {nbytes} bytes; download it again")
     return Tensor(name, codes[value.dtype], tuple(value.shape), path, storage + skipped, nbytes)
 
 

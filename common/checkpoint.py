@@ -74,9 +74,7 @@ def config_with_dtype(config: dict, dtype: str) -> str:
     """config.json's text with `dtype` (e.g. 'F16'), nested configs included: from_pretrained believes it."""
 
     def renamed(section: dict) -> dict:
-        changed = {
-            k: renamed(v) if isinstance(v, dict) and k.endswith("_config") else v for k, v in section.items()
-        }
+        changed = {k: renamed(v) if isinstance(v, dict) and k.endswith("_config") else v for k, v in section.items()}
         had_old_key = changed.pop("torch_dtype", None) is not None
         if "dtype" in changed or had_old_key or section is config:
             changed["dtype"] = DTYPE_NAMES[dtype]

@@ -75,9 +75,7 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="start a new safetensors file beyond this size, e.g. 5GB, 500MB (default: 5GB)",
     )
-    group.add_argument(
-        "--overwrite", action="store_true", help="replace an existing output once the new one is whole"
-    )
+    group.add_argument("--overwrite", action="store_true", help="replace an existing output once the new one is whole")
     group.add_argument(
         "--dry_run",
         action="store_true",
@@ -123,9 +121,7 @@ def check_plot_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, 
     if (args.plot_reports or args.plot_with) and not args.plot_path:
         parser.error("--plot_reports and --plot_with need --plot_path, where the picture goes")
     if args.plot_with and len(args.plot_with) != len(drawn):
-        parser.error(
-            f"--plot_with names {len(args.plot_with)} outputs of another run, and this run has {len(drawn)}"
-        )
+        parser.error(f"--plot_with names {len(args.plot_with)} outputs of another run, and this run has {len(drawn)}")
 
 
 def picture(text: str) -> str:
@@ -151,9 +147,7 @@ def is_alone(parser: argparse.ArgumentParser, args: argparse.Namespace, flag: st
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" while writing {error.filename}" if error.filename else ""
-        return (
-            f"the disk is full{where}; free some space and run the same command again: it goes on from there"
-        )
+        return f"the disk is full{where}; free some space and run the same command again: it goes on from there"
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}; mend that and run the same command again"

@@ -49,9 +49,7 @@ def _tensor_hash(task: Task, worker: Worker, look: Callable) -> str:
     return state.hexdigest()
 
 
-def tensor_hashes(
-    tensors: list[Tensor], title: str, look: Callable = lambda _tensor, _bits: None
-) -> dict[str, str]:
+def tensor_hashes(tensors: list[Tensor], title: str, look: Callable = lambda _tensor, _bits: None) -> dict[str, str]:
     """{tensor: hash of its bytes} in the order given, by several threads, a block per thread in memory.
 
     look(tensor, bits) sees every block as it passes, the blocks of one tensor one after the other. Progress goes

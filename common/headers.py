@@ -73,9 +73,7 @@ def parse_json(data: bytes, where: str):
         found = dict(pairs)
         if len(found) != len(pairs):
             double = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise DataError(
-                f"{where}: the name {double!r:.80} occurs twice; download or write the file again"
-            )
+            raise DataError(f"{where}: the name {double!r:.80} occurs twice; download or write the file again")
         return found
 
     try:
@@ -107,9 +105,7 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise DataError(f"{path}: a JSON object is needed, found {type(value).__name__}")
     if _is_deeper(value, MAX_DEPTH):
-        raise DataError(
-            f"{path}: nested more than {MAX_DEPTH} deep; get the checkpoint from a source you trust"
-        )
+        raise DataError(f"{path}: nested more than {MAX_DEPTH} deep; get the checkpoint from a source you trust")
     return value
 
 
@@ -151,9 +147,7 @@ def _check_entry(path: Path, name: str, entry, data_bytes: int) -> tuple[str, tu
         )
     needed = _shape_bytes(shape, dtype, data_bytes)
     if needed != end - begin:
-        raise DataError(
-            f"{where}: {dtype} {shape} does not fill its {end - begin} bytes; download the file again"
-        )
+        raise DataError(f"{where}: {dtype} {shape} does not fill its {end - begin} bytes; download the file again")
     return dtype, tuple(shape), begin, end
 
 
@@ -245,8 +239,7 @@ def check_index(index: Path, weight_map: dict[str, str], tensors: list[Tensor]) 
     for name, file in found.items():
         if name not in weight_map:
             raise DataError(
-                f"tensor {name!r:.200} of {index.parent / file} is not in {index.name}; "
-                "download the checkpoint again"
+                f"tensor {name!r:.200} of {index.parent / file} is not in {index.name}; download the checkpoint again"
             )
 
 

@@ -266,8 +266,11 @@ def _row_ticks(rows: list[tuple[str, str]], step: int) -> tuple[list[float], lis
     named = [layer.rpartition(".") for layer, _ in rows]
     alone = len({stack for stack, dot, _ in named if dot}) == 1
     ticks = [
-        (y + 0.5, (number if alone else f"{stack.split('.')[0]} {number}") if dot else (ABOVE | BELOW).get(group, group))
+        (
+            y + 0.5,
+            (number if alone else f"{stack.split('.')[0]} {number}") if dot else (ABOVE | BELOW).get(group, group),
+        )
         for y, ((stack, dot, number), (_, group)) in enumerate(zip(named, rows, strict=True))
         if not dot or int(number) % step == 0
-    ]  # fmt: skip
+    ]
     return [y for y, _ in ticks], [name for _, name in ticks]

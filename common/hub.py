@@ -35,14 +35,10 @@ def download(hub_id: str) -> Path:
 
     try:
         folder = Path(
-            snapshot_download(
-                hub_id, allow_patterns=[*WEIGHTS, *CONFIGS_AND_TOKENIZER], ignore_patterns=[*NEVER]
-            )
+            snapshot_download(hub_id, allow_patterns=[*WEIGHTS, *CONFIGS_AND_TOKENIZER], ignore_patterns=[*NEVER])
         )
         if not any(folder.glob("*.safetensors")):
-            folder = Path(
-                snapshot_download(hub_id, allow_patterns=[*PICKLED_WEIGHTS], ignore_patterns=[*NEVER])
-            )
+            folder = Path(snapshot_download(hub_id, allow_patterns=[*PICKLED_WEIGHTS], ignore_patterns=[*NEVER]))
         return folder
     except (LocalEntryNotFoundError, ConnectionError) as error:
         reason = f"it is in no local cache and the Hub cannot be reached ({type(error).__name__})"
@@ -62,6 +58,4 @@ def local_directory(path: str) -> Path:
         return download(path)
     if Path(path).exists():
         raise DataError(f"{path}: a file; needed is the directory of a checkpoint")
-    raise DataError(
-        f"{path}: no such directory; check the path, or give a Hugging Face Hub id such as org/name"
-    )
+    raise DataError(f"{path}: no such directory; check the path, or give a Hugging Face Hub id such as org/name")

@@ -70,8 +70,7 @@ def check_floats(checkpoint: Checkpoint) -> None:
             )
     if "quantization_config" in checkpoint.config:
         raise DataError(
-            f"{checkpoint.label}: config.json has a quantization_config; take an unquantised version "
-            "of the model"
+            f"{checkpoint.label}: config.json has a quantization_config; take an unquantised version of the model"
         )
 
 
@@ -236,9 +235,7 @@ def check_places(inputs: list[Path], outputs: list[Path]) -> None:
             )
         for other in [path.resolve() for path in inputs] + places[:i]:
             if place == other or other in place.parents or place in other.parents:
-                raise DataError(
-                    f"{outputs[i]}: output and {other} overlap; give the output a directory of its own"
-                )
+                raise DataError(f"{outputs[i]}: output and {other} overlap; give the output a directory of its own")
 
 
 def existing_parent(path: Path) -> Path:

@@ -33,9 +33,7 @@ class Counts:
         return [Tally(numel, *figures[:3], *figures[3], figures[4]) for figures in zip(*columns, strict=True)]
 
 
-def prune_tensor(
-    task: Task, worker: Worker, pruning: Pruning, mask_name: str, save_format: str, engine
-) -> list[dict]:
+def prune_tensor(task: Task, worker: Worker, pruning: Pruning, mask_name: str, save_format: str, engine) -> list[dict]:
     """Prune one tensor of every vector; each record has hashes of base, vector and result, and the counts."""
     base, vectors = (task.inputs[0], task.inputs[1:]) if save_format == "model" else (None, task.inputs)
     dtypes, counts = [vector.dtype for vector in vectors], Counts(len(vectors))
@@ -65,9 +63,7 @@ def prune_tensor(
             if not engine.tally(bits[j], vector.dtype, masks, j, start, pruning.m, counts.of(j)):
                 raise not_finite(vector)
             out, kept = worker.room(task, j, start, stop), (bits[j], vector.dtype, masks[j], pruning.scale)
-            finite = (
-                engine.add_kept(out, below, base.dtype, *kept) if base else engine.keep_vector(out, *kept)
-            )
+            finite = engine.add_kept(out, below, base.dtype, *kept) if base else engine.keep_vector(out, *kept)
             if not finite:
                 refuse_result(vector, base, below, engine)
             written_hashes[j].update(out)

@@ -45,9 +45,7 @@ class Tally:
         self.numel += other.numel
         self.kept += other.kept
         self.both = [a + b for a, b in zip(self.both or [0] * len(other.both), other.both, strict=True)]
-        self.either = [
-            a + b for a, b in zip(self.either or [0] * len(other.either), other.either, strict=True)
-        ]
+        self.either = [a + b for a, b in zip(self.either or [0] * len(other.either), other.either, strict=True)]
         self.energy_kept += other.energy_kept
         self.energy += other.energy
         self.runs = [a + b for a, b in zip(self.runs, other.runs, strict=True)]
@@ -69,9 +67,7 @@ def measures(tally: Tally, labels: list[str], own: int) -> dict:
         "numel": tally.numel,
         "kept": tally.kept,
         "density": _ratio(tally.kept, tally.numel),
-        "overlap": {
-            label: _ratio(tally.both[i], tally.either[i]) for i, label in enumerate(labels) if i != own
-        },
+        "overlap": {label: _ratio(tally.both[i], tally.either[i]) for i, label in enumerate(labels) if i != own},
         "l2_share": _ratio(tally.energy_kept, tally.energy),
         "evenness": _ratio(total * total, runs * squares),
     }
@@ -106,15 +102,21 @@ def _cell(value: float | None) -> str:
 def table(report: dict) -> str:
     """The groups of one report as the script prints them."""
     others = [label for label in report["order"] if label != report["vector"]]
-    heads = (
-        [f"overlap {i}" for i in range(1, len(others) + 1)] if len(others) > 1 else ["overlap"] * len(others)
-    )
+    heads = [f"overlap {i}" for i in range(1, len(others) + 1)] if len(others) > 1 else ["overlap"] * len(others)
     lines = [f"{report['vector']} (pruned {report['position']} of {len(report['order'])})"]
     lines += [f"  overlap {i}: with {label}" for i, label in enumerate(others, 1)] if len(others) > 1 else []
     columns = ["group", "elements", "density", *heads, "L2 share", "evenness"]
-    rows = [[name, f"{g['numel']:,}", _cell(g["density"]), *(_cell(g["overlap"][o]) for o in others),
-             _cell(g["l2_share"]), _cell(g["evenness"])]
-            for name, g in [*report["groups"].items(), ("all", report["totals"])]]  # fmt: skip
+    rows = [
+        [
+            name,
+            f"{g['numel']:,}",
+            _cell(g["density"]),
+            *(_cell(g["overlap"][o]) for o in others),
+            _cell(g["l2_share"]),
+            _cell(g["evenness"]),
+        ]
+        for name, g in [*report["groups"].items(), ("all", report["totals"])]
+    ]
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
     for row in [columns, *rows]:
         cells = [

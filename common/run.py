@@ -39,9 +39,7 @@ class Job:
 def input_files(checkpoints: list[Checkpoint]) -> dict[str, list[int]]:
     """{file: [bytes, time of last change in ns]} of everything that decides what is written."""
     files = {tensor.path for checkpoint in checkpoints for tensor in checkpoint.tensors.values()}
-    beside = (
-        checkpoint.path / name for checkpoint in checkpoints for name in ("config.json", "task_vector.json")
-    )
+    beside = (checkpoint.path / name for checkpoint in checkpoints for name in ("config.json", "task_vector.json"))
     files |= {path for path in beside if path.is_file()}
     stats = {str(path): os.stat(path) for path in sorted(files)}
     return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
@@ -114,9 +112,7 @@ def _claim(job: Job, overwrite: bool) -> list[int]:
                 f"{waiting[0].part}: incomplete, though the other outputs of this run are there; "
                 "delete those, or start afresh with --overwrite"
             )
-        check_disk(
-            {o.final: sum(s.nbytes for i, s in enumerate(o.shards) if i not in whole) for o in waiting}
-        )
+        check_disk({o.final: sum(s.nbytes for i, s in enumerate(o.shards) if i not in whole) for o in waiting})
     except DataError:
         for output, descriptor in zip(waiting, holds, strict=False):
             sink.release(output, descriptor)

@@ -190,9 +190,7 @@ def publish(outputs: list[Output], complete: Callable[[Output, dict], None]) -> 
     for output in waiting:
         complete(output, records(output))
         if len(output.shards) > 1:
-            (output.part / "model.safetensors.index.json").write_text(
-                index_text(list(output.shards)), encoding="utf-8"
-            )
+            (output.part / "model.safetensors.index.json").write_text(index_text(list(output.shards)), encoding="utf-8")
         for path in output.part.iterdir():
             if path.is_file():
                 sync(path)

@@ -35,9 +35,7 @@ def _whereabouts(checkpoint: Checkpoint) -> str:
     return str(Path(checkpoint.label).resolve()) if Path(checkpoint.label).is_dir() else checkpoint.label
 
 
-def write_task_vector_json(
-    directory: Path, finetuned: Checkpoint, base: Checkpoint, dtype: str, records: dict
-) -> None:
+def write_task_vector_json(directory: Path, finetuned: Checkpoint, base: Checkpoint, dtype: str, records: dict) -> None:
     """Write task_vector.json from the records of an extraction."""
     content = {
         "finetuned_model_path": _whereabouts(finetuned),
@@ -52,9 +50,7 @@ def write_task_vector_json(
 def write_pruned_vector_json(directory: Path, vector: TaskVector, records: dict) -> None:
     """task_vector.json of a pruned task vector: the same base, its own hashes."""
     content = read_json(vector.checkpoint.path / NAME)
-    content["tensors"] = {
-        n: {"base": vector.hashes[n]["base"], "vector": r["written"]} for n, r in records.items()
-    }
+    content["tensors"] = {n: {"base": vector.hashes[n]["base"], "vector": r["written"]} for n, r in records.items()}
     write_json(directory / NAME, content)
 
 
@@ -67,12 +63,7 @@ def read_task_vector(checkpoint: Checkpoint) -> TaskVector:
         )
     content = read_json(path)
     hashes, base = content.get("tensors"), content.get("base_model_path")
-    sound = (
-        isinstance(hashes, dict)
-        and isinstance(base, str)
-        and base.isprintable()
-        and content.get("hash") == HASH
-    )
+    sound = isinstance(hashes, dict) and isinstance(base, str) and base.isprintable() and content.get("hash") == HASH
     if not sound or not all(
         isinstance(h, dict) and isinstance(h.get("base"), str) and isinstance(h.get("vector"), str)
         for h in hashes.values()
@@ -80,9 +71,7 @@ def read_task_vector(checkpoint: Checkpoint) -> TaskVector:
         raise DataError(f"{path}: not as extract_task_vector_7b.py writes it; extract the vector again")
     if hashes.keys() != checkpoint.tensors.keys():
         name = sorted(hashes.keys() ^ checkpoint.tensors.keys())[0]
-        raise DataError(
-            f"tensor {name!r}: in only one of {path} and the weights beside it; extract the vector again"
-        )
+        raise DataError(f"tensor {name!r}: in only one of {path} and the weights beside it; extract the vector again")
     return TaskVector(checkpoint, base, hashes)
 
 

@@ -44,9 +44,7 @@ def _save(tensors: dict, path: Path) -> None:
         save_file(tensors, path, metadata={"format": "pt"})
 
 
-def write(
-    directory: Path, tensors: dict, config: dict | None = None, files: int = 1, suffix=".safetensors"
-) -> Path:
+def write(directory: Path, tensors: dict, config: dict | None = None, files: int = 1, suffix=".safetensors") -> Path:
     """A checkpoint of `files` files, as transformers names them, with index where there are several."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(CONFIG if config is None else config))
@@ -103,9 +101,7 @@ def usage_error(capsys, script: str, *arguments) -> str:
 def files(directory: Path) -> dict[str, bytes]:
     """{relative path: bytes} of everything in a directory."""
     return {
-        str(path.relative_to(directory)): path.read_bytes()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
+        str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()
     }
 
 
@@ -116,13 +112,32 @@ def chain(folder: Path, dtype=torch.float16, buffers: dict | None = None) -> Pat
     write(folder / "base", base | extra)
     for seed, name in enumerate("ab", 1):
         write(folder / name, state(seed, dtype, near=base) | extra)
-        run("extract", "--finetuned_model_path", folder / name, "--base_model_path", folder / "base",
-            "--save_path", folder / f"v{name}", "--dtype", str(dtype).removeprefix("torch."))  # fmt: skip
+        run(
+            "extract",
+            "--finetuned_model_path",
+            folder / name,
+            "--base_model_path",
+            folder / "base",
+            "--save_path",
+            folder / f"v{name}",
+            "--dtype",
+            str(dtype).removeprefix("torch."),
+        )
     return folder
 
 
 def prune_arguments(folder: Path, *more) -> list:
     """The arguments that prune folder/va and vb to folder/pa and pb with 1:4 unless `more` says otherwise."""
     own = [] if "--pruning_method" in more else ["--n", 1, "--m", 4]
-    return ["--task_vector_path1", folder / "va", "--task_vector_path2", folder / "vb",
-            "--save_directory1", folder / "pa", "--save_directory2", folder / "pb", *own, *more]  # fmt: skip
+    return [
+        "--task_vector_path1",
+        folder / "va",
+        "--task_vector_path2",
+        folder / "vb",
+        "--save_directory1",
+        folder / "pa",
+        "--save_directory2",
+        folder / "pb",
+        *own,
+        *more,
+    ]

@@ -29,16 +29,12 @@ def save_tokenizer(directory: Path) -> int:
     words = ["<unk>", "<s>", "</s>", "the", "is", "?", "what", "colour", *COLOURS, *COLOURS.values()]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     fast.save_pretrained(directory)
     return len(words)
 
 
-def save_model(
-    directory: Path, seed: int, dtype="float16", scale: float = 1.0, vocab: int | None = None
-) -> Path:
+def save_model(directory: Path, seed: int, dtype="float16", scale: float = 1.0, vocab: int | None = None) -> Path:
     """A two-layer Mistral with random weights and a tokenizer in `directory`."""
     import torch
     from transformers import MistralConfig, MistralForCausalLM
@@ -70,9 +66,7 @@ def save_tasks(directory: Path, names=("colours",)) -> Path:
     directory.mkdir(parents=True)
     data = directory / "colours.jsonl"
     choices = list(COLOURS.values())
-    lines = [
-        json.dumps({"thing": t, "choices": choices, "gold": choices.index(c)}) for t, c in COLOURS.items()
-    ]
+    lines = [json.dumps({"thing": t, "choices": choices, "gold": choices.index(c)}) for t, c in COLOURS.items()]
     data.write_text("\n".join(lines) + "\n")
     for name in names:
         task = {

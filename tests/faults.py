@@ -20,9 +20,17 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 COUNTED = [
-    (os, "pwrite"), (os, "pwritev"), (os, "ftruncate"), (os, "fsync"), (os, "rename"), (os, "unlink"), (os, "rmdir"), (os, "mkdir"),
-    (shutil, "copyfile"), (Path, "write_text"),
-]  # fmt: skip
+    (os, "pwrite"),
+    (os, "pwritev"),
+    (os, "ftruncate"),
+    (os, "fsync"),
+    (os, "rename"),
+    (os, "unlink"),
+    (os, "rmdir"),
+    (os, "mkdir"),
+    (shutil, "copyfile"),
+    (Path, "write_text"),
+]
 
 
 class Faults:

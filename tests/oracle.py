@@ -124,8 +124,9 @@ def random_masks(
     return masks
 
 
-def masks(vectors: list[torch.Tensor], name: str, method="nm", n=64, m=256, sparsity_level=0.75,
-          conflict_aware=None, seed=0) -> list[list[bool]]:  # fmt: skip
+def masks(
+    vectors: list[torch.Tensor], name: str, method="nm", n=64, m=256, sparsity_level=0.75, conflict_aware=None, seed=0
+) -> list[list[bool]]:
     """The masks of one tensor of every vector, in order; `name` is what random draws under."""
     aware = (method == "nm") if conflict_aware is None else conflict_aware
     density = 1.0 - sparsity_level

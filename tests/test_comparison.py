@@ -16,8 +16,13 @@ TASKS = ("arc_challenge", "hellaswag", "winogrande")
 def write(path, scores: dict[str, float], stderr: float = 0.01, name: str | None = None, **summary) -> None:
     """A results file as lm-eval and our script write it, with these accuracies."""
     results = {task: {"acc,none": value, "acc_stderr,none": stderr} for task, value in scores.items()}
-    document = {"results": results, "group_subtasks": {}, "n-shot": dict.fromkeys(scores, 5), "n-samples": {},
-                "higher_is_better": {}}  # fmt: skip
+    document = {
+        "results": results,
+        "group_subtasks": {},
+        "n-shot": dict.fromkeys(scores, 5),
+        "n-samples": {},
+        "higher_is_better": {},
+    }
     if name:
         document["summary"] = {"name": name, **summarize(document), **summary}
         document["provenance"] = {"batch_size": 8, "versions": {"lm_eval": "0.4.13"}}
@@ -100,9 +105,11 @@ def test_less_is_better_where_the_task_says_so(here, capsys):
 
 
 def test_refusals(here):
-    for files, line in [(["a.json", "none.json"], "none.json: no such results file"),
-                        (["a.json", "list.json"], "list.json: a JSON object is needed"),
-                        (["a.json", "odd.json"], "odd.json: its `results` are none that lm_eval writes")]:  # fmt: skip
+    for files, line in [
+        (["a.json", "none.json"], "none.json: no such results file"),
+        (["a.json", "list.json"], "list.json: a JSON object is needed"),
+        (["a.json", "odd.json"], "odd.json: its `results` are none that lm_eval writes"),
+    ]:
         (here / "list.json").write_text("[]")
         (here / "odd.json").write_text('{"results": {"x": 3}}')
         with pytest.raises(DataError, match=re.escape(line)):

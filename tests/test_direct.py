@@ -105,8 +105,11 @@ def test_whole_pages_go_past_the_cache(tmp_path, monkeypatch):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 5 * PAGE), min_size=2, max_size=8), st.sampled_from(["cached", "not", "partly"]),
-       st.integers(0, 9999))  # fmt: skip
+@given(
+    st.lists(st.integers(1, 5 * PAGE), min_size=2, max_size=8),
+    st.sampled_from(["cached", "not", "partly"]),
+    st.integers(0, 9999),
+)
 def test_a_window_reads_what_is_there(tmp_path_factory, sizes, state, begin):
     """Front to back, then again from the front, from a file that is cached, is not, or is in part."""
     path, data = tmp_path_factory.getbasetemp() / "read", random_bytes(begin + sum(sizes))
@@ -139,9 +142,7 @@ def test_what_is_cached_is_not_read_from_disk(tmp_path, monkeypatch):
             evict(path)
         file, window = File(path, os.O_RDONLY), Window()
         for start in range(0, data.size, PAGE):
-            assert np.array_equal(
-                window.read(file, start, start + PAGE, data.size), data[start : start + PAGE]
-            )
+            assert np.array_equal(window.read(file, start, start + PAGE, data.size), data[start : start + PAGE])
         file.close()
         assert reads == ([] if cached else [0, 3 * PAGE, 6 * PAGE, 9 * PAGE])
 
@@ -176,9 +177,7 @@ class OddKernel:
 
     def odd_pwrite(self, descriptor, data, offset):
         self.check(descriptor)
-        return self.pwrite(
-            descriptor, data[:777] if self.kind == "short" and len(data) > 777 else data, offset
-        )
+        return self.pwrite(descriptor, data[:777] if self.kind == "short" and len(data) > 777 else data, offset)
 
     def odd_pwritev(self, descriptor, buffers, offset, flags):
         if self.kind != "short and RWF_DONTCACHE":
@@ -227,14 +226,19 @@ def test_what_is_read_again_comes_from_memory(tmp_path, monkeypatch):
     """magnitude goes through its vectors twice: the second time from the page cache or, as far as that goes, the shelf."""
     write(tmp_path / "base", {"w": torch.linspace(-1, 1, 9000).half(), "x": torch.linspace(1, 3, 500).half()})
     write(tmp_path / "a", {"w": torch.linspace(1, -1, 9000).half(), "x": torch.linspace(1, 4, 500).half()})
-    run("extract", "--finetuned_model_path", tmp_path / "a", "--base_model_path", tmp_path / "base",
-        "--save_path", tmp_path / "v")  # fmt: skip
+    run(
+        "extract",
+        "--finetuned_model_path",
+        tmp_path / "a",
+        "--base_model_path",
+        tmp_path / "base",
+        "--save_path",
+        tmp_path / "v",
+    )
     monkeypatch.setattr(kernels, "BLOCK", 1000)
     monkeypatch.setattr(stream, "worker_count", lambda: 1)
     reads, real = [], Worker.read
-    monkeypatch.setattr(
-        Worker, "read", lambda self, *a: (reads.append(a[0].path.parent.name), real(self, *a))[1]
-    )
+    monkeypatch.setattr(Worker, "read", lambda self, *a: (reads.append(a[0].path.parent.name), real(self, *a))[1])
     weights = []
     for number, (cached, shelves, expected) in enumerate(
         ((False, 0, 20), (False, 3 * 2000, 16), (False, 1 << 20, 10), (True, 1 << 20, 20))

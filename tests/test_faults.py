@@ -25,9 +25,12 @@ class Laboratory:
 
     def __init__(self):
         self.process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("faults.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
+            [sys.executable, Path(__file__).with_name("faults.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
 
     def ask(self, **request) -> dict:
         request["arguments"] = [str(argument) for argument in request.get("arguments", [])]
@@ -131,11 +134,15 @@ def large(laboratory, tmp_path_factory) -> Job:
 def undisturbed(laboratory, folder) -> dict[str, Job]:
     extract = ["--finetuned_model_path", folder / "a", "--base_model_path", folder / "base"]
     return {
-        "convert": Job(laboratory, "convert", ["--model_path", folder / "base", "--save_path", folder / "out", *SIZE],
-                       [folder / "out"]),
+        "convert": Job(
+            laboratory,
+            "convert",
+            ["--model_path", folder / "base", "--save_path", folder / "out", *SIZE],
+            [folder / "out"],
+        ),
         "extract": Job(laboratory, "extract", [*extract, "--save_path", folder / "vc", *SIZE], [folder / "vc"]),
         "prune": Job(laboratory, "prune", prune_arguments(folder, *SIZE), [folder / "pa", folder / "pb"]),
-    }  # fmt: skip
+    }
 
 
 # --- killed ---------------------------------------------------------------------------------------
@@ -242,9 +249,7 @@ def test_disk_full(jobs, script, step):
             job.clean()
             continue
         line = done["stderr"].strip().splitlines()[-1]
-        assert (
-            done["status"] == 1 and line.startswith("error: the disk is full") and line.endswith(GOES_ON)
-        ), line
+        assert done["status"] == 1 and line.startswith("error: the disk is full") and line.endswith(GOES_ON), line
         assert "Traceback" not in done["stderr"] and job.published() == []
         job.finish()
         job.clean()
@@ -446,10 +451,21 @@ def test_torchrun_writes_the_same_bytes(jobs):
     """Two processes, one publisher: byte-identical files. (The -- keeps torchrun from taking --n for its own.)"""
     job = jobs["prune"]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--",
-         ROOT / "prune_task_vector_7b.py", *map(str, job.arguments)],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "--",
+            ROOT / "prune_task_vector_7b.py",
+            *map(str, job.arguments),
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("wrote ") == 2
     assert {output: files(output) for output in job.outputs} == job.whole

@@ -24,9 +24,11 @@ from common.plan import check_floats, lay_out, match, plan_shards
 QUICK = 10.0  # seconds for one small file on a busy machine; it takes well under a millisecond
 EXAMPLES = 500
 relaxed = settings(
-    max_examples=EXAMPLES, deadline=None, database=None,
+    max_examples=EXAMPLES,
+    deadline=None,
+    database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
-)  # fmt: skip
+)
 
 TENSORS = {
     "lm_head.weight": torch.arange(6, dtype=torch.float16).view(3, 2),
@@ -119,9 +121,7 @@ def test_thousands_of_mutations(path):
             if kind == 0:
                 header[at] ^= 1 << chance.randrange(8)
             elif kind == 1:
-                header[at : at + 1] = chance.choice(
-                    [b"0", b"9", b"-", b"[", b"{", b"}", b'"', b",", b"e", b"\\"]
-                )
+                header[at : at + 1] = chance.choice([b"0", b"9", b"-", b"[", b"{", b"}", b'"', b",", b"e", b"\\"])
             elif kind == 2:
                 del header[at : at + length]
             else:
@@ -190,9 +190,7 @@ def test_arbitrary_headers(path, seed):
 
 @relaxed
 @given(
-    st.lists(
-        st.tuples(st.sampled_from(["F16", "F32", "U8"]), st.lists(st.integers(0, 3), max_size=3)), max_size=5
-    ),
+    st.lists(st.tuples(st.sampled_from(["F16", "F32", "U8"]), st.lists(st.integers(0, 3), max_size=3)), max_size=5),
     st.randoms(),
 )
 def test_shuffled_offsets(path, described, chance):
@@ -202,9 +200,9 @@ def test_shuffled_offsets(path, described, chance):
     moved = 0
     if described:
         moved = chance.randint(-2, 2)
-        header[chance.choice([name for name in header if name[0] == "t"])]["data_offsets"][
-            chance.randint(0, 1)
-        ] += moved
+        header[chance.choice([name for name in header if name[0] == "t"])]["data_offsets"][chance.randint(0, 1)] += (
+            moved
+        )
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(shard.nbytes - len(shard.header)))
     found = attempt(headers.read_file_header, path)
@@ -310,14 +308,15 @@ def test_mutated_bins(tmp_path):
 
 HOSTILE = {
     "many names, one twice": b"{" + b"".join(b'"%d":1,' % i for i in range(300_000)) + b'"299999":1}',
-    "many tensors without bytes": b"{" + b",".join(
-        b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % i for i in range(100_000)) + b"}",
+    "many tensors without bytes": b"{"
+    + b",".join(b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % i for i in range(100_000))
+    + b"}",
     "a long number": b'{"a":' + b"9" * 5_000_000 + b"}",
     "a long name": b'{"' + b"a" * 5_000_000 + b'":1}',
     "a long shape": b'{"a":{"dtype":"F16","shape":[' + b"1," * 1_000_000 + b'1],"data_offsets":[0,2]}}',
     "open brackets": b"[" * 5_000_000,
     "quotes": b'{"' + b'\\"' * 2_000_000 + b'":{}}',
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)

@@ -19,22 +19,34 @@ def here(tmp_path_factory):
     """pa, pb: pruned by nm; ma, mb: the same vectors by magnitude."""
     folder = chain(tmp_path_factory.mktemp("heatmaps"))
     run("prune", *prune_arguments(folder))
-    run("prune", "--task_vector_paths", folder / "va", folder / "vb", "--save_directories", folder / "ma",
-        folder / "mb", *MAGNITUDE)  # fmt: skip
+    run(
+        "prune",
+        "--task_vector_paths",
+        folder / "va",
+        folder / "vb",
+        "--save_directories",
+        folder / "ma",
+        folder / "mb",
+        *MAGNITUDE,
+    )
     return folder
 
 
 def entry(group: str, numel: int = 4, l2_share=0.5, evenness=1.0, **overlap) -> dict:
-    return {"group": group, "numel": numel, "density": 0.25, "l2_share": l2_share, "evenness": evenness,
-            "overlap": overlap}  # fmt: skip
+    return {
+        "group": group,
+        "numel": numel,
+        "density": 0.25,
+        "l2_share": l2_share,
+        "evenness": evenness,
+        "overlap": overlap,
+    }
 
 
 def report(tensors: dict, vector="a", position=1, **parameters) -> dict:
     own = {"pruning_method": "nm", "n": 1, "m": 4, "conflict_aware": True, "evenness_over_runs_of": 4}
     return (
-        own
-        | parameters
-        | {"vector": vector, "position": position, "totals": entry("all", b=0.5), "tensors": tensors}
+        own | parameters | {"vector": vector, "position": position, "totals": entry("all", b=0.5), "tensors": tensors}
     )
 
 
@@ -71,7 +83,9 @@ def test_the_matrix_is_what_the_report_says(here, name, measure):
     rows, kinds = axes_of([found])
     assert rows == [("", "embeddings"), ("model.layers.0", ""), ("", "norms"), ("", "head")]
     assert kinds == ["q", "up"]
-    for drawn, wanted in zip(matrix(found, measure, rows, kinds), expected(here / name, measure, PATTERNS), strict=True):  # fmt: skip
+    for drawn, wanted in zip(
+        matrix(found, measure, rows, kinds), expected(here / name, measure, PATTERNS), strict=True
+    ):
         assert drawn == pytest.approx(wanted, nan_ok=True)
 
 
@@ -94,7 +108,11 @@ def test_overlap_is_the_mean_over_the_other_vectors():
 
 
 def test_several_tensors_of_a_kind_count_by_their_elements():
-    tensors = {"h.0.norm1": entry("norms", 1, 0.9), "h.0.norm2": entry("norms", 3, 0.5), "h.0.ln": entry("norms", 7, None)}  # fmt: skip
+    tensors = {
+        "h.0.norm1": entry("norms", 1, 0.9),
+        "h.0.norm2": entry("norms", 3, 0.5),
+        "h.0.ln": entry("norms", 7, None),
+    }
     one = report(tensors)
     assert matrix(one, "l2_share", *axes_of([one])) == [[pytest.approx(0.6)]]
 
@@ -147,11 +165,7 @@ def test_two_runs_side_by_side_share_a_scale(here, panels, tmp_path):
 
     runs = [read_run([str(here / f"{kind}{j}") for j in "ab"]) for kind in "mp"]
     draw(runs, tmp_path / "two.png")
-    order = [
-        (measure, name)
-        for measure in ("overlap", "l2_share", "evenness")
-        for name in ("ma", "pa", "mb", "pb")
-    ]
+    order = [(measure, name) for measure in ("overlap", "l2_share", "evenness") for name in ("ma", "pa", "mb", "pb")]
     assert len(panels) == len(order)
     for (measure, name), (values, _) in zip(order, panels, strict=True):
         for drawn, wanted in zip(values, expected(here / name, measure, PATTERNS), strict=True):
@@ -184,10 +198,7 @@ def test_runs_are_told_apart():
     assert run_labels([Run((nm,), "x"), Run((other,), "y")]) == ["CABS 1:4\na first", "CABS 1:4\nb first"]
     assert run_labels([Run((nm,), "p/x"), Run((nm,), "p/y")]) == ["CABS 1:4\nx", "CABS 1:4\ny"]
     assert method(report({}, conflict_aware=False)) == "nm 1:4"
-    assert (
-        method(report({}, pruning_method="random", rescale=True))
-        == "random, 25 % kept\nconflict-aware, rescaled"
-    )
+    assert method(report({}, pruning_method="random", rescale=True)) == "random, 25 % kept\nconflict-aware, rescaled"
 
 
 # --- the script -----------------------------------------------------------------------------------
@@ -195,8 +206,23 @@ def test_runs_are_told_apart():
 
 def test_prune_draws_its_own_run_beside_another(here, panels, tmp_path, capsys):
     outputs = [tmp_path / "b", tmp_path / "a"]
-    run("prune", "--task_vector_paths", here / "vb", here / "va", "--save_directories", *outputs, "--n", 1,
-        "--m", 4, "--plot_path", tmp_path / "p.png", "--plot_with", here / "mb", here / "ma")  # fmt: skip
+    run(
+        "prune",
+        "--task_vector_paths",
+        here / "vb",
+        here / "va",
+        "--save_directories",
+        *outputs,
+        "--n",
+        1,
+        "--m",
+        4,
+        "--plot_path",
+        tmp_path / "p.png",
+        "--plot_with",
+        here / "mb",
+        here / "ma",
+    )
     assert len(panels) == 12
     assert capsys.readouterr().out.endswith(f"wrote {tmp_path / 'p.png'}\n")
 
@@ -209,11 +235,19 @@ def test_reports_of_earlier_runs_are_drawn_without_pruning(here, tmp_path, monke
 
 USAGE = [
     (["--plot_reports", "a"], "--plot_reports and --plot_with need --plot_path, where the picture goes"),
-    (["--plot_reports", "a", "--plot_path", "p.gif"], "argument --plot_path: 'p.gif' does not end in .png, .pdf or .svg"),
-    (["--plot_reports", "a", "--plot_path", "p.png", "--n", 3, "--dry_run"], "--plot_reports does not go with --dry_run, --n"),
-    (["--plot_reports", "a", "--plot_path", "p.png", "--plot_with", "b", "c"],
-     "--plot_with names 2 outputs of another run, and this run has 1"),
-]  # fmt: skip
+    (
+        ["--plot_reports", "a", "--plot_path", "p.gif"],
+        "argument --plot_path: 'p.gif' does not end in .png, .pdf or .svg",
+    ),
+    (
+        ["--plot_reports", "a", "--plot_path", "p.png", "--n", 3, "--dry_run"],
+        "--plot_reports does not go with --dry_run, --n",
+    ),
+    (
+        ["--plot_reports", "a", "--plot_path", "p.png", "--plot_with", "b", "c"],
+        "--plot_with names 2 outputs of another run, and this run has 1",
+    ),
+]
 
 
 @pytest.mark.parametrize("flags, line", USAGE)
@@ -231,11 +265,19 @@ def test_no_report_is_refused_before_anything_is_pruned(here, tmp_path):
 
 SOUND = report({"h.0.q": entry("q", b=0.5)})
 FORGED = [
-    {"tensors": []}, {"tensors": {}}, {"tensors": {"a": "b"}}, {"totals": None}, {"vector": 3}, {"position": None},
-    {"tensors": {"a": entry("q") | {"l2_share": 1e400}}}, {"tensors": {"a": entry("q") | {"numel": "4"}}},
-    {"tensors": {"a": entry("q") | {"overlap": {"b": "0.5"}}}}, {"tensors": {"a": {"group": "q"}}},
-    {"tensors": {"a": entry("q") | {"group": ["q"]}}}, {"tensors": {"a": entry("q", evenness=NAN)}},
-]  # fmt: skip
+    {"tensors": []},
+    {"tensors": {}},
+    {"tensors": {"a": "b"}},
+    {"totals": None},
+    {"vector": 3},
+    {"position": None},
+    {"tensors": {"a": entry("q") | {"l2_share": 1e400}}},
+    {"tensors": {"a": entry("q") | {"numel": "4"}}},
+    {"tensors": {"a": entry("q") | {"overlap": {"b": "0.5"}}}},
+    {"tensors": {"a": {"group": "q"}}},
+    {"tensors": {"a": entry("q") | {"group": ["q"]}}},
+    {"tensors": {"a": entry("q", evenness=NAN)}},
+]
 
 
 @pytest.mark.parametrize("change", FORGED)

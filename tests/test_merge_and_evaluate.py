@@ -55,9 +55,7 @@ def load(directory) -> dict[str, np.ndarray]:
     from common.headers import read_headers
 
     tensors = read_headers(directory)
-    return {
-        t.name: np.fromfile(t.path, np.float16, t.numel, offset=t.offset).reshape(t.shape) for t in tensors
-    }
+    return {t.name: np.fromfile(t.path, np.float16, t.numel, offset=t.offset).reshape(t.shape) for t in tensors}
 
 
 def left_over(folder) -> set[str]:
@@ -163,9 +161,7 @@ def test_the_same_command_goes_on_after_the_merge(here, monkeypatch, capsys):
 
 
 def test_eval_only_scores_any_model(here):
-    script.main(
-        ["--eval_only", "--save_path", "west", "--eval_recipe", "eval.yml", "--output_path", "deep/west.json"]
-    )
+    script.main(["--eval_only", "--save_path", "west", "--eval_recipe", "eval.yml", "--output_path", "deep/west.json"])
     document = json.loads((here / "deep" / "west.json").read_text())
     assert document["summary"]["name"] == "west" and document["config"]["model_args"]["pretrained"] == "west"
     assert "recipe" not in document["provenance"]
@@ -173,8 +169,18 @@ def test_eval_only_scores_any_model(here):
 
 def test_eval_recipe_is_the_file_lm_eval_takes(here):
     """Flags win over the file; limit, shots, samples and patterns are lm-eval's."""
-    write(here / "eval.yml", {**EVAL, "tasks": "col*,shades", "limit": 3, "num_fewshot": 0, "log_samples": True,
-                              "model_args": "dtype=float32", "seed": 7})  # fmt: skip
+    write(
+        here / "eval.yml",
+        {
+            **EVAL,
+            "tasks": "col*,shades",
+            "limit": 3,
+            "num_fewshot": 0,
+            "log_samples": True,
+            "model_args": "dtype=float32",
+            "seed": 7,
+        },
+    )
     script.main(["--eval_only", "--save_path", "west", "--eval_recipe", "eval.yml", "--batch_size", "2"])
     document = json.loads((here / "results.json").read_text())
     assert document["config"]["batch_size"] == 2 and document["config"]["model_dtype"] == "torch.float32"
@@ -186,9 +192,7 @@ def test_response_cache_is_apart_for_every_model(here):
     """lm-eval keys it by request alone: with one cache the second model would get the first one's answers."""
     write(here / "eval.yml", {**EVAL, "use_cache": "cache"})
     for name in ("base", "west"):
-        script.main(
-            ["--eval_only", "--save_path", name, "--eval_recipe", "eval.yml", "--output_path", f"{name}.json"]
-        )
+        script.main(["--eval_only", "--save_path", name, "--eval_recipe", "eval.yml", "--output_path", f"{name}.json"])
     assert len(list(here.glob("cache_*.db"))) == 2
 
 
@@ -221,11 +225,17 @@ def document(**results) -> dict:
 
 def test_summary_takes_the_leaderboards_metrics():
     scores = {"acc,none": 0.1, "acc_stderr,none": 0.01, "acc_norm,none": 0.2, "acc_norm_stderr,none": 0.02}
-    gsm8k = {"exact_match,strict-match": 0.3, "exact_match_stderr,strict-match": 0.03,
-             "exact_match,flexible-extract": 0.9}  # fmt: skip
+    gsm8k = {
+        "exact_match,strict-match": 0.3,
+        "exact_match_stderr,strict-match": 0.03,
+        "exact_match,flexible-extract": 0.9,
+    }
     tasks = summarize(document(arc_challenge=scores, winogrande=dict(scores), gsm8k=gsm8k))["tasks"]
     assert [(task["metric"], task["value"], task["stderr"]) for task in tasks.values()] == [
-        ("acc_norm,none", 0.2, 0.02), ("acc,none", 0.1, 0.01), ("exact_match,strict-match", 0.3, 0.03)]  # fmt: skip
+        ("acc_norm,none", 0.2, 0.02),
+        ("acc,none", 0.1, 0.01),
+        ("exact_match,strict-match", 0.3, 0.03),
+    ]
 
 
 def test_mmlu_is_the_plain_mean_and_the_weighted_one():
@@ -266,9 +276,7 @@ def test_a_task_without_a_number_is_an_error(here, monkeypatch):
     """The document is kept, hours may be in it, but the run does not look like one that succeeded."""
     import common.score.scoring
 
-    monkeypatch.setattr(
-        common.score.scoring, "evaluate", lambda *_: document(colours={"acc,none": float("nan")})
-    )
+    monkeypatch.setattr(common.score.scoring, "evaluate", lambda *_: document(colours={"acc,none": float("nan")}))
     with pytest.raises(DataError, match="gave no number for task 'colours'"):
         script.main(["--eval_only", "--save_path", "west", "--eval_recipe", "eval.yml"])
     assert (here / "results.json").is_file()
@@ -286,29 +294,44 @@ def models_with(**parameters) -> list[dict]:
 
 
 RECIPE_REFUSALS = [
-    (changed(dtyp="float16"),
-     "unknown key 'dtyp' in the recipe; known are modules, slices, models, merge_method, base_model, dtype, "
-     "tokenizer_source, tokenizer, chat_template, out_dtype, parameters"),
-    (changed(models=[{"model": "./wild", "weight": 1.0}]), "unknown key 'weight' in models; known are model, parameters"),
+    (
+        changed(dtyp="float16"),
+        "unknown key 'dtyp' in the recipe; known are modules, slices, models, merge_method, base_model, dtype, "
+        "tokenizer_source, tokenizer, chat_template, out_dtype, parameters",
+    ),
+    (
+        changed(models=[{"model": "./wild", "weight": 1.0}]),
+        "unknown key 'weight' in models; known are model, parameters",
+    ),
     (changed(merge_method="tias"), "unknown merge_method 'tias'; known are "),
     (changed(models=models_with(weight="much")), "model ./west: weight is 'much', needed is a finite number"),
     (changed(models=models_with(weight=True)), "model ./west: weight is True, needed is a finite number"),
     (changed(models=models_with(weight=float("nan"))), "model ./west: weight is nan, needed is a finite number"),
     (changed(models=models_with()), "model ./west has no weight; merge_method task_arithmetic needs one per model"),
-    (changed(models=models_with(weight=1.0, density=0.5)),
-     "model ./west: merge_method task_arithmetic ignores the parameter 'density'; it uses int8_mask, normalize, "
-     "rescale, lambda, weight"),
-    (changed(models=models_with(weight=1.0, normalize=True)),
-     "model ./west: 'normalize' holds for the whole merge and is ignored here; move it to the `parameters` at the end "
-     "of the recipe"),
-    (changed(models=[RECIPE["models"][0], {"model": "./pruned_vector_x", "parameters": {"weight": 1}}]),
-     "model ./pruned_vector_x is not there; run prune_task_vector_7b.py first (README, 'Sparsification of Task "
-     "Vectors'), or mend the path"),
-    (changed(base_model="./Mistral-7b-v0.1-float16"),
-     "model ./Mistral-7b-v0.1-float16 is not there; run convert_dtype.py first (README, 'Convert dtype'), or mend the path"),
-    (changed(models=models_with(weight=1.0) + [{"model": "./a+b", "parameters": {"weight": 1}}]),
-     "'./a+b': mergekit takes '+' and '@' in a path for a LoRA or a revision; rename the directory, or merge the LoRA "
-     "and download the revision first"),
+    (
+        changed(models=models_with(weight=1.0, density=0.5)),
+        "model ./west: merge_method task_arithmetic ignores the parameter 'density'; it uses int8_mask, normalize, "
+        "rescale, lambda, weight",
+    ),
+    (
+        changed(models=models_with(weight=1.0, normalize=True)),
+        "model ./west: 'normalize' holds for the whole merge and is ignored here; move it to the `parameters` at the end "
+        "of the recipe",
+    ),
+    (
+        changed(models=[RECIPE["models"][0], {"model": "./pruned_vector_x", "parameters": {"weight": 1}}]),
+        "model ./pruned_vector_x is not there; run prune_task_vector_7b.py first (README, 'Sparsification of Task "
+        "Vectors'), or mend the path",
+    ),
+    (
+        changed(base_model="./Mistral-7b-v0.1-float16"),
+        "model ./Mistral-7b-v0.1-float16 is not there; run convert_dtype.py first (README, 'Convert dtype'), or mend the path",
+    ),
+    (
+        changed(models=models_with(weight=1.0) + [{"model": "./a+b", "parameters": {"weight": 1}}]),
+        "'./a+b': mergekit takes '+' and '@' in a path for a LoRA or a revision; rename the directory, or merge the LoRA "
+        "and download the revision first",
+    ),
     (changed(base_model=None), "merge_method task_arithmetic: Merge method requires a base input; mend the recipe"),
     (changed(models=RECIPE["models"] * 2), "merge_method task_arithmetic: Duplicate merge inputs; mend the recipe"),
     (changed(base_model=""), "the path of a model is empty; write it out, or leave out the entry"),
@@ -318,7 +341,7 @@ RECIPE_REFUSALS = [
     (changed(models=None), "Exactly one of 'models', 'slices', or 'modules' must be present"),
     (changed(models=7), "models: Input should be a valid list; mend the recipe"),
     (["models"], "found list, needed is a mapping of keys to values"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("recipe", "line"), RECIPE_REFUSALS, ids=[line[:40] for _, line in RECIPE_REFUSALS])
@@ -326,19 +349,16 @@ def test_refused_recipes(here, recipe, line):
     write(here / "recipe.yml", recipe)
     with pytest.raises(DataError) as error:
         merge()
-    assert (
-        str(error.value).startswith("recipe.yml: ")
-        and line in str(error.value)
-        and "\n" not in str(error.value)
-    )
+    assert str(error.value).startswith("recipe.yml: ") and line in str(error.value) and "\n" not in str(error.value)
     assert left_over(here) == set()
 
 
 def test_refused_files(here):
-    for name, content, line in [("none.yml", None, "none.yml: no such recipe; the ones that come with this collection "
-                                 "are in recipes/"),
-                                ("broken.yml", b"a: [", "broken.yml: no valid YAML"),
-                                ("binary.yml", b"\x80\x81", "binary.yml: no valid YAML")]:  # fmt: skip
+    for name, content, line in [
+        ("none.yml", None, "none.yml: no such recipe; the ones that come with this collection are in recipes/"),
+        ("broken.yml", b"a: [", "broken.yml: no valid YAML"),
+        ("binary.yml", b"\x80\x81", "binary.yml: no valid YAML"),
+    ]:
         if content is not None:
             (here / name).write_bytes(content)
         with pytest.raises(DataError) as error:
@@ -360,8 +380,11 @@ def test_vocabularies_that_differ_are_refused(here, tmp_path_factory):
 def test_float16_overflow_is_refused_and_leaves_nothing(here):
     """Infinite weights would be published by mergekit without a word."""
     write(here / "recipe.yml", changed(models=models_with(weight=1e6)))
-    with pytest.raises(DataError, match=r"tensor '.*' of the merge by recipe.yml has \d+ values that are NaN or infinite "
-                                        r"in float16; lower the weights, or set out_dtype"):  # fmt: skip
+    with pytest.raises(
+        DataError,
+        match=r"tensor '.*' of the merge by recipe.yml has \d+ values that are NaN or infinite "
+        r"in float16; lower the weights, or set out_dtype",
+    ):
         merge()
     assert left_over(here) == set()
 
@@ -373,18 +396,26 @@ def test_output_that_is_an_input_is_refused(here):
 
 EVAL_REFUSALS = [
     ({**EVAL, "task": "x"}, "eval.yml: unknown key 'task'; lm_eval knows config, model, "),
-    ({**EVAL, "tasks": ["colors"]}, "eval.yml: lm-eval knows no task 'colors'; `lm_eval ls tasks` lists its own, "
-                                    "include_path adds yours"),
+    (
+        {**EVAL, "tasks": ["colors"]},
+        "eval.yml: lm-eval knows no task 'colors'; `lm_eval ls tasks` lists its own, include_path adds yours",
+    ),
     ({**EVAL, "tasks": []}, "eval.yml: tasks is [], needed is a list of task names"),
-    ({**EVAL, "include_path": "./taks"}, "eval.yml: include_path ./taks is no directory, seen from here or from the recipe"),
+    (
+        {**EVAL, "include_path": "./taks"},
+        "eval.yml: include_path ./taks is no directory, seen from here or from the recipe",
+    ),
     ({**EVAL, "device": "cuda:7"}, "device 'cuda:7' is not there: torch sees "),
     ({**EVAL, "device": "gpu"}, "device 'gpu' is none that torch knows; try cpu, cuda, cuda:0 or mps"),
     ({**EVAL, "wandb_args": {}}, "eval.yml: 'wandb_args' is for `lm_eval run` itself; leave it out here"),
     ({**EVAL, "model_args": 5}, "eval.yml: model_args is 5, needed is a mapping"),
     ({**EVAL, "include_path": 5}, "eval.yml: include_path is 5, needed is text"),
-    ({**EVAL, "seed": "x"}, "eval.yml: lm-eval refuses it: seed values must be integers or None, got 'x'; mend the recipe"),
+    (
+        {**EVAL, "seed": "x"},
+        "eval.yml: lm-eval refuses it: seed values must be integers or None, got 'x'; mend the recipe",
+    ),
     ({**EVAL, "model": "hff"}, "eval.yml: lm-eval could not score"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("recipe", "line"), EVAL_REFUSALS, ids=[line[:40] for _, line in EVAL_REFUSALS])
@@ -437,13 +468,13 @@ def test_usage_errors(flags, line, capsys):
 
 def test_exit_codes(here):
     """The process itself: 1 and one line for bad data."""
-    found = subprocess.run([sys.executable, ROOT / "merge_and_evaluate_7b.py", "--recipe", "none.yml", "--merge_only"],
-                           capture_output=True, text=True)  # fmt: skip
-    assert found.returncode == 1
-    assert (
-        found.stderr
-        == "error: none.yml: no such recipe; the ones that come with this collection are in recipes/\n"
+    found = subprocess.run(
+        [sys.executable, ROOT / "merge_and_evaluate_7b.py", "--recipe", "none.yml", "--merge_only"],
+        capture_output=True,
+        text=True,
     )
+    assert found.returncode == 1
+    assert found.stderr == "error: none.yml: no such recipe; the ones that come with this collection are in recipes/\n"
 
 
 def test_several_processes_do_not_merge(here, monkeypatch):

@@ -34,8 +34,7 @@ def inputs(shape, models: int, dtype=torch.float16, seed: int = 0):
     base = torch.randn(shape, generator=generator).to(dtype)
     base.view(-1)[::7] = -0.0
     tuned = [
-        (base.float() + (torch.randn(shape, generator=generator) * 4).round() / 64).to(dtype)
-        for _ in range(models)
+        (base.float() + (torch.randn(shape, generator=generator) * 4).round() / 64).to(dtype) for _ in range(models)
     ]
     return base, tuned
 
@@ -55,12 +54,18 @@ CASES = [
     (merge_methods.cabs, {"n": 5, "m": 8}, {"n": 5, "m": 8}),
     (merge_methods.cabs, {"n": 4, "m": 16, "conflict_aware": False}, {"n": 4, "m": 16, "conflict_aware": False}),
     (merge_methods.magnitude, {"density": 0.3}, {"method": "magnitude", "sparsity_level": 0.7}),
-    (merge_methods.magnitude, {"density": 0.6, "conflict_aware": True},
-     {"method": "magnitude", "sparsity_level": 0.4, "conflict_aware": True}),
+    (
+        merge_methods.magnitude,
+        {"density": 0.6, "conflict_aware": True},
+        {"method": "magnitude", "sparsity_level": 0.4, "conflict_aware": True},
+    ),
     (merge_methods.random, {"density": 0.1, "seed": 7}, {"method": "random", "sparsity_level": 0.9, "seed": 7}),
-    (merge_methods.random, {"density": 0.7, "conflict_aware": True},
-     {"method": "random", "sparsity_level": 0.3, "conflict_aware": True}),
-]  # fmt: skip
+    (
+        merge_methods.random,
+        {"density": 0.7, "conflict_aware": True},
+        {"method": "random", "sparsity_level": 0.3, "conflict_aware": True},
+    ),
+]
 
 
 @pytest.mark.parametrize(
@@ -75,8 +80,9 @@ def test_against_the_slow_oracle(method, parameters, rule, models):
     masks = oracle.masks(vectors, NAME, **rule)
     merged = merge(method, base, tuned, weight=weights, **parameters).to(torch.float16)
     assert oracle.same(merged, summed(base, vectors, masks, weights))
-    exact = base.double() + sum(w * torch.tensor(m).reshape(base.shape) * v.double()
-                                for w, m, v in zip(weights, masks, vectors, strict=True))  # fmt: skip
+    exact = base.double() + sum(
+        w * torch.tensor(m).reshape(base.shape) * v.double() for w, m, v in zip(weights, masks, vectors, strict=True)
+    )
     assert ((merged.double() - exact).abs() <= 1e-3 * exact.abs() + 1e-6).all()
 
 
@@ -93,8 +99,9 @@ def test_models_in_another_dtype_than_the_base():
 def test_float16_inputs_without_a_recipe_dtype_give_the_same():
     """mergekit then hands over float16; the sum is formed in float32 all the same and rounded once."""
     base, tuned = inputs((12, 20), 2)
-    wide, narrow = (merge(merge_methods.cabs, base, tuned, dtype, weight=1.2, n=3, m=16)
-                    for dtype in (torch.float32, torch.float16))  # fmt: skip
+    wide, narrow = (
+        merge(merge_methods.cabs, base, tuned, dtype, weight=1.2, n=3, m=16) for dtype in (torch.float32, torch.float16)
+    )
     assert narrow.dtype == torch.float16 and oracle.same(narrow, wide.to(torch.float16))
 
 
@@ -115,9 +122,7 @@ def test_rescale_divides_by_the_density():
     base, tuned = inputs((16, 16), 1)
     vectors = [oracle.extract(tuned[0], base, torch.float16)]
     masks = oracle.masks(vectors, NAME, method="random", sparsity_level=0.75)
-    merged = merge(merge_methods.random, base, tuned, weight=0.5, density=0.25, rescale=True).to(
-        torch.float16
-    )
+    merged = merge(merge_methods.random, base, tuned, weight=0.5, density=0.25, rescale=True).to(torch.float16)
     assert oracle.same(merged, summed(base, vectors, masks, [0.5 * 4]))
 
 
@@ -128,9 +133,7 @@ def test_what_is_not_finite_is_named():
         merge(merge_methods.cabs, base, tuned, weight=1.0)
     base, tuned = inputs((4, 8), 1)
     base[0], tuned[0][0] = -60000.0, 60000.0
-    with pytest.raises(
-        DataError, match="m9 minus base is beyond the largest number of the task vector's dtype"
-    ):
+    with pytest.raises(DataError, match="m9 minus base is beyond the largest number of the task vector's dtype"):
         merge(merge_methods.cabs, base, tuned, weight=1.0)
 
 
@@ -149,11 +152,18 @@ def here(tmp_path, monkeypatch):
 
 def recipe(method: str, **parameters) -> None:
     models = [
-        {"model": f"./{name}", "parameters": {"weight": weight}}
-        for name, weight in (("zulu", 1.2), ("alpha", 0.9))
+        {"model": f"./{name}", "parameters": {"weight": weight}} for name, weight in (("zulu", 1.2), ("alpha", 0.9))
     ]
-    text = yaml.safe_dump({"merge_method": method, "base_model": "./base", "models": models, "parameters": parameters,
-                           "dtype": "float32", "out_dtype": "float16"})  # fmt: skip
+    text = yaml.safe_dump(
+        {
+            "merge_method": method,
+            "base_model": "./base",
+            "models": models,
+            "parameters": parameters,
+            "dtype": "float32",
+            "out_dtype": "float16",
+        }
+    )
     with open("recipe.yml", "w") as file:
         file.write(text)
     script.main(["--recipe", "recipe.yml", "--save_path", "merged", "--merge_only", "--overwrite"])
@@ -171,18 +181,23 @@ WHOLE = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("method", "parameters", "flags"), WHOLE, ids=["cabs", "cabs_overlap", "magnitude", "random"]
-)
+@pytest.mark.parametrize(("method", "parameters", "flags"), WHOLE, ids=["cabs", "cabs_overlap", "magnitude", "random"])
 def test_one_pass_equals_the_chain(here, method, parameters, flags):
     """extract, prune (the vectors alone), add by hand = one pass; zulu, first of the list, is pruned first."""
     names = ["zulu", "alpha"]
     for name in names:
-        MAINS["extract"](
-            ["--finetuned_model_path", name, "--base_model_path", "base", "--save_path", f"tv_{name}"]
-        )
-    MAINS["prune"](["--task_vector_paths", *[f"tv_{name}" for name in names], "--save_directories",
-                    *[f"pv_{name}" for name in names], "--save_format", "task_vector", *flags])  # fmt: skip
+        MAINS["extract"](["--finetuned_model_path", name, "--base_model_path", "base", "--save_path", f"tv_{name}"])
+    MAINS["prune"](
+        [
+            "--task_vector_paths",
+            *[f"tv_{name}" for name in names],
+            "--save_directories",
+            *[f"pv_{name}" for name in names],
+            "--save_format",
+            "task_vector",
+            *flags,
+        ]
+    )
     recipe(method, **parameters)
     merged, base, first, second = (
         load_file(f"{folder}/model.safetensors") for folder in ("merged", "base", "pv_zulu", "pv_alpha")
@@ -199,9 +214,7 @@ def test_tied_heads_stay_tied(here):
         folder = here / name
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-        tensors = {
-            key: value for shard in folder.glob("*.safetensors") for key, value in load_file(shard).items()
-        }
+        tensors = {key: value for shard in folder.glob("*.safetensors") for key, value in load_file(shard).items()}
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
         for path in folder.glob("*.safetensors*"):
             path.unlink()

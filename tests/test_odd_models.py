@@ -29,8 +29,17 @@ def odd(tmp_path) -> Path:
     for i, name in enumerate("ab", 1):
         tensors = {n: t + 0.01 * i * t.abs() if t.is_floating_point() else t for n, t in half.items()}
         write(tmp_path / name, tensors, {}, 2 if i == 1 else 1, ".bin" if i == 2 else ".safetensors")
-        run("extract", "--finetuned_model_path", tmp_path / name, "--base_model_path", tmp_path / "base",
-            "--save_path", tmp_path / f"v{name}", "--max_shard_size", "20B")  # fmt: skip
+        run(
+            "extract",
+            "--finetuned_model_path",
+            tmp_path / name,
+            "--base_model_path",
+            tmp_path / "base",
+            "--save_path",
+            tmp_path / f"v{name}",
+            "--max_shard_size",
+            "20B",
+        )
     return tmp_path
 
 
@@ -70,9 +79,7 @@ def test_odd_tensors_and_settings(odd, flags):
             continue
         masks = oracle.masks([vector[name] for vector in read], name, **settings)
         for out, vector, mask in zip(written, read, masks, strict=True):
-            assert oracle.same(
-                out[name], oracle.model_tensor(tensor, vector[name], mask, torch.tensor(1.0))
-            ), name
+            assert oracle.same(out[name], oracle.model_tensor(tensor, vector[name], mask, torch.tensor(1.0))), name
 
 
 def test_a_locale_without_utf8(odd):
@@ -80,8 +87,12 @@ def test_a_locale_without_utf8(odd):
     environment = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 
     def start(*arguments) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, ROOT / "convert_dtype.py", *map(str, arguments)], env=environment,
-                              capture_output=True, cwd=odd)  # fmt: skip
+        return subprocess.run(
+            [sys.executable, ROOT / "convert_dtype.py", *map(str, arguments)],
+            env=environment,
+            capture_output=True,
+            cwd=odd,
+        )
 
     done = start("--model_path", odd / "base", "--save_path", odd / "out", "--max_shard_size", "20B")
     assert done.returncode == 0, done.stderr
@@ -98,7 +109,5 @@ def test_the_working_directory_is_no_output(odd, monkeypatch, place):
     (here / "sub").mkdir(parents=True)
     monkeypatch.chdir(here)
     line = refusal("convert", "--model_path", odd / "base", "--save_path", place, "--overwrite")
-    assert line == (
-        f"{Path(place)}: is the working directory or holds it; give the output a directory of its own"
-    )
+    assert line == (f"{Path(place)}: is the working directory or holds it; give the output a directory of its own")
     assert here.is_dir()

@@ -133,9 +133,7 @@ def test_one_pass_finds_the_threshold():
         calls.append(stop - start)
         return bits[start:stop]
 
-    for _ in masks_by_block(
-        Pruning("magnitude", 0.25, conflict_aware=False), "x", ["F16"], numel, read, kernels
-    ):
+    for _ in masks_by_block(Pruning("magnitude", 0.25, conflict_aware=False), "x", ["F16"], numel, read, kernels):
         pass
     assert sum(calls) == 2 * numel + 16 * 2048
 

@@ -35,9 +35,7 @@ def our_masks(pruning: Pruning, vectors: list, code: str, name="x", block=None) 
     for start, stop, read, masks in masks_by_block(
         pruning, name, [code] * len(flat), flat[0].size, lambda j, a, b: flat[j][a:b], kernels, block
     ):
-        assert start == expected and all(
-            np.array_equal(r, f[start:stop]) for r, f in zip(read, flat, strict=True)
-        )
+        assert start == expected and all(np.array_equal(r, f[start:stop]) for r, f in zip(read, flat, strict=True))
         expected = stop
         for mask, part in zip(found, masks, strict=True):
             mask += part.astype(bool).tolist()
@@ -152,9 +150,12 @@ def test_topk_agrees_on_distinct_values():
 KNOWN_ANSWERS = [  # Random123's kat_vectors: counter, key -> words
     ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
     ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
-    ([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0],
-     [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]),
-]  # fmt: skip
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        [0xA4093822, 0x299F31D0],
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ),
+]
 
 
 def test_philox_known_answers():
@@ -164,9 +165,7 @@ def test_philox_known_answers():
     assert kernels.draws(0, 4, 0).tolist() == KNOWN_ANSWERS[0][2]
     for key in (1, 2**32, 0x299F31D0A4093822, 2**64 - 1):
         for start in (0, 4, 2**34):
-            words = oracle.philox(
-                [start // 4 & 0xFFFFFFFF, start // 4 >> 32, 0, 0], [key & 0xFFFFFFFF, key >> 32]
-            )
+            words = oracle.philox([start // 4 & 0xFFFFFFFF, start // 4 >> 32, 0, 0], [key & 0xFFFFFFFF, key >> 32])
             assert kernels.draws(start, 4, key).tolist() == words
         assert kernels.draws(0, 1001, key).tolist() == oracle.draws(1001, key).tolist()
 
@@ -337,10 +336,14 @@ def test_what_is_not_finite_is_seen(code):
             assert not kernels.all_finite(bits_of(tensor, code), code)
 
 
-@pytest.mark.parametrize("code, patterns", [
-    ("F16", (0x7C00, 0xFC00, 0x7C01, 0x7FFF, 0xFFFF)), ("BF16", (0x7F80, 0xFF80, 0x7F81, 0x7FFF, 0xFFFF)),
-    ("F32", (0x7F800000, 0xFF800000, 0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "code, patterns",
+    [
+        ("F16", (0x7C00, 0xFC00, 0x7C01, 0x7FFF, 0xFFFF)),
+        ("BF16", (0x7F80, 0xFF80, 0x7F81, 0x7FFF, 0xFFFF)),
+        ("F32", (0x7F800000, 0xFF800000, 0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF)),
+    ],
+)
 def test_no_nan_gets_through(code, patterns):
     """Infinities, and NaNs of the smallest and largest payload, of either sign, through everything that checks its result."""
     for pattern in patterns:
@@ -378,12 +381,7 @@ def test_tally(code, m, steps):
             np.add.reduceat(masks[j], range(0, 9002, m), dtype=int),
         )
         whole = runs[: 9002 // m]
-        assert (tally.energy_kept, tally.energy) == pytest.approx(
-            (squares[masks[j]].sum(), squares.sum()), rel=1e-6
-        )
+        assert (tally.energy_kept, tally.energy) == pytest.approx((squares[masks[j]].sum(), squares.sum()), rel=1e-6)
         assert tally.runs == [sum(runs[len(whole) :]), len(whole), whole.sum(), (whole**2).sum()]
         assert (tally.numel, tally.kept) == (9002, masks[j].sum())
-        assert (
-            tally.both[1 - j] == (masks[0] & masks[1]).sum()
-            and tally.either[1 - j] == (masks[0] | masks[1]).sum()
-        )
+        assert tally.both[1 - j] == (masks[0] & masks[1]).sum() and tally.either[1 - j] == (masks[0] | masks[1]).sum()

@@ -15,8 +15,13 @@ from common.merge.recipes import model_paths, read_recipe
 
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yml") if path.name != "open_llm_leaderboard.yml")
 LEADERBOARD = ROOT / "recipes" / "open_llm_leaderboard.yml"
-CHAIN = ["Mistral-7b-v0.1-float16", "WildMarcoroni-Variant1-7B", "WestSeverus-7B-DPO-v2",
-         "pruned_vector_wildmarcoroni", "pruned_vector_westseverus"]  # fmt: skip
+CHAIN = [
+    "Mistral-7b-v0.1-float16",
+    "WildMarcoroni-Variant1-7B",
+    "WestSeverus-7B-DPO-v2",
+    "pruned_vector_wildmarcoroni",
+    "pruned_vector_westseverus",
+]
 
 
 def header_commands(path: Path) -> list[list[str]]:
@@ -65,9 +70,7 @@ def test_it_merges_as_its_header_says(path, chain, monkeypatch):
     merge_and_evaluate_7b.main(["--recipe", args.recipe, "--save_path", args.save_path, "--merge_only"])
     from safetensors.numpy import load_file
 
-    merged, base = (
-        load_file(f"{folder}/model.safetensors") for folder in (args.save_path, f"./models/{CHAIN[0]}")
-    )
+    merged, base = (load_file(f"{folder}/model.safetensors") for folder in (args.save_path, f"./models/{CHAIN[0]}"))
     assert merged.keys() == base.keys()
     assert all(tensor.dtype == np.float16 for tensor in merged.values())
     assert any((merged[name] != base[name]).any() for name in base)
@@ -82,18 +85,14 @@ def test_mergekit_yaml_runs_the_recipe_as_pasted(chain, monkeypatch):
     monkeypatch.chdir(chain)
     result = CliRunner().invoke(mergekit_yaml, ["recipes/recipe.yml", "./models/merged_by_mergekit"])
     assert result.exit_code == 0, result.output
-    merge_and_evaluate_7b.main(
-        ["--recipe", "recipes/recipe.yml", "--save_path", "./models/ours", "--merge_only"]
-    )
+    merge_and_evaluate_7b.main(["--recipe", "recipes/recipe.yml", "--save_path", "./models/ours", "--merge_only"])
     theirs, ours = (load_file(f"models/{name}/model.safetensors") for name in ("merged_by_mergekit", "ours"))
     assert all((theirs[name] == ours[name]).all() for name in theirs)
     assert (chain / "models/merged_by_mergekit/tokenizer.json").is_file()
 
 
 def test_orders_differ_only_in_order():
-    first, second = (
-        read_recipe(str(ROOT / "recipes" / f"{name}.yml")).config for name in ("cabs", "cabs_west_first")
-    )
+    first, second = (read_recipe(str(ROOT / "recipes" / f"{name}.yml")).config for name in ("cabs", "cabs_west_first"))
     assert first["models"] == second["models"][::-1]
 
 
@@ -152,6 +151,17 @@ def test_the_leaderboard_group_sets_the_shots(monkeypatch):
     subjects = {name: count for name, count in shots.items() if name.startswith("mmlu_")}
     assert len(subjects) == 57 and set(subjects.values()) == {5}
     assert {name: count for name, count in shots.items() if name not in subjects} == {
-        "arc_challenge": 25, "hellaswag": 10, "truthfulqa_mc2": 0, "winogrande": 5, "gsm8k": 5}  # fmt: skip
+        "arc_challenge": 25,
+        "hellaswag": 10,
+        "truthfulqa_mc2": 0,
+        "winogrande": 5,
+        "gsm8k": 5,
+    }
     assert loaded["group_map"]["open_llm_leaderboard"] == [
-        "arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2", "winogrande", "gsm8k"]  # fmt: skip
+        "arc_challenge",
+        "hellaswag",
+        "mmlu",
+        "truthfulqa_mc2",
+        "winogrande",
+        "gsm8k",
+    ]

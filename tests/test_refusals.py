@@ -68,8 +68,15 @@ def arguments(script: str, folder: Path, *more: str) -> list:
     if script == "convert":
         return ["--model_path", folder / "base", "--save_path", folder / "out", *more]
     if script == "extract":
-        return ["--finetuned_model_path", folder / "a", "--base_model_path", folder / "base",
-                "--save_path", folder / "out", *more]  # fmt: skip
+        return [
+            "--finetuned_model_path",
+            folder / "a",
+            "--base_model_path",
+            folder / "base",
+            "--save_path",
+            folder / "out",
+            *more,
+        ]
     return prune_arguments(folder, "--base_model_path", folder / "base", *more)
 
 
@@ -116,8 +123,11 @@ CASES = {
         f"tensor '{Q}' is F16 in {{d}}/a but I8 in {{d}}/base; {FLOATING}",
     ),
     "a tied head that differs": (
-        together(replace("base", HEAD, None), text("base/config.json", '{"tie_word_embeddings": true}'),
-                 text("a/config.json", '{"tie_word_embeddings": true}')),
+        together(
+            replace("base", HEAD, None),
+            text("base/config.json", '{"tie_word_embeddings": true}'),
+            text("a/config.json", '{"tie_word_embeddings": true}'),
+        ),
         ["extract"],
         f"tensor '{HEAD}' in {{d}}/a/model.safetensors differs from '{EMBED}', to which the base ties it; "
         "take a base that has a head of its own",
@@ -131,8 +141,14 @@ CASES = {
         )
         for value in (NAN, INF, -INF)
         for script, who, *more in (
-            ("convert", "base"), ("extract", "a"), ("extract", "base"), ("prune", "base"), ("prune", "va"), ("prune", "vb"),
-            ("prune", "vb", "--save_format", "task_vector"), ("prune", "va", "--pruning_method", "random"),
+            ("convert", "base"),
+            ("extract", "a"),
+            ("extract", "base"),
+            ("prune", "base"),
+            ("prune", "va"),
+            ("prune", "vb"),
+            ("prune", "vb", "--save_format", "task_vector"),
+            ("prune", "va", "--pruning_method", "random"),
             ("prune", "vb", "--pruning_method", "magnitude"),
         )
     },
@@ -248,7 +264,7 @@ CASES = {
         ["prune", "--device", "nonsense"],
         None,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("spoil, command, line", CASES.values(), ids=CASES)
@@ -256,13 +272,9 @@ def test_refused(here, spoil, command, line):
     """The exact line; nothing new in the folder; what was there before is as it was."""
     spoil(here)
     before = files(here)
-    got = refusal(
-        command[0], *arguments(command[0], here, *(part.replace("{d}", str(here)) for part in command[1:]))
-    )
+    got = refusal(command[0], *arguments(command[0], here, *(part.replace("{d}", str(here)) for part in command[1:])))
     if line is None:
-        assert got.startswith("--device nonsense: not usable here (") and got.endswith(
-            "or a torch built for it"
-        )
+        assert got.startswith("--device nonsense: not usable here (") and got.endswith("or a torch built for it")
     else:
         assert got == line.replace("{d}", str(here))
     left = {name for name in files(here) if ".part/.run/" not in name}
@@ -290,10 +302,7 @@ def test_many_overflows_are_summed_up(tmp_path):
     write(tmp_path / "base", {f"w{i}": torch.tensor([7e4]) for i in range(10)})
     names = ", ".join(f"'w{i}'" for i in range(8))
     line = refusal("convert", "--model_path", tmp_path / "base", "--save_path", tmp_path / "out")
-    assert (
-        line
-        == f"10 tensor(s) of {tmp_path}/base hold values beyond the largest F16: {names} and more; {BEYOND}"
-    )
+    assert line == f"10 tensor(s) of {tmp_path}/base hold values beyond the largest F16: {names} and more; {BEYOND}"
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
@@ -313,8 +322,10 @@ def test_rescale_overflows(here, save_format):
     )
     more = ["--save_format", save_format]
     line = refusal("prune", *arguments("prune", here, "--rescale", *more))
-    assert line == (f"tensor '{Q}' of {here}/va: a result is beyond the largest F16; use base and vectors in bfloat16 or "
-                    "float32, or no --rescale")  # fmt: skip
+    assert line == (
+        f"tensor '{Q}' of {here}/va: a result is beyond the largest F16; use base and vectors in bfloat16 or "
+        "float32, or no --rescale"
+    )
     assert not list(here.glob("p*"))
     run("prune", *arguments("prune", here, *more))
 
@@ -360,9 +371,7 @@ def test_a_disk_too_small(here, monkeypatch, script):
     real = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=100))
     line = refusal(script, *arguments(script, here))
-    assert (
-        line == f"{here}: 0.00 GB are needed there and 0.00 GB are free; free some space or write elsewhere"
-    )
+    assert line == f"{here}: 0.00 GB are needed there and 0.00 GB are free; free some space or write elsewhere"
     assert not list(here.glob("p[ab]")) and not (here / "out").exists()
 
 
@@ -394,17 +403,16 @@ def test_a_file_where_a_directory_is_needed(here):
 # --- as a process ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "script", ["convert_dtype.py", "extract_task_vector_7b.py", "prune_task_vector_7b.py"]
-)
+@pytest.mark.parametrize("script", ["convert_dtype.py", "extract_task_vector_7b.py", "prune_task_vector_7b.py"])
 def test_exit_codes_and_one_line(here, script):
     """Exit 2 on usage; exit 1 and a last line on bad data, also where the progress bar was running; no traceback."""
     put("base", Q, NAN)(here)
     name = script.split("_")[0]
 
     def start(*flags):
-        return subprocess.run([sys.executable, ROOT / script, *map(str, flags)], capture_output=True, text=True,
-                              cwd=here, env=os.environ)  # fmt: skip
+        return subprocess.run(
+            [sys.executable, ROOT / script, *map(str, flags)], capture_output=True, text=True, cwd=here, env=os.environ
+        )
 
     done = start(*arguments(name, here))
     assert done.returncode == 1

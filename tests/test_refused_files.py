@@ -57,8 +57,10 @@ HEADERS = {
         f"108 bytes, too few for its header; it is truncated or no safetensors file, {AGAIN}",
     ),
     "no JSON": (safetensors_bytes(b"hello"), f"no valid JSON (Expecting value: line 1 column 1 (char 0)); {BAD_JSON}"),
-    "no UTF-8": (safetensors_bytes(b"{\"\xff\":1}"),
-                 f"no valid JSON ('utf-8' codec can't decode byte 0xff in position 2: invalid start byte); {BAD_JSON}"),
+    "no UTF-8": (
+        safetensors_bytes(b'{"\xff":1}'),
+        f"no valid JSON ('utf-8' codec can't decode byte 0xff in position 2: invalid start byte); {BAD_JSON}",
+    ),
     "nested": (safetensors_bytes(b'{"a":' * 50_000), f"no valid JSON (nested too deeply); {BAD_JSON}"),
     "no object": (safetensors_bytes([]), "the header is no JSON object; download the file again"),
     "twice": (safetensors_bytes(b'{"a":1,"a":2}'), f"the name 'a' occurs twice; {BAD_JSON}"),
@@ -72,7 +74,7 @@ HEADERS = {
         "__metadata__ in the header is no JSON object; download the file again",
     ),
     "rest": (safetensors_bytes({"a": entry()}, bytes(4)), f"73 bytes, but its header describes 71; {CUT}"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("content, line", HEADERS.values(), ids=HEADERS)
@@ -131,8 +133,11 @@ def test_offsets_that_do_not_follow(model, second, line):
 def test_dtypes_without_exact_arithmetic(model, dtype, size):
     content = safetensors_bytes({"a": entry(dtype, end=size)}, bytes(size))
     (model / "model.safetensors").write_bytes(content)
-    expect_refused(model, f"tensor 'a' is {dtype} in {{m}}; needed is float16, bfloat16 or float32: "
-                          "take an unquantised version of the model")  # fmt: skip
+    expect_refused(
+        model,
+        f"tensor 'a' is {dtype} in {{m}}; needed is float16, bfloat16 or float32: "
+        "take an unquantised version of the model",
+    )
 
 
 def test_a_header_longer_than_any(model):
@@ -164,7 +169,10 @@ def test_odd_but_sound(tmp_path):
     (model / "model.safetensors").write_bytes(safetensors_bytes(header, bytes(6)))
     run("convert", "--model_path", model, "--save_path", tmp_path / "out", "--max_shard_size", 2)
     assert {t.name: t.shape for t in headers.read_headers(tmp_path / "out")} == {
-        "": (), "../x\n'\"": (1,), "empty": (0, 2**62)}  # fmt: skip
+        "": (),
+        "../x\n'\"": (1,),
+        "empty": (0, 2**62),
+    }
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2
 
 
@@ -174,24 +182,46 @@ INDEX = "{m}/model.safetensors.index.json"
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 PLAIN = f"which is no plain file name ending in .safetensors; {SOURCE}"
 INDEXES = {
-    "up and away": ({"lm_head.weight": "../../etc/x.safetensors"},
-                    f"{INDEX}: tensor 'lm_head.weight' is mapped to '../../etc/x.safetensors', {PLAIN}"),
-    "absolute": ({"lm_head.weight": "/etc/passwd"}, f"{INDEX}: tensor 'lm_head.weight' is mapped to '/etc/passwd', {PLAIN}"),
-    "backslash": ({"lm_head.weight": "a\\b.safetensors"},
-                  f"{INDEX}: tensor 'lm_head.weight' is mapped to 'a\\\\b.safetensors', {PLAIN}"),
-    "hidden": ({"lm_head.weight": ".x.safetensors"}, f"{INDEX}: tensor 'lm_head.weight' is mapped to '.x.safetensors', {PLAIN}"),
-    "line end": ({"lm_head.weight": "a\nb.safetensors"},
-                 f"{INDEX}: tensor 'lm_head.weight' is mapped to 'a\\nb.safetensors', {PLAIN}"),
+    "up and away": (
+        {"lm_head.weight": "../../etc/x.safetensors"},
+        f"{INDEX}: tensor 'lm_head.weight' is mapped to '../../etc/x.safetensors', {PLAIN}",
+    ),
+    "absolute": (
+        {"lm_head.weight": "/etc/passwd"},
+        f"{INDEX}: tensor 'lm_head.weight' is mapped to '/etc/passwd', {PLAIN}",
+    ),
+    "backslash": (
+        {"lm_head.weight": "a\\b.safetensors"},
+        f"{INDEX}: tensor 'lm_head.weight' is mapped to 'a\\\\b.safetensors', {PLAIN}",
+    ),
+    "hidden": (
+        {"lm_head.weight": ".x.safetensors"},
+        f"{INDEX}: tensor 'lm_head.weight' is mapped to '.x.safetensors', {PLAIN}",
+    ),
+    "line end": (
+        {"lm_head.weight": "a\nb.safetensors"},
+        f"{INDEX}: tensor 'lm_head.weight' is mapped to 'a\\nb.safetensors', {PLAIN}",
+    ),
     "a number": ({"lm_head.weight": 3}, f"{INDEX}: tensor 'lm_head.weight' is mapped to 3, {PLAIN}"),
-    "no such file": ({"lm_head.weight": "x.safetensors"},
-                     "{m}/x.safetensors: missing, though model.safetensors.index.json names it; download the checkpoint again"),
-    "another file": ({"lm_head.weight": TWO}, f"tensor 'lm_head.weight' is not in {{m}}/{TWO}, where "
-                     "model.safetensors.index.json says it is; download the checkpoint again"),
-    "too many": ({"x": ONE}, f"tensor 'x' is not in {{m}}/{ONE}, where model.safetensors.index.json says it is; "
-                 "download the checkpoint again"),
-    "too few": ({"lm_head.weight": None}, f"tensor 'lm_head.weight' of {{m}}/{ONE} is not in "
-                "model.safetensors.index.json; download the checkpoint again"),
-}  # fmt: skip
+    "no such file": (
+        {"lm_head.weight": "x.safetensors"},
+        "{m}/x.safetensors: missing, though model.safetensors.index.json names it; download the checkpoint again",
+    ),
+    "another file": (
+        {"lm_head.weight": TWO},
+        f"tensor 'lm_head.weight' is not in {{m}}/{TWO}, where "
+        "model.safetensors.index.json says it is; download the checkpoint again",
+    ),
+    "too many": (
+        {"x": ONE},
+        f"tensor 'x' is not in {{m}}/{ONE}, where model.safetensors.index.json says it is; "
+        "download the checkpoint again",
+    ),
+    "too few": (
+        {"lm_head.weight": None},
+        f"tensor 'lm_head.weight' of {{m}}/{ONE} is not in model.safetensors.index.json; download the checkpoint again",
+    ),
+}
 
 
 @pytest.mark.parametrize("change, line", INDEXES.values(), ids=INDEXES)
@@ -221,28 +251,30 @@ def test_index_text(tmp_path, text, line):
 def test_a_tensor_in_two_files(tmp_path):
     model = write(tmp_path / "model", state(), files=2)
     save_file(load(model), model / TWO)
-    expect_refused(
-        model, f"tensor 'lm_head.weight' is in both {ONE} and {TWO} of {{m}}; download the checkpoint again"
-    )
+    expect_refused(model, f"tensor 'lm_head.weight' is in both {ONE} and {TWO} of {{m}}; download the checkpoint again")
 
 
 def test_single_file_and_index(tmp_path):
     model = write(tmp_path / "model", state(), files=2)
     save_file(state(), model / "model.safetensors")
-    expect_refused(model, "{m}: holds both model.safetensors and model.safetensors.index.json, and tools disagree on "
-                          "which counts; delete the one that is stale")  # fmt: skip
+    expect_refused(
+        model,
+        "{m}: holds both model.safetensors and model.safetensors.index.json, and tools disagree on "
+        "which counts; delete the one that is stale",
+    )
 
 
 def test_no_weights_no_config(model):
     (model / "config.json").rename(model.parent / "config.json")
     expect_refused(model, "{m}: no config.json in it; copy it from where the model came from")
     (model / "model.safetensors").unlink()
-    expect_refused(model, "{m}: no model.safetensors, no model.safetensors.index.json, no pytorch_model.bin in it; "
-                          "point at the directory that holds the weights")  # fmt: skip
-    shutil.rmtree(model)
     expect_refused(
-        model, "{m}: no such directory; check the path, or give a Hugging Face Hub id such as org/name"
+        model,
+        "{m}: no model.safetensors, no model.safetensors.index.json, no pytorch_model.bin in it; "
+        "point at the directory that holds the weights",
     )
+    shutil.rmtree(model)
+    expect_refused(model, "{m}: no such directory; check the path, or give a Hugging Face Hub id such as org/name")
     model.write_text("")
     expect_refused(model, "{m}: a file; needed is the directory of a checkpoint")
 
@@ -250,14 +282,20 @@ def test_no_weights_no_config(model):
 @pytest.mark.parametrize(
     "text, line",
     [
-        ("{", f"no valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)); {BAD_JSON}"),
+        (
+            "{",
+            f"no valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)); {BAD_JSON}",
+        ),
         ("3", "a JSON object is needed, found int"),
         ('{"a":' * 100_000, f"no valid JSON (nested too deeply); {BAD_JSON}"),
         ('{"x_config":' * 600 + "{}" + "}" * 600, f"nested more than 50 deep; {SOURCE}"),
-        ('{"x": "\\ud800"}', "no valid JSON ('utf-8' codec can't encode character '\\ud800' in position 7: "
-         f"surrogates not allowed); {BAD_JSON}"),
+        (
+            '{"x": "\\ud800"}',
+            "no valid JSON ('utf-8' codec can't encode character '\\ud800' in position 7: "
+            f"surrogates not allowed); {BAD_JSON}",
+        ),
     ],
-)  # fmt: skip
+)
 def test_config(model, text, line):
     (model / "config.json").write_text(text)
     expect_refused(model, f"{{m}}/config.json: {line}")
@@ -265,9 +303,7 @@ def test_config(model, text, line):
 
 def test_quantised(model):
     (model / "config.json").write_text('{"quantization_config": {"bits": 4}}')
-    expect_refused(
-        model, "{m}: config.json has a quantization_config; take an unquantised version of the model"
-    )
+    expect_refused(model, "{m}: config.json has a quantization_config; take an unquantised version of the model")
 
 
 # --- pickles --------------------------------------------------------------------------------------
@@ -308,23 +344,37 @@ BINS = {
     "cut": (GOOD[:700], f"{BIN}: no sound zip (File is not a zip file); it is cut short or damaged, {AGAIN}"),
     "compressed": (rezipped(GOOD, zipfile.ZIP_DEFLATED), f"{BIN}: its zip is compressed; {SAFE}"),
     "big-endian": (rezipped(GOOD, byteorder=b"big"), f"{BIN}: not in little-endian byte order; {SAFE}"),
-    "short record": (rezipped(GOOD, **{"0": bytes(100)}),
-                     f"tensor 'a' in {BIN}: the file does not hold its 800 bytes; {AGAIN}"),
+    "short record": (
+        rezipped(GOOD, **{"0": bytes(100)}),
+        f"tensor 'a' in {BIN}: the file does not hold its 800 bytes; {AGAIN}",
+    ),
     "a list": (saved([torch.ones(2)]), f"{BIN}: holds a list, needed is a state dict of tensors; {SAFE}"),
     "nested": (saved({"model": {}}), f"tensor 'model' in {BIN}: found dict, needed is a plain tensor; {SAFE}"),
     "numbered": (saved({1: torch.ones(2)}), f"{BIN}: 1 is no name of a tensor; {SAFE}"),
     "no Unicode": (saved({"\ud800": torch.ones(2)}), f"{BIN}: '\\ud800' is no name of a tensor; {SAFE}"),
-    "complex": (saved({"a": torch.ones(2, dtype=torch.complex64)}),
-                f"tensor 'a' in {BIN}: found torch.complex64, torch.strided, needed is a plain tensor; {SAFE}"),
-    "sparse": (saved({"a": torch.eye(2).to_sparse()}),
-               f"tensor 'a' in {BIN}: found torch.float32, torch.sparse_coo, needed is a plain tensor; {SAFE}"),
-    "transposed": (saved({"a": torch.ones(3, 4).t()}), f"tensor 'a' in {BIN}: a view with strides (1, 4), needed is row-major; "
-                   "load the model and save it as safetensors"),
-    "negated": (saved({"a": torch.ones(3)._neg_view()}), f"tensor 'a' in {BIN}: a view with strides (1,), needed is row-major; "
-                "load the model and save it as safetensors"),
-    "nowhere": (saved({"a": torch.ones(2, device="meta")}),
-                f"tensor 'a' in {BIN}: the file does not hold its 8 bytes; {AGAIN}"),
-}  # fmt: skip
+    "complex": (
+        saved({"a": torch.ones(2, dtype=torch.complex64)}),
+        f"tensor 'a' in {BIN}: found torch.complex64, torch.strided, needed is a plain tensor; {SAFE}",
+    ),
+    "sparse": (
+        saved({"a": torch.eye(2).to_sparse()}),
+        f"tensor 'a' in {BIN}: found torch.float32, torch.sparse_coo, needed is a plain tensor; {SAFE}",
+    ),
+    "transposed": (
+        saved({"a": torch.ones(3, 4).t()}),
+        f"tensor 'a' in {BIN}: a view with strides (1, 4), needed is row-major; "
+        "load the model and save it as safetensors",
+    ),
+    "negated": (
+        saved({"a": torch.ones(3)._neg_view()}),
+        f"tensor 'a' in {BIN}: a view with strides (1,), needed is row-major; "
+        "load the model and save it as safetensors",
+    ),
+    "nowhere": (
+        saved({"a": torch.ones(2, device="meta")}),
+        f"tensor 'a' in {BIN}: the file does not hold its 8 bytes; {AGAIN}",
+    ),
+}
 
 
 @pytest.mark.parametrize("content, line", BINS.values(), ids=BINS)
@@ -349,15 +399,24 @@ def test_code_in_a_pickle_is_never_run(model):
         assert str(model / "pytorch_model.bin") in line and line.endswith(SAFE)
         assert not witness.exists()
     (model / "pytorch_model.bin").write_bytes(saved(state_dict))
-    expect_refused(model, f"{BIN}: not readable as plain tensors (it asks to run posix.mkdir, and nothing in a "
-                          f"checkpoint is run); {SAFE}")  # fmt: skip
+    expect_refused(
+        model,
+        f"{BIN}: not readable as plain tensors (it asks to run posix.mkdir, and nothing in a "
+        f"checkpoint is run); {SAFE}",
+    )
 
 
 def test_views_in_a_bin_are_read_as_torch_reads_them(tmp_path):
     """Slices of one storage, shared tensors, parameters, scalars and empty tensors."""
     whole = torch.arange(10.0)
-    tensors = {"a": whole[3:5], "b": whole.view(2, 5)[1], "c": whole, "d": torch.tensor(2.0), "e": torch.ones(0, 3),
-               "f": torch.nn.Parameter(torch.ones(2))}  # fmt: skip
+    tensors = {
+        "a": whole[3:5],
+        "b": whole.view(2, 5)[1],
+        "c": whole,
+        "d": torch.tensor(2.0),
+        "e": torch.ones(0, 3),
+        "f": torch.nn.Parameter(torch.ones(2)),
+    }
     write(tmp_path / "model", tensors, suffix=".bin")
     run("convert", "--model_path", tmp_path / "model", "--save_path", tmp_path / "out", "--dtype", "float32")
     out = load(tmp_path / "out")

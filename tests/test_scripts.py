@@ -59,8 +59,9 @@ def expected_pruned(base: dict, vectors: list[dict], save_format="model", tied=T
     """What prune writes for each vector; with `tied` a head draws random masks under the embedding's name."""
     rescale = flags.pop("rescale", False)
     embedding = next(name for name in base if name.endswith(("embed_tokens.weight", "wte.weight")))
-    scale = oracle.scale_of(flags.get("method", "nm"), flags.get("n", 64), flags.get("m", 256),
-                            flags.get("sparsity_level", 0.75), rescale)  # fmt: skip
+    scale = oracle.scale_of(
+        flags.get("method", "nm"), flags.get("n", 64), flags.get("m", 256), flags.get("sparsity_level", 0.75), rescale
+    )
     out = [{} for _ in vectors]
     for name, tensor in base.items():
         if is_buffer(name, tensor):
@@ -101,8 +102,17 @@ def zoos(tmp_path_factory) -> dict[str, Path]:
             "3KB",
         )
         for name in "ab":
-            run("extract", "--finetuned_model_path", folder / name, "--base_model_path", folder / "half",
-                "--save_path", folder / f"v{name}", "--max_shard_size", "2KB" if name == "a" else "5GB")  # fmt: skip
+            run(
+                "extract",
+                "--finetuned_model_path",
+                folder / name,
+                "--base_model_path",
+                folder / "half",
+                "--save_path",
+                folder / f"v{name}",
+                "--max_shard_size",
+                "2KB" if name == "a" else "5GB",
+            )
     return folders
 
 
@@ -128,8 +138,20 @@ def test_convert_and_extract(zoos, kind):
 def test_prune(zoos, tmp_path, kind, method):
     """Two vectors, base + pruned vector in the base's dtype."""
     folder = zoos[kind]
-    run("prune", "--task_vector_path1", folder / "va", "--task_vector_path2", folder / "vb", "--save_directory1",
-        tmp_path / "pa", "--save_directory2", tmp_path / "pb", "--max_shard_size", "4KB", *METHODS[method])  # fmt: skip
+    run(
+        "prune",
+        "--task_vector_path1",
+        folder / "va",
+        "--task_vector_path2",
+        folder / "vb",
+        "--save_directory1",
+        tmp_path / "pa",
+        "--save_directory2",
+        tmp_path / "pb",
+        "--max_shard_size",
+        "4KB",
+        *METHODS[method],
+    )
     base, vectors = load(folder / "half"), [load(folder / "va"), load(folder / "vb")]
     want = expected_pruned(base, vectors, tied=kind != "mistral", **options(METHODS[method]))
     expect(tmp_path / "pa", want[0])
@@ -140,15 +162,36 @@ def test_three_vectors_mixed_dtypes_both_formats(zoos, tmp_path):
     """A base of two dtypes used as it is, vectors in bfloat16, three of them, as models and as vectors."""
     folder, vectors = zoos["qwen2"], []
     for name, source in (("1", "a"), ("2", "b"), ("3", "half")):
-        run("extract", "--finetuned_model_path", folder / source, "--base_model_path", folder / "base",
-            "--save_path", tmp_path / name, "--dtype", "bfloat16")  # fmt: skip
+        run(
+            "extract",
+            "--finetuned_model_path",
+            folder / source,
+            "--base_model_path",
+            folder / "base",
+            "--save_path",
+            tmp_path / name,
+            "--dtype",
+            "bfloat16",
+        )
         vectors.append(load(tmp_path / name))
     base = load(folder / "base")
     assert len({tensor.dtype for tensor in base.values()}) == 2
     for save_format in ("model", "task_vector"):
         outs = [tmp_path / f"{save_format}{i}" for i in range(3)]
-        run("prune", "--task_vector_paths", *(tmp_path / n for n in "123"), "--save_directories", *outs,
-            "--n", 1, "--m", 4, "--rescale", "--save_format", save_format)  # fmt: skip
+        run(
+            "prune",
+            "--task_vector_paths",
+            *(tmp_path / n for n in "123"),
+            "--save_directories",
+            *outs,
+            "--n",
+            1,
+            "--m",
+            4,
+            "--rescale",
+            "--save_format",
+            save_format,
+        )
         want = expected_pruned(base, vectors, save_format, n=1, m=4, rescale=True)
         for out, tensors in zip(outs, want, strict=True):
             expect(out, tensors)
@@ -160,8 +203,19 @@ def test_three_vectors_mixed_dtypes_both_formats(zoos, tmp_path):
 def test_a_pruned_vector_is_a_task_vector(zoos, tmp_path):
     """--save_format task_vector, then prune what came out, twice; the base is still found and verified."""
     folder = zoos["mistral"]
-    run("prune", "--task_vector_paths", folder / "va", "--save_directories", tmp_path / "once",
-        "--pruning_method", "magnitude", "--sparsity_level", 0.5, "--save_format", "task_vector")  # fmt: skip
+    run(
+        "prune",
+        "--task_vector_paths",
+        folder / "va",
+        "--save_directories",
+        tmp_path / "once",
+        "--pruning_method",
+        "magnitude",
+        "--sparsity_level",
+        0.5,
+        "--save_format",
+        "task_vector",
+    )
     run(
         "prune",
         "--task_vector_paths",
@@ -188,8 +242,17 @@ def test_other_dtypes(zoos, tmp_path, dtype):
     folder = zoos["gpt2"]
     run("convert", "--model_path", folder / "base", "--save_path", tmp_path / "base", "--dtype", dtype)
     for name in "ab":
-        run("extract", "--finetuned_model_path", folder / name, "--base_model_path", tmp_path / "base",
-            "--save_path", tmp_path / f"v{name}", "--dtype", dtype)  # fmt: skip
+        run(
+            "extract",
+            "--finetuned_model_path",
+            folder / name,
+            "--base_model_path",
+            tmp_path / "base",
+            "--save_path",
+            tmp_path / f"v{name}",
+            "--dtype",
+            dtype,
+        )
     run("prune", *prune_arguments(tmp_path))
     base = load(tmp_path / "base")
     vectors = [expected_vector(base, load(folder / name), getattr(torch, dtype)) for name in "ab"]
@@ -209,13 +272,20 @@ def test_layouts_do_not_change_a_bit(zoos, tmp_path):
             config = json.loads((folder / name / "config.json").read_text())
             write(here / name, load(folder / name), config, count, suffix)
         for name in "ab":
-            run("extract", "--finetuned_model_path", here / name, "--base_model_path", here / "base",
-                "--save_path", here / f"v{name}", "--max_shard_size", size)  # fmt: skip
+            run(
+                "extract",
+                "--finetuned_model_path",
+                here / name,
+                "--base_model_path",
+                here / "base",
+                "--save_path",
+                here / f"v{name}",
+                "--max_shard_size",
+                size,
+            )
         run("prune", *prune_arguments(here, "--max_shard_size", size, "--pruning_method", "random"))
         report = json.loads((here / "pa" / "prune_report.json").read_text())
-        reports.append(
-            {name: (entry["hash"], entry.get("kept")) for name, entry in report["tensors"].items()}
-        )
+        reports.append({name: (entry["hash"], entry.get("kept")) for name, entry in report["tensors"].items()})
         tensors.append({f"{n}/{k}": t for n in ("va", "pa", "pb") for k, t in load(here / n).items()})
     for other in tensors[1:]:
         assert all(oracle.same(other[name], tensors[0][name]) for name in tensors[0])
@@ -229,8 +299,16 @@ def test_layouts_do_not_change_a_bit(zoos, tmp_path):
 def test_tied_tensors_stay_tied(zoos, tmp_path, method):
     """A head that the base spells out and the fine-tuned models lack: bit-equal to the embedding in every output."""
     folder = zoos["gpt2"]
-    run("prune", "--task_vector_paths", folder / "va", folder / "vb", "--save_directories", tmp_path / "pa",
-        tmp_path / "pb", *METHODS[method])  # fmt: skip
+    run(
+        "prune",
+        "--task_vector_paths",
+        folder / "va",
+        folder / "vb",
+        "--save_directories",
+        tmp_path / "pa",
+        tmp_path / "pb",
+        *METHODS[method],
+    )
     for path in (folder / "half", folder / "va", tmp_path / "pa", tmp_path / "pb"):
         tensors = load(path)
         assert oracle.same(tensors["lm_head.weight"], tensors["transformer.wte.weight"])
@@ -247,12 +325,39 @@ def test_a_copy_of_the_base_with_or_without_its_tied_head(tmp_path, recorded, gi
     for name, tensors in (("with", spelled), ("without", bare), ("fine", fine)):
         write(tmp_path / name, tensors, config)
     for name in ("with", "without"):
-        run("extract", "--finetuned_model_path", tmp_path / "fine", "--base_model_path", tmp_path / name,
-            "--save_path", tmp_path / f"v_{name}")  # fmt: skip
-    run("prune", "--task_vector_paths", tmp_path / f"v_{recorded}", "--save_directories", tmp_path / "crossed",
-        "--n", 1, "--m", 4, "--base_model_path", tmp_path / given)  # fmt: skip
-    run("prune", "--task_vector_paths", tmp_path / f"v_{given}", "--save_directories", tmp_path / "straight",
-        "--n", 1, "--m", 4)  # fmt: skip
+        run(
+            "extract",
+            "--finetuned_model_path",
+            tmp_path / "fine",
+            "--base_model_path",
+            tmp_path / name,
+            "--save_path",
+            tmp_path / f"v_{name}",
+        )
+    run(
+        "prune",
+        "--task_vector_paths",
+        tmp_path / f"v_{recorded}",
+        "--save_directories",
+        tmp_path / "crossed",
+        "--n",
+        1,
+        "--m",
+        4,
+        "--base_model_path",
+        tmp_path / given,
+    )
+    run(
+        "prune",
+        "--task_vector_paths",
+        tmp_path / f"v_{given}",
+        "--save_directories",
+        tmp_path / "straight",
+        "--n",
+        1,
+        "--m",
+        4,
+    )
     expect(tmp_path / "crossed", load(tmp_path / "straight"))
 
 
@@ -284,8 +389,19 @@ def test_mergekit_merges_what_prune_wrote(zoos, tmp_path, kind):
     from mergekit.options import MergeOptions
 
     folder, weights = zoos[kind], (1.2, 0.9)
-    run("prune", "--task_vector_paths", folder / "va", folder / "vb", "--save_directories", tmp_path / "pa",
-        tmp_path / "pb", "--n", 1, "--m", 4)  # fmt: skip
+    run(
+        "prune",
+        "--task_vector_paths",
+        folder / "va",
+        folder / "vb",
+        "--save_directories",
+        tmp_path / "pa",
+        tmp_path / "pb",
+        "--n",
+        1,
+        "--m",
+        4,
+    )
     base, pruned = load(folder / "half"), [load(tmp_path / "pa"), load(tmp_path / "pb")]
     recipe = {
         "merge_method": "task_arithmetic",
@@ -301,9 +417,13 @@ def test_mergekit_merges_what_prune_wrote(zoos, tmp_path, kind):
     run_merge(MergeConfiguration.model_validate(recipe), str(tmp_path / "merged"), options)
     on_disk = load(tmp_path / "merged")
     in_memory = merge_state_dicts(
-        [base, *pruned], "task_arithmetic", base=0, parameters={"weight": weights},
-        dtype=torch.float32, out_dtype=torch.float16,
-    )  # fmt: skip
+        [base, *pruned],
+        "task_arithmetic",
+        base=0,
+        parameters={"weight": weights},
+        dtype=torch.float32,
+        out_dtype=torch.float16,
+    )
     off = touched = 0
     for name in on_disk.keys() - {n for n in base if is_buffer(n, base[n])}:
         exact = base[name].double()
@@ -327,8 +447,19 @@ def test_mergekit_merges_what_prune_wrote(zoos, tmp_path, kind):
 def test_report_figures(zoos, tmp_path):
     """Density, overlap, L2 share and evenness, recomputed from the oracle's masks for a tensor and in total."""
     folder, name = zoos["mistral"], "model.layers.0.mlp.up_proj.weight"
-    run("prune", "--task_vector_paths", folder / "va", folder / "vb", "--save_directories", tmp_path / "pa",
-        tmp_path / "pb", "--n", 200, "--m", 256)  # fmt: skip
+    run(
+        "prune",
+        "--task_vector_paths",
+        folder / "va",
+        folder / "vb",
+        "--save_directories",
+        tmp_path / "pa",
+        tmp_path / "pb",
+        "--n",
+        200,
+        "--m",
+        256,
+    )
     vectors = [load(folder / "va"), load(folder / "vb")]
     masks = np.array(oracle.masks([vector[name] for vector in vectors], name, n=200, m=256))
     report = json.loads((tmp_path / "pb" / "prune_report.json").read_text())
@@ -371,9 +502,7 @@ def test_overlap_is_zero_while_there_is_room(tmp_path):
     for i, out in enumerate(outs):
         report = json.loads((out / "prune_report.json").read_text())
         tails = [t for t in report["tensors"].values() if t["numel"] % 4]
-        assert all(
-            set(t["overlap"].values()) == {0.0} for t in report["tensors"].values() if t not in tails
-        ), i
+        assert all(set(t["overlap"].values()) == {0.0} for t in report["tensors"].values() if t not in tails), i
 
 
 # --- where models come from -----------------------------------------------------------------------
@@ -382,9 +511,12 @@ def test_overlap_is_zero_while_there_is_room(tmp_path):
 def test_convert_alone_offline(tmp_path):
     """`python convert_dtype.py` as printed in the README, without a network: one line, exit 1, nothing left."""
     done = subprocess.run(
-        [sys.executable, ROOT / "convert_dtype.py"], cwd=tmp_path, capture_output=True, text=True,
+        [sys.executable, ROOT / "convert_dtype.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")},
-    )  # fmt: skip
+    )
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith(

@@ -18,8 +18,18 @@ from common.headers import DTYPE_BYTES, read_file_header
 from common.plan import index_text, lay_out, partition, plan_shards
 
 # safetensors orders a file by dtype, widest first, in this order, then by name.
-TORCH = {"I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
-         "F16": torch.float16, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+TORCH = {
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
 TENSORS = st.dictionaries(
@@ -56,8 +66,7 @@ def test_a_converted_file_is_that_of_save_file(tmp_path, dtype):
     write(tmp_path / "model", tensors)
     run("convert", "--model_path", tmp_path / "model", "--save_path", tmp_path / "out", "--dtype", dtype)
     want = {
-        name: t if name == "position_ids" else oracle.convert(t, getattr(torch, dtype))
-        for name, t in tensors.items()
+        name: t if name == "position_ids" else oracle.convert(t, getattr(torch, dtype)) for name, t in tensors.items()
     }
     ours = load(tmp_path / "out")
     save_file({name: ours[name] for name in sorted(want)}, tmp_path / "theirs", metadata={"format": "pt"})
@@ -94,9 +103,7 @@ def test_shards_are_cut_and_named_as_the_hub_does(sizes):
         filename_pattern="model{suffix}.safetensors",
     )
     shards = plan_shards([(name, "U8", (size,)) for name, size in sizes.items()], 60)
-    assert {
-        shard.filename: [slot.name for slot in shard.slots] for shard in shards
-    } == theirs.filename_to_tensors
+    assert {shard.filename: [slot.name for slot in shard.slots] for shard in shards} == theirs.filename_to_tensors
     index = json.loads(index_text(shards))
     assert index["metadata"]["total_size"] == sum(sizes.values())
     assert index["weight_map"] == {s.name: shard.filename for shard in shards for s in shard.slots}
@@ -155,8 +162,15 @@ def test_transformers_loads_model_and_tokenizer(tmp_path):
     (tmp_path / "fine" / "chat_template.jinja").write_text("{{ messages }}")
     (tmp_path / "fine" / "modeling_evil.py").write_text("raise SystemExit('imported')")
     run("convert", "--model_path", base, "--save_path", tmp_path / "half", "--max_shard_size", "20KB")
-    run("extract", "--finetuned_model_path", tmp_path / "fine", "--base_model_path", tmp_path / "half",
-        "--save_path", tmp_path / "vector")  # fmt: skip
+    run(
+        "extract",
+        "--finetuned_model_path",
+        tmp_path / "fine",
+        "--base_model_path",
+        tmp_path / "half",
+        "--save_path",
+        tmp_path / "vector",
+    )
     run(
         "prune",
         "--task_vector_paths",

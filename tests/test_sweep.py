@@ -72,10 +72,7 @@ def asked(monkeypatch) -> list[str]:
         models.append(model)
         config = yaml.safe_load(Path(model, "mergekit_config.yml").read_text())
         weight = config["models"][0]["parameters"]["weight"]
-        scores = {
-            name: {"acc,none": 0.9 - abs(weight - PEAKS[name]), "acc_stderr,none": 0.01}
-            for name in tasks.names
-        }
+        scores = {name: {"acc,none": 0.9 - abs(weight - PEAKS[name]), "acc_stderr,none": 0.01} for name in tasks.names}
         empty = ("group_subtasks", "n-shot", "n-samples", "higher_is_better", "versions", "configs")
         return {"results": scores, **{key: {} for key in empty}}
 
@@ -105,17 +102,22 @@ def test_weights_go_where_the_recipe_has_them(here):
 
 
 def test_a_weight_for_all_models_is_swept_too(here):
-    write(here / "recipe.yml", {"merge_method": "task_arithmetic", "base_model": "./base", "parameters": {"weight": 1.0},
-                                "models": [{"model": "./wild"}, {"model": "./west"}]})  # fmt: skip
+    write(
+        here / "recipe.yml",
+        {
+            "merge_method": "task_arithmetic",
+            "base_model": "./base",
+            "parameters": {"weight": 1.0},
+            "models": [{"model": "./wild"}, {"model": "./west"}],
+        },
+    )
     assert with_weights(read_recipe("recipe.yml"), (0.5,)).config["parameters"] == {"weight": 0.5}
 
 
 def test_a_gradient_is_not_swept(here):
     models = [{"model": "./wild", "parameters": {"weight": [0.1, 0.9]}}]
     write(here / "recipe.yml", {**RECIPE, "models": models})
-    with pytest.raises(
-        DataError, match=r"recipe.yml: ./wild: weight is \[0.1, 0.9\]; a sweep needs one number there"
-    ):
+    with pytest.raises(DataError, match=r"recipe.yml: ./wild: weight is \[0.1, 0.9\]; a sweep needs one number there"):
         with_weights(read_recipe("recipe.yml"), (0.5,))
 
 
@@ -125,15 +127,15 @@ def test_weights_that_would_cancel_are_not_swept(here):
     changed = with_weights(read_recipe("recipe.yml"), (0.5,)).config
     assert changed["parameters"]["lambda"] == 0.5 and changed["models"] == RECIPE["models"]
     write(here / "recipe.yml", {**RECIPE, "merge_method": "ties"})
-    with pytest.raises(
-        DataError, match="divides by the sum of the weights, so equal weights cancel; set `normalize"
-    ):
+    with pytest.raises(DataError, match="divides by the sum of the weights, so equal weights cancel; set `normalize"):
         sweep("--weights", "0.5", "1")
 
 
 def test_a_recipe_without_weights_is_refused(here):
-    write(here / "recipe.yml", {"merge_method": "model_stock", "base_model": "./base",
-                                "models": [{"model": "./wild"}, {"model": "./west"}]})  # fmt: skip
+    write(
+        here / "recipe.yml",
+        {"merge_method": "model_stock", "base_model": "./base", "models": [{"model": "./wild"}, {"model": "./west"}]},
+    )
     with pytest.raises(DataError, match="recipe.yml: no model has a `weight` under its `parameters`"):
         sweep("--weights", "1")
     assert there(here) == set()
@@ -145,8 +147,15 @@ def test_a_recipe_without_weights_is_refused(here):
 def test_every_weight_is_scored_and_the_best_is_kept(here, asked, capsys):
     sweep("--weights", "0.3", "0.6", "0.9", "--name", "TA")
     assert asked == ["merged_weight_0.3", "merged_weight_0.6", "merged_weight_0.9"]
-    assert there(here) == {"merged", "results.json", "results_sweep.csv", "results_sweep.png",
-                           "results_weight_0.3.json", "results_weight_0.6.json", "results_weight_0.9.json"}  # fmt: skip
+    assert there(here) == {
+        "merged",
+        "results.json",
+        "results_sweep.csv",
+        "results_sweep.png",
+        "results_weight_0.3.json",
+        "results_weight_0.6.json",
+        "results_weight_0.9.json",
+    }
     config = yaml.safe_load((here / "merged" / "mergekit_config.yml").read_text())
     assert [model["parameters"]["weight"] for model in config["models"]] == [0.6, 0.6]
     summary = json.loads((here / "results.json").read_text())["summary"]
@@ -198,9 +207,7 @@ def test_chosen_on_some_tasks_reported_on_others(here, asked):
     chosen = document["summary"]["chosen"]
     assert chosen["on"] == ["colours"] and chosen["held_out"] is True
     assert [tried["average"] for tried in chosen["candidates"]] == pytest.approx([0.3, 0.6, 0.9])
-    assert (
-        document["provenance"]["tasks"] == ["shades", "tints"] and document["provenance"]["model"] == "merged"
-    )
+    assert document["provenance"]["tasks"] == ["shades", "tints"] and document["provenance"]["model"] == "merged"
 
 
 def test_report_on_names_what_is_reported(here, asked):
@@ -209,9 +216,13 @@ def test_report_on_names_what_is_reported(here, asked):
 
 
 def test_no_task_both_chooses_and_reports(here, asked):
-    for flags, line in [(["--choose_on", "colours", "--report_on", "col*"], "task 'colours' would choose the weight and "
-                         "report it; name what to report with --report_on"),
-                        (["--choose_on", *PEAKS], "all its tasks are in --choose_on; name others with --report_on")]:  # fmt: skip
+    for flags, line in [
+        (
+            ["--choose_on", "colours", "--report_on", "col*"],
+            "task 'colours' would choose the weight and report it; name what to report with --report_on",
+        ),
+        (["--choose_on", *PEAKS], "all its tasks are in --choose_on; name others with --report_on"),
+    ]:
         with pytest.raises(DataError) as error:
             sweep("--weights", "0.3", *flags)
         assert str(error.value) == f"eval.yml: {line}" and there(here) == set()
@@ -274,16 +285,12 @@ def test_scores_of_something_else_are_not_taken(here, asked, change):
         data[-1] ^= 1
         shard.write_bytes(data)
     elif change == "eval recipe":
-        write(
-            here / "eval.yml", {"include_path": "./tasks", "tasks": list(PEAKS), "batch_size": 4, "limit": 5}
-        )
+        write(here / "eval.yml", {"include_path": "./tasks", "tasks": list(PEAKS), "batch_size": 4, "limit": 5})
     else:
         path = here / "tasks" / ("colours.yaml" if change == "task" else "colours.jsonl")
         path.write_text(path.read_text().replace("the", "that") + "\n")
     (here / "results.json").unlink()
-    with pytest.raises(
-        DataError, match="results_weight_0.3.json: already there; give --overwrite to replace it"
-    ):
+    with pytest.raises(DataError, match="results_weight_0.3.json: already there; give --overwrite to replace it"):
         sweep("--weights", "0.3")
     sweep("--weights", "0.3", "--overwrite")
     assert len(asked) == 2
@@ -291,8 +298,21 @@ def test_scores_of_something_else_are_not_taken(here, asked, change):
 
 def test_killed_for_real_and_run_again(here):
     """kill -9 once the first scores are there, with lm-eval itself; then the same command finishes."""
-    command = [sys.executable, str(ROOT / "merge_and_evaluate_7b.py"), "--recipe", "recipe.yml", "--eval_recipe",
-               "eval.yml", "--save_path", "merged", "--weights", "0.3", "0.9", "--choose_on", "colours"]  # fmt: skip
+    command = [
+        sys.executable,
+        str(ROOT / "merge_and_evaluate_7b.py"),
+        "--recipe",
+        "recipe.yml",
+        "--eval_recipe",
+        "eval.yml",
+        "--save_path",
+        "merged",
+        "--weights",
+        "0.3",
+        "0.9",
+        "--choose_on",
+        "colours",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     first = here / "results_weight_0.3.json"
     while process.poll() is None and not first.is_file():

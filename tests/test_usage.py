@@ -79,9 +79,7 @@ def test_usage(capsys, flags, line):
 def test_usage_of_the_others(capsys):
     wrong = usage_error(capsys, "convert", "--dtype", "int8")
     assert wrong == "argument --dtype: invalid choice: 'int8' (choose from 'bfloat16', 'float16', 'float32')"
-    assert (
-        usage_error(capsys, "convert", "--model", "x", "--nonsense") == "unrecognized arguments: --nonsense"
-    )
+    assert usage_error(capsys, "convert", "--model", "x", "--nonsense") == "unrecognized arguments: --nonsense"
     assert usage_error(capsys, "extract", "--save_path", "x") == (
         "the following arguments are required: --finetuned_model_path, --base_model_path"
     )

@@ -35,7 +35,15 @@ def written(tmp_path_factory) -> Path:
     """A task vector, a pruned model in several files, a pruned task vector and a merged model."""
     folder = chain(tmp_path_factory.mktemp("verify"))
     run("prune", *prune_arguments(folder, "--max_shard_size", 300))
-    run("prune", "--task_vector_paths", folder / "va", "--save_directories", folder / "ta", "--save_format", "task_vector")  # fmt: skip
+    run(
+        "prune",
+        "--task_vector_paths",
+        folder / "va",
+        "--save_directories",
+        folder / "ta",
+        "--save_format",
+        "task_vector",
+    )
     merged = folder / "merged"
     shutil.copytree(folder / "pa", merged)
     (merged / "prune_report.json").unlink()
@@ -81,9 +89,7 @@ def test_what_was_written_is_sound(written, capsys):
     before = {kind: files(written / kind) for kind in KINDS}
     run("prune", "--verify", *(written / kind for kind in KINDS))
     lines = capsys.readouterr().out.splitlines()
-    assert lines == [
-        f"{written / kind}: 6 tensors, 0.000 GB, every byte of them as it was written" for kind in KINDS
-    ]
+    assert lines == [f"{written / kind}: 6 tensors, 0.000 GB, every byte of them as it was written" for kind in KINDS]
     assert {kind: files(written / kind) for kind in KINDS} == before
     assert sum(path.suffix == ".safetensors" for path in (written / "pa").iterdir()) > 1
 
@@ -98,9 +104,7 @@ def test_a_model_that_mergekit_merged_is_sound(models, tmp_path, capsys, monkeyp
     merge_and_evaluate_7b.main(["--verify", "merged"])
     assert capsys.readouterr().out.endswith("GB, every byte of them as it was written\n")
     path = flip(Path("merged"), "model.norm.weight")
-    assert refusal("merged").startswith(
-        f"tensor 'model.norm.weight' in {path}: not the bytes that merge_report"
-    )
+    assert refusal("merged").startswith(f"tensor 'model.norm.weight' in {path}: not the bytes that merge_report")
 
 
 # --- damaged --------------------------------------------------------------------------------------
@@ -197,10 +201,7 @@ def test_a_directory_without_record_or_weights_is_refused(written, tmp_path, cop
     )
     directory = copy("va")
     (directory / "model.safetensors").unlink()
-    assert (
-        refusal(directory)
-        == f"{directory}: no weights beside task_vector.json; write or copy the directory again"
-    )
+    assert refusal(directory) == f"{directory}: no weights beside task_vector.json; write or copy the directory again"
 
 
 DAMAGED = ["[]", "{}", '{"tensors": 1}', '{"tensors": {"model.norm.weight": {}}}', '{"tensors": {"a": [1]}}']

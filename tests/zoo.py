@@ -6,13 +6,25 @@ import torch
 from checkpoints import write
 
 MISTRAL = dict(
-    vocab_size=61, hidden_size=24, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=6, max_position_embeddings=16,
-)  # fmt: skip
+    vocab_size=61,
+    hidden_size=24,
+    intermediate_size=37,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+    max_position_embeddings=16,
+)
 QWEN2 = dict(
-    vocab_size=67, hidden_size=20, intermediate_size=31, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=16,
-)  # fmt: skip
+    vocab_size=67,
+    hidden_size=20,
+    intermediate_size=31,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+    max_position_embeddings=16,
+)
 GPT2 = dict(vocab_size=53, n_positions=9, n_embd=12, n_layer=2, n_head=4)
 
 
@@ -21,9 +33,7 @@ def _start(kind: str) -> tuple[dict, dict]:
     import transformers
 
     family = {"mistral": "Mistral", "qwen2": "Qwen2", "gpt2": "GPT2"}[kind]
-    config = getattr(transformers, f"{family}Config")(
-        **{"mistral": MISTRAL, "qwen2": QWEN2, "gpt2": GPT2}[kind]
-    )
+    config = getattr(transformers, f"{family}Config")(**{"mistral": MISTRAL, "qwen2": QWEN2, "gpt2": GPT2}[kind])
     torch.manual_seed(0)
     suffix = "LMHeadModel" if kind == "gpt2" else "ForCausalLM"
     model = getattr(transformers, family + suffix)(config)

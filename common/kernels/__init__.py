@@ -21,14 +21,30 @@ from common.kernels.arithmetic import (
     keep_vector,
     subtract,
     tally,
-)  # fmt: skip
+)
 from common.kernels.philox import draws, random_mask
 from common.kernels.ranking import MAGNITUDE_BITS, count_keys, keys_of, nm_mask, threshold_mask
 
 __all__ = [
-    "BITS_DTYPE", "BLOCK", "MAGNITUDE_BITS", "add_kept", "all_finite", "clamp", "convert", "count_keys", "draws",
-    "empty_masks", "keep_vector", "keys_of", "load", "nm_mask", "random_mask", "subtract", "tally", "threshold_mask",
-]  # fmt: skip
+    "BITS_DTYPE",
+    "BLOCK",
+    "MAGNITUDE_BITS",
+    "add_kept",
+    "all_finite",
+    "clamp",
+    "convert",
+    "count_keys",
+    "draws",
+    "empty_masks",
+    "keep_vector",
+    "keys_of",
+    "load",
+    "nm_mask",
+    "random_mask",
+    "subtract",
+    "tally",
+    "threshold_mask",
+]
 
 BLOCK = 1 << 18  # elements: with its inputs, masks and outputs a block stays in a core's L2 cache
 

@@ -26,9 +26,7 @@ def _philox(first, key0, key1, word0, word1, word2, word3):
     for i in range(word0.size):
         counter = np.uint64(first + np.uint64(i))
         c = counter & _LOW, counter >> _HALF, np.uint64(0), np.uint64(0)
-        c = _philox_round(
-            _philox_round(c, key0, key1, 0), key0, key1, 1
-        )  # unrolled, the loop over i vectorises
+        c = _philox_round(_philox_round(c, key0, key1, 0), key0, key1, 1)  # unrolled, the loop over i vectorises
         c = _philox_round(_philox_round(c, key0, key1, 2), key0, key1, 3)
         c = _philox_round(_philox_round(c, key0, key1, 4), key0, key1, 5)
         c = _philox_round(_philox_round(c, key0, key1, 6), key0, key1, 7)

@@ -77,9 +77,7 @@ def _small_nm_kernel(key_dtype, magnitude_bits, levels, m):
             runs, earlier = bits[start : start + span], taken[start : start + span]
             for r in range(_SIDE_BY_SIDE):
                 for i in range(m):
-                    keys[i, r] = _key(
-                        runs[r * m + i], earlier[r * m + i], magnitude, as_key, magnitude_bits, levels
-                    )
+                    keys[i, r] = _key(runs[r * m + i], earlier[r * m + i], magnitude, as_key, magnitude_bits, levels)
             _keep_largest_of_each(keys, n, key_bits, thresholds, counts, columns)
             kept = mask[start : start + span]
             for r in range(_SIDE_BY_SIDE):
@@ -113,9 +111,7 @@ def nm_mask(mask, bits, dtype, taken, levels, n, m) -> None:
         kernel(bits[:done], taken[:done], n, mask[:done])
     if done < bits.size:
         key_dtype = "uint16" if MAGNITUDE_BITS[dtype] == 15 else "uint32"
-        nm_kernel(key_dtype, MAGNITUDE_BITS[dtype], min(levels, 1), m)(
-            bits[done:], taken[done:], n, mask[done:]
-        )
+        nm_kernel(key_dtype, MAGNITUDE_BITS[dtype], min(levels, 1), m)(bits[done:], taken[done:], n, mask[done:])
 
 
 # --- ranking in scopes larger than a block: count keys, then compare with a threshold -------------

@@ -125,9 +125,7 @@ def nm_kernel(key_dtype, magnitude_bits, levels, m):
 
     @njit(nogil=True, cache=True)
     def nm(bits, taken, n, mask):
-        keys = np.zeros(
-            (m + _LANES - 1) // _LANES * _LANES, as_key
-        )  # what is behind m stays 0: out of the question
+        keys = np.zeros((m + _LANES - 1) // _LANES * _LANES, as_key)  # what is behind m stays 0: out of the question
         guess, slope = np.int64(top >> 2), np.float32(8.0)
         full = bits.size // m * m
         for start in range(0, full, m):

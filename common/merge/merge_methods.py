@@ -55,9 +55,7 @@ def _code(tensor: torch.Tensor) -> str:
     return DTYPE_CODES[str(tensor.dtype).removeprefix("torch.")]
 
 
-def _vector(
-    group: TensorGroup, entry: TensorEntry, tuned: np.ndarray, base: np.ndarray, target: str
-) -> np.ndarray:
+def _vector(group: TensorGroup, entry: TensorEntry, tuned: np.ndarray, base: np.ndarray, target: str) -> np.ndarray:
     """A block of a task vector from blocks of both models, as extract_task_vector_7b.py forms it."""
     code, name = _code(group.base.tensor), group.metadata.name
     vector = np.empty(base.size, kernels.BITS_DTYPE[target])
@@ -194,9 +192,7 @@ def random(
     vector_dtype: VectorDtype = "float16",
 ) -> torch.Tensor:
     """Keep each position with probability `density`; with `rescale` what is kept is divided by it."""
-    pruning = Pruning(
-        "random", _as_by_sparsity(density), seed=seed, conflict_aware=conflict_aware, rescale=rescale
-    )
+    pruning = Pruning("random", _as_by_sparsity(density), seed=seed, conflict_aware=conflict_aware, rescale=rescale)
     return _pruned(group, weight, pruning, vector_dtype)
 
 

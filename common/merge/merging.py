@@ -62,9 +62,7 @@ def _maker(path: str) -> str:
     """What writes a directory of the README's chain, judged by its name."""
     name = Path(path).name
     if name.startswith("pruned_vector"):
-        return (
-            "run prune_task_vector_7b.py first (README, 'Sparsification of Task Vectors'), or mend the path"
-        )
+        return "run prune_task_vector_7b.py first (README, 'Sparsification of Task Vectors'), or mend the path"
     if name.endswith("float16"):
         return "run convert_dtype.py first (README, 'Convert dtype'), or mend the path"
     return "download it there, or mend the path"
@@ -163,9 +161,7 @@ def _run_mergekit(merge_plan: MergePlan, directory: Path, settings: MergeSetting
         copy_tokenizer=any(recipe.config.get(key) for key in TOKEN_KEYS),
     )
     try:
-        run_merge(
-            MergeConfiguration.model_validate(_local_config(merge_plan)), str(directory), options, recipe.text
-        )
+        run_merge(MergeConfiguration.model_validate(_local_config(merge_plan)), str(directory), options, recipe.text)
     except DataError:
         raise
     except Exception as error:  # mergekit raises many types, and all mean the same to the user
@@ -212,9 +208,7 @@ def check_merged(directory: Path, recipe: Recipe) -> dict[str, str]:
 def _name_card(directory: Path, name: str) -> None:
     """mergekit's model card takes its title from the directory it wrote to."""
     card = directory / "README.md"
-    card.write_text(
-        card.read_text(encoding="utf-8").replace(f"# {directory.name}", f"# {name}", 1), encoding="utf-8"
-    )
+    card.write_text(card.read_text(encoding="utf-8").replace(f"# {directory.name}", f"# {name}", 1), encoding="utf-8")
 
 
 def _add_tokenizer(directory: Path, merge_plan: MergePlan) -> None:

@@ -36,9 +36,7 @@ def read_yaml(path: str) -> tuple[str, dict]:
         text = Path(path).read_text(encoding="utf-8")
         value = yaml.safe_load(text)
     except FileNotFoundError:
-        raise DataError(
-            f"{path}: no such recipe; the ones that come with this collection are in recipes/"
-        ) from None
+        raise DataError(f"{path}: no such recipe; the ones that come with this collection are in recipes/") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{path}: no valid YAML ({reason:.160}); mend the recipe") from None
@@ -229,14 +227,8 @@ def _check_counts(path: str, method, holders: list[tuple[str, dict, bool]]) -> N
     for where, parameters, _ in models:
         n, m = ({**defaults, **shared, **parameters}[name] for name in ("n", "m"))
         for name, setting in (("n", n), ("m", m)):
-            if (
-                isinstance(setting, list)
-                and len(setting) > 1
-                and not any(isinstance(item, dict) for item in setting)
-            ):
-                raise DataError(
-                    f"{path}: {where}: {name} is the gradient {setting!r:.60}, needed is one whole number"
-                )
+            if isinstance(setting, list) and len(setting) > 1 and not any(isinstance(item, dict) for item in setting):
+                raise DataError(f"{path}: {where}: {name} is the gradient {setting!r:.60}, needed is one whole number")
         if max(_scalars(n)) > min(_scalars(m)):
             raise DataError(
                 f"{path}: {where}: n is {max(_scalars(n))} and m is {min(_scalars(m))}; cabs keeps n of every "
@@ -273,8 +265,7 @@ def check_method(path: str, config: dict) -> None:
     shared = config.get("parameters") or {}
     holders = [("parameters", shared, False)]
     holders += [
-        (f"model {_path_of(entry.get('model'))}", entry.get("parameters") or {}, True)
-        for entry in entries(config)
+        (f"model {_path_of(entry.get('model'))}", entry.get("parameters") or {}, True) for entry in entries(config)
     ]
     for where, parameters, per_model in holders:
         _check_names(path, method, where, parameters, per_model)
@@ -283,9 +274,7 @@ def check_method(path: str, config: dict) -> None:
     for where, parameters, _ in holders[1:]:
         missing = [name for name in needed if parameters.get(name) in (None, [])]
         if missing and config.get("models") and where != f"model {_path_of(config.get('base_model'))}":
-            raise DataError(
-                f"{path}: {where} has no {missing[0]}; merge_method {method.spec.name} needs one per model"
-            )
+            raise DataError(f"{path}: {where} has no {missing[0]}; merge_method {method.spec.name} needs one per model")
     if method.spec.name == "cabs":
         _check_counts(path, method, holders)
 

@@ -64,10 +64,7 @@ def best_value(rows: list[Row], column: str, shared: list[str]) -> float | None:
     values = [value for row in rows if (value := cell(row, column, shared)[0]) is not None]
     looked_at = shared if column == AVERAGE else [column]
     less = any(
-        row.tasks[task].get("higher_is_better") is False
-        for row in rows
-        for task in looked_at
-        if task in row.tasks
+        row.tasks[task].get("higher_is_better") is False for row in rows for task in looked_at if task in row.tasks
     )
     return (min if less else max)(values, default=None)
 
@@ -99,9 +96,7 @@ def _differences(rows: list[Row], what: str, of) -> list[str]:
     found = [of(row) for row in rows]
     if None in found or len({str(value) for value in found}) == 1:
         return []
-    return [
-        f"{what} differ: " + ", ".join(f"{row.name} {value}" for row, value in zip(rows, found, strict=True))
-    ]
+    return [f"{what} differ: " + ", ".join(f"{row.name} {value}" for row, value in zip(rows, found, strict=True))]
 
 
 def remarks(rows: list[Row]) -> list[str]:
@@ -141,9 +136,7 @@ def draw(rows: list[Row], path: Path) -> None:
         _draw_panel(axis, rows, name, shared)
     for axis in axes[len(names) :]:
         axis.set_visible(False)
-    figure.supxlabel(
-        "score (percent for accuracies), bars: one standard error, red: the best of a panel", fontsize=9
-    )
+    figure.supxlabel("score (percent for accuracies), bars: one standard error, red: the best of a panel", fontsize=9)
     save_figure(figure, path)
 
 

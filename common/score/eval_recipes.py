@@ -34,11 +34,7 @@ class EvalRecipe:
     @property
     def model_args(self) -> dict:
         """The recipe's model_args without `pretrained`, which is the model that is scored."""
-        return {
-            key: value
-            for key, value in _mapping(self.config.get("model_args")).items()
-            if key != "pretrained"
-        }
+        return {key: value for key, value in _mapping(self.config.get("model_args")).items() if key != "pretrained"}
 
     @property
     def metadata(self) -> dict:
@@ -65,9 +61,7 @@ def read_eval_recipe(path: str, device: str | None = None, batch_size: int | str
     try:
         evaluator_config(recipe, "model")
     except (ValueError, TypeError, AttributeError, ArithmeticError, OSError) as error:
-        raise DataError(
-            f"{path}: lm-eval refuses it: {' '.join(str(error).split()):.200}; mend the recipe"
-        ) from None
+        raise DataError(f"{path}: lm-eval refuses it: {' '.join(str(error).split()):.200}; mend the recipe") from None
     return recipe
 
 
@@ -116,17 +110,13 @@ def check_device(device: str | None) -> None:
         raise DataError(f"device {device!r} is none that torch knows; try cpu, cuda, cuda:0 or mps") from None
     there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if kind in there and index >= there[kind]:
-        raise DataError(
-            f"device {device!r} is not there: torch sees {there[kind]} of kind {kind}; try --device cpu"
-        )
+        raise DataError(f"device {device!r} is not there: torch sees {there[kind]} of kind {kind}; try --device cpu")
 
 
 def evaluator_config(recipe: EvalRecipe, model: str):
     """lm-eval's own EvaluatorConfig for scoring `model`, made as `lm_eval run --config` makes it."""
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
-    given = {
-        key: value for key, value in recipe.config.items() if key not in IGNORED_KEYS and value is not None
-    }
+    given = {key: value for key, value in recipe.config.items() if key not in IGNORED_KEYS and value is not None}
     given.update(model_args={**recipe.model_args, "pretrained": model}, output_path=".")
     return EvaluatorConfig(**given)._configure()

@@ -46,17 +46,13 @@ class Tasks:
 
     def only(self, names: list[str]) -> "Tasks":
         """The part of these tasks that `names` mean."""
-        return Tasks(
-            self.manager, list(dict.fromkeys(t for name in names for t in _matches(self.manager, name)))
-        )
+        return Tasks(self.manager, list(dict.fromkeys(t for name in names for t in _matches(self.manager, name))))
 
     @property
     def leaves(self) -> list[str]:
         """The tasks themselves, where `names` may be groups; YAML files stand for themselves."""
         index = self.manager.task_index
-        return [
-            leaf for name in self.names for leaf in (leaf_tasks(index, [name]) if name in index else [name])
-        ]
+        return [leaf for name in self.names for leaf in (leaf_tasks(index, [name]) if name in index else [name])]
 
 
 def find_tasks(recipe: EvalRecipe, names: list[str]) -> Tasks:
@@ -97,7 +93,5 @@ def task_files(recipe: EvalRecipe, tasks: Tasks) -> list[Path]:
     files = {path for path in Path(include).rglob("*") if path.is_file()} if include else set()
     index = tasks.manager.task_index
     for name in tasks.leaves:
-        files |= (
-            {Path(path) for path in _data_files(index[name].cfg or {})} if name in index else {Path(name)}
-        )
+        files |= {Path(path) for path in _data_files(index[name].cfg or {})} if name in index else {Path(name)}
     return sorted(path for path in files if "__pycache__" not in path.parts)

@@ -50,18 +50,24 @@ def draw_overview(documents: dict[Weights, dict], chosen: Weights, path: Path) -
 
 
 def _draw_lines(axis, places: list, summaries: list[dict]) -> None:
-    scale = (
-        100
-        if all(0 <= task["value"] <= 1 for summary in summaries for task in summary["tasks"].values())
-        else 1
-    )
+    scale = 100 if all(0 <= task["value"] <= 1 for summary in summaries for task in summary["tasks"].values()) else 1
     for task in summaries[0]["tasks"]:
         values = [scale * summary["tasks"][task]["value"] for summary in summaries]
         axis.plot(places, values, marker="o", markersize=3, linewidth=1, label=task)
     averages = [scale * summary["average"] for summary in summaries]
     errors = [scale * (summary["average_stderr"] or 0) for summary in summaries]
-    axis.errorbar(places, averages, yerr=errors, color="black", marker="o", markersize=5, linewidth=2.5, elinewidth=1,
-                  capsize=3, label="average ± standard error")  # fmt: skip
+    axis.errorbar(
+        places,
+        averages,
+        yerr=errors,
+        color="black",
+        marker="o",
+        markersize=5,
+        linewidth=2.5,
+        elinewidth=1,
+        capsize=3,
+        label="average ± standard error",
+    )
     axis.set_ylabel("score, percent" if scale == 100 else "score")
     axis.grid(alpha=0.3)
 
@@ -72,9 +78,5 @@ def write_overview(documents: dict[Weights, dict], chosen: Weights, output_path:
     listing, picture = stem.with_name(stem.name + "_sweep.csv"), stem.with_name(stem.name + "_sweep.png")
     write_file(listing, overview_csv(documents, chosen).encode())
     draw_overview(documents, chosen, picture)
-    print(
-        table(
-            [Row(label(weights), d["summary"], d["provenance"]) for weights, d in documents.items()], "weight"
-        )
-    )
+    print(table([Row(label(weights), d["summary"], d["provenance"]) for weights, d in documents.items()], "weight"))
     print(f"wrote {listing}\nwrote {picture}")

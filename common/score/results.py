@@ -57,9 +57,7 @@ def write_samples(path: Path, samples: dict) -> list[Path]:
     written = []
     for task, lines in samples.items():
         written.append(path.with_name(f"{path.stem}_samples_{task.replace('/', '_')}.jsonl"))
-        text = "".join(
-            json.dumps(line, default=handle_non_serializable, ensure_ascii=False) + "\n" for line in lines
-        )
+        text = "".join(json.dumps(line, default=handle_non_serializable, ensure_ascii=False) + "\n" for line in lines)
         write_file(written[-1], text.encode())
     return written
 
@@ -71,15 +69,11 @@ def read_results(path: str) -> dict:
     except FileNotFoundError:
         raise DataError(f"{path}: no such results file; --output_path of an earlier run is one") from None
     if not isinstance(document.get("results"), dict):
-        raise DataError(
-            f"{path}: has no `results`; needed is a file that merge_and_evaluate_7b.py or lm_eval wrote"
-        )
+        raise DataError(f"{path}: has no `results`; needed is a file that merge_and_evaluate_7b.py or lm_eval wrote")
     try:
         return document if "summary" in document else with_summary(document, Path(path).stem, {})
     except (KeyError, TypeError, AttributeError):
-        raise DataError(
-            f"{path}: its `results` are none that lm_eval writes; score the model again"
-        ) from None
+        raise DataError(f"{path}: its `results` are none that lm_eval writes; score the model again") from None
 
 
 def percent(value: float | None, stderr: float | None = None) -> str:

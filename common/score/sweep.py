@@ -55,9 +55,7 @@ class Sweep:
 
     @property
     def identity(self) -> str:
-        deciding = [
-            eval_identity(self.choosing.recipe, self.choosing.tasks, c.identity) for c in self.candidates
-        ]
+        deciding = [eval_identity(self.choosing.recipe, self.choosing.tasks, c.identity) for c in self.candidates]
         reported = self.reporting.tasks.names if self.reporting else []
         return text_hash(repr([deciding, reported]))
 
@@ -126,9 +124,7 @@ def check_outputs(sweep: Sweep, overwrite: bool) -> None:
 # --- run ------------------------------------------------------------------------------------------
 
 
-def merged_model(
-    sweep: Sweep, candidate: Candidate, digests: dict, settings: MergeSettings, overwrite: bool
-) -> Path:
+def merged_model(sweep: Sweep, candidate: Candidate, digests: dict, settings: MergeSettings, overwrite: bool) -> Path:
     """The directory that holds the candidate's model, merged now unless it is there from before."""
     for place in (candidate.merge.save_path, sweep.save_path):
         if merging.already_merged(place, candidate.identity):
@@ -149,9 +145,7 @@ def average_to_choose_by(document: dict, path: Path) -> float:
     return -summary["average"] if less_is_better else summary["average"]
 
 
-def score_candidates(
-    sweep: Sweep, digests: dict, settings: MergeSettings, keep_models: bool, overwrite: bool
-) -> dict:
+def score_candidates(sweep: Sweep, digests: dict, settings: MergeSettings, keep_models: bool, overwrite: bool) -> dict:
     """{candidate: document}; a candidate whose scores are there from before is neither merged nor scored."""
     documents, best, best_average = {}, None, -math.inf
     for number, candidate in enumerate(sweep.candidates, 1):
@@ -183,9 +177,7 @@ def score_candidates(
 
 def choose(documents: dict) -> Candidate:
     """The candidate with the best average; the first of several equal ones."""
-    return max(
-        documents, key=lambda candidate: average_to_choose_by(documents[candidate], candidate.results_path)
-    )
+    return max(documents, key=lambda candidate: average_to_choose_by(documents[candidate], candidate.results_path))
 
 
 def chosen_record(sweep: Sweep, documents: dict, winner: Candidate) -> dict:
@@ -220,9 +212,7 @@ def report_winner(sweep: Sweep, winner: Candidate, documents: dict) -> None:
     record = chosen_record(sweep, documents, winner)
     if sweep.reporting:
         model = replace(winner.model(sweep.name), path=str(sweep.save_path), name=sweep.name)
-        scoring.score_and_show(
-            sweep.reporting, model, sweep.output_path, weights=winner.weights, chosen=record
-        )
+        scoring.score_and_show(sweep.reporting, model, sweep.output_path, weights=winner.weights, chosen=record)
         return
     document = documents[winner]
     summary = {**document["summary"], "name": sweep.name, "chosen": record}
@@ -244,12 +234,8 @@ def run(sweep: Sweep, digests: dict, settings: MergeSettings, keep_models: bool,
         report_winner(sweep, winner, documents)
     scored = {candidate.weights: document for candidate, document in documents.items()}
     write_overview(scored, winner.weights, sweep.output_path)
-    print(
-        f"chosen: weight {label(winner.weights)}, by the average of {', '.join(sweep.choosing.tasks.names)}"
-    )
+    print(f"chosen: weight {label(winner.weights)}, by the average of {', '.join(sweep.choosing.tasks.names)}")
     if not sweep.reporting and len(documents) > 1:
-        print(
-            "These are the tasks it is reported on as well, which flatters it; --choose_on keeps them apart."
-        )
+        print("These are the tasks it is reported on as well, which flatters it; --choose_on keeps them apart.")
     for path in (sweep.output_path, sweep.save_path):
         print(f"wrote {path}")

@@ -121,20 +121,15 @@ def make_models(folder: Path, seed: int, base_epochs: int = 12, epochs: int = 16
         pool.submit(make_base, base, sum(sentences.values(), []), base_epochs, seed).result()
         print(f"{base}: trained on both topics, after {time.monotonic() - began:.0f} s", flush=True)
         for training in [
-            pool.submit(fine_tune, base, folder / topic, sentences[topic], epochs, seed)
-            for topic in RELATIONS
+            pool.submit(fine_tune, base, folder / topic, sentences[topic], epochs, seed) for topic in RELATIONS
         ]:
             training.result()
     for topic in RELATIONS:
-        print(
-            f"{folder / topic}: the base, trained further on {topic}, after {time.monotonic() - began:.0f} s"
-        )
+        print(f"{folder / topic}: the base, trained further on {topic}, after {time.monotonic() - began:.0f} s")
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--save_path",
         type=Path,
