@@ -13,14 +13,16 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from common.checkpoint import Checkpoint, config_with_dtype, copy_companions, open_checkpoint
-from common.cli import add_output_flags, run_and_leave
+from common.cli import add_output_flags
 from common.errors import DataError
-from common.headers import DTYPE_CODES
-from common.plan import check_floats, check_places, plan_shards
-from common.run import Job, describe, execute, input_files
-from common.sink import Output
-from common.stream import Task, Worker, blocks, copy_tensor, new_hash, not_finite
+from common.exits import run_and_leave
+from common.shards.checkpoint import Checkpoint, config_with_dtype, copy_companions, open_checkpoint
+from common.shards.headers import DTYPE_CODES
+from common.shards.job import Job, describe, execute, input_files
+from common.shards.layout import Output, plan_shards
+from common.shards.matching import check_floats
+from common.shards.places import check_places
+from common.shards.stream import Task, Worker, blocks, copy_tensor, new_hash, not_finite
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -57,7 +59,7 @@ def convert_tensor(task: Task, worker: Worker, dtype: str) -> list[dict]:
 
     What overflows is clamped here, and refused in complete() unless that was asked for.
     """
-    from common import kernels
+    from common.pruners import kernels
 
     source, digest = task.inputs[0], new_hash()
     changed = zeroed = 0

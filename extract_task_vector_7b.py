@@ -18,15 +18,17 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from common.checkpoint import Checkpoint, config_with_dtype, copy_companions, open_checkpoint
-from common.cli import add_output_flags, run_and_leave
+from common.cli import add_output_flags
 from common.errors import DataError
-from common.headers import DTYPE_CODES, Tensor
-from common.plan import check_floats, check_places, match, must_be_equal, plan_shards
-from common.run import Job, describe, execute, input_files
-from common.sink import Output
-from common.stream import Task, Worker, blocks, copy_tensor, new_hash, not_finite, same_bytes
-from common.task_vector import config_notes, write_task_vector_json
+from common.exits import run_and_leave
+from common.shards.checkpoint import Checkpoint, config_with_dtype, copy_companions, open_checkpoint
+from common.shards.headers import DTYPE_CODES, Tensor
+from common.shards.job import Job, describe, execute, input_files
+from common.shards.layout import Output, plan_shards
+from common.shards.matching import check_floats, match, must_be_equal
+from common.shards.places import check_places
+from common.shards.stream import Task, Worker, blocks, copy_tensor, new_hash, not_finite, same_bytes
+from common.shards.task_vector import config_notes, write_task_vector_json
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -56,7 +58,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def extract_tensor(task: Task, worker: Worker, dtype: str) -> list[dict]:
     """Subtract one tensor; its record has the hashes of the base's bytes and of the vector's."""
-    from common import kernels
+    from common.pruners import kernels
 
     finetuned, base = task.inputs
     base_hash, vector_hash, differs = new_hash(), new_hash(), 0
@@ -74,7 +76,7 @@ def extract_tensor(task: Task, worker: Worker, dtype: str) -> list[dict]:
 
 def refuse_difference(finetuned: Tensor, left, base: Tensor, right, dtype: str) -> None:
     """Raise DataError for a difference that is not finite: an input is not, or it is too large."""
-    from common import kernels
+    from common.pruners import kernels
 
     for tensor, bits in ((finetuned, left), (base, right)):
         if not kernels.all_finite(bits, tensor.dtype):

@@ -40,8 +40,13 @@ import argparse
 from pathlib import Path
 
 from common import cli
-from common.checkpoint import open_checkpoint
-from common.merge.merging import (
+from common.exits import run
+from common.shards.checkpoint import open_checkpoint
+from common.shards.places import refuse_existing
+from common.shards.verify import verify
+from merge_and_evaluate.comparison import compare
+from merge_and_evaluate.eval_recipes import EvalRecipe, check_device, read_eval_recipe
+from merge_and_evaluate.merging import (
     REPORT_NAME,
     MergePlan,
     MergeSettings,
@@ -54,14 +59,10 @@ from common.merge.merging import (
     origin,
     plan_merge,
 )
-from common.merge.recipes import read_recipe, with_weights
-from common.score.comparison import compare
-from common.score.eval_recipes import EvalRecipe, check_device, read_eval_recipe
-from common.score.scoring import Model, check_one_process, check_tokenizer, score_and_show
-from common.score.sweep import Sweep, plan_candidates, plan_scorings, weight_choices
-from common.score.sweep import run as run_sweep
-from common.staging import refuse_existing
-from common.verify import verify
+from merge_and_evaluate.recipes import read_recipe, with_weights
+from merge_and_evaluate.scoring import Model, check_one_process, check_tokenizer, score_and_show
+from merge_and_evaluate.sweep import Sweep, plan_candidates, plan_scorings, weight_choices
+from merge_and_evaluate.sweep import run as run_sweep
 
 MERGE_DEFAULTS = {
     "recipe": "recipes/recipe.yml",
@@ -291,4 +292,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

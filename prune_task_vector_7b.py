@@ -33,21 +33,23 @@ from functools import partial
 from pathlib import Path
 
 from common import cli
-from common.checkpoint import Checkpoint, config_with_dtype, copy_companions
 from common.errors import DataError
-from common.headers import Tensor, read_json
-from common.heatmaps import draw, read_run
-from common.plan import check_floats, check_places, mask_names, match, plan_shards
-from common.prune_tensor import prune_tensor
-from common.pruners import Pruning
-from common.report import NAME as REPORT
-from common.report import build, table
-from common.run import Job, describe, execute, input_files
-from common.sink import Output
-from common.staging import write_json
-from common.stream import Task, Worker, copy_tensor
-from common.task_vector import TaskVector, open_base, open_vectors, write_pruned_vector_json
-from common.verify import verify
+from common.exits import run_and_leave
+from common.pruners.heatmaps import draw, read_run
+from common.pruners.prune_tensor import prune_tensor
+from common.pruners.pruning import Pruning
+from common.pruners.report import NAME as REPORT
+from common.pruners.report import build, table
+from common.shards.checkpoint import Checkpoint, config_with_dtype, copy_companions
+from common.shards.documents import read_json, write_json
+from common.shards.headers import Tensor
+from common.shards.job import Job, describe, execute, input_files
+from common.shards.layout import Output, plan_shards
+from common.shards.matching import check_floats, mask_names, match
+from common.shards.places import check_places
+from common.shards.stream import Task, Worker, copy_tensor
+from common.shards.task_vector import TaskVector, open_base, open_vectors, write_pruned_vector_json
+from common.shards.verify import verify
 
 USED_BY = {"n": ["nm"], "m": ["nm"], "sparsity_level": ["random", "magnitude"], "seed": ["random"]}
 DEFAULTS = {"n": 64, "m": 256, "sparsity_level": 0.75, "seed": 0}
@@ -176,10 +178,10 @@ def process(task: Task, worker: Worker, pruning, names, save_format, engine, vec
 def engine_for(device: str):
     """What does the arithmetic; `cuda` under torchrun is each process's own GPU. Raises DataError if it is not there."""
     if device == "cpu":
-        from common import kernels
+        from common.pruners import kernels
 
         return kernels
-    from common.torch_kernels import engine
+    from common.pruners.kernels.torch_engine import engine
 
     return engine(f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device)
 
@@ -296,4 +298,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_and_leave(main)
+    run_and_leave(main)

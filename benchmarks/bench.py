@@ -25,8 +25,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.make_checkpoints import model_bytes
-from common.cli import positive_int, run
-from common.plan import check_disk
+from common.cli import positive_int
+from common.exits import run
+from common.shards.places import check_disk
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS_ON_DISK = 5  # at most: base, 2 vectors, 2 outputs or copies
@@ -151,7 +152,7 @@ def measure_kernels() -> dict[str, float]:
     import torch
 
     from benchmarks.in_memory import nm_mask
-    from common import kernels
+    from common.pruners import kernels
 
     values = (np.random.default_rng(0).standard_normal(1 << 22) * 0.002).astype(np.float16)
     blocks = values.view(np.uint16).reshape(-1, kernels.BLOCK)
@@ -186,7 +187,7 @@ def measure_gpu() -> dict[str, float]:
 
     if not torch.cuda.is_available():
         return {}
-    from common.torch_kernels import nm_mask
+    from common.pruners.kernels.torch_engine import nm_mask
 
     bits = torch.randint(0, 0x7C00, (1 << 26,), dtype=torch.int16, device="cuda")
     mask = torch.empty_like(bits, dtype=torch.uint8)

@@ -16,8 +16,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.cli import positive_int, run
-from common.plan import index_text, plan_shards, tensor_bytes
+from common.cli import positive_int
+from common.exits import run
+from common.shards.layout import index_text, plan_shards, tensor_bytes
 
 HIDDEN, INTERMEDIATE, KEY_VALUE, VOCABULARY = 4096, 14336, 1024, 32000
 NAMES = ["base", "finetuned1", "finetuned2"]

@@ -1,13 +1,7 @@
-"""Command-line types, shared flags, exit codes."""
+"""Command-line types and shared flags."""
 
 import argparse
-import errno
 import math
-import os
-import signal
-import sys
-
-from common.errors import DataError
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -84,7 +78,7 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_verify_flag(group) -> None:
-    """--verify, of the scripts at the end of the chain; see common.verify."""
+    """--verify, of the scripts at the end of the chain; see common.shards.verify."""
     group.add_argument(
         "--verify",
         nargs="+",
@@ -95,7 +89,7 @@ def add_verify_flag(group) -> None:
 
 
 def add_plot_flags(group) -> None:
-    """The flags of the pictures of pruning; see common.heatmaps."""
+    """The flags of the pictures of pruning; see common.pruners.heatmaps."""
     group.add_argument(
         "--plot_path",
         type=picture,
@@ -142,49 +136,3 @@ def is_alone(parser: argparse.ArgumentParser, args: argparse.Namespace, flag: st
     if flag in given and clash:
         parser.error(f"--{flag} does not go with {', '.join('--' + name for name in clash)}")
     return flag in given
-
-
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" while writing {error.filename}" if error.filename else ""
-        return f"the disk is full{where}; free some space and run the same command again: it goes on from there"
-    if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror or error}; mend that and run the same command again"
-    return str(error)
-
-
-class Stopped(BaseException):
-    """SIGTERM arrived; like KeyboardInterrupt it must unwind through everything."""
-
-
-def _on_sigterm(_signal, _frame):
-    raise Stopped
-
-
-def run(main) -> None:
-    """Call main() and exit: 0 done, 1 bad data or environment in one line on stderr, 130/143 interrupted.
-
-    argparse itself exits with 2 on a usage error.
-    """
-    signal.signal(signal.SIGTERM, _on_sigterm)
-    try:
-        main()
-        sys.stdout.flush()
-    except (DataError, OSError) as error:
-        if isinstance(error, BrokenPipeError):
-            os._exit(1)
-        sys.exit(f"error: {_one_line(error)}")
-    except (KeyboardInterrupt, Stopped) as stop:
-        print(
-            "\ninterrupted; nothing half-written was published. The same command goes on from what is whole.",
-            file=sys.stderr,
-        )
-        sys.exit(130 if isinstance(stop, KeyboardInterrupt) else 143)
-
-
-def run_and_leave(main) -> None:
-    """run(), for a script that has nothing to tidy up: Python would take another 0.1 s to take itself apart."""
-    run(main)
-    sys.stderr.flush()
-    os._exit(0)

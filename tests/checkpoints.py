@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import common.cli
+import common.exits
 import convert_dtype
 import extract_task_vector_7b
 import prune_task_vector_7b
@@ -84,7 +84,7 @@ def run(script: str, *arguments) -> None:
 def refusal(script: str, *arguments) -> str:
     """The one line a script ends with on bad data, without "error: "; anything but that fails."""
     with pytest.raises(SystemExit) as stop:
-        common.cli.run(lambda: run(script, *arguments))
+        common.exits.run(lambda: run(script, *arguments))
     line = stop.value.code
     assert isinstance(line, str) and line.startswith("error: ") and "\n" not in line, line
     return line.removeprefix("error: ")

@@ -76,13 +76,13 @@ def child(request: dict, folder: str) -> None:
     """Run a script as __main__ would; never returns."""
     import checkpoints
 
-    import common.cli
+    import common.exits
 
     sys.stderr = open(Path(folder) / "stderr", "w")  # noqa: SIM115
     sys.stdout = open(Path(folder) / "stdout", "w")  # noqa: SIM115
     faults, status = Faults(request), 0
     try:
-        common.cli.run(lambda: checkpoints.run(request["script"], *request["arguments"]))
+        common.exits.run(lambda: checkpoints.run(request["script"], *request["arguments"]))
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else 1
         if isinstance(stop.code, str):
@@ -126,12 +126,12 @@ def main() -> None:
     import checkpoints
     from tqdm import tqdm
 
-    import common.direct
-    import common.kernels
+    import common.pruners.kernels
+    import common.shards.buffers
 
     # Small models, too, take several requests of several blocks.
-    common.direct.READ = common.direct.WRITE = 2 * common.direct.PAGE
-    common.kernels.BLOCK = 2048
+    common.shards.buffers.READ = common.shards.buffers.WRITE = 2 * common.shards.buffers.PAGE
+    common.pruners.kernels.BLOCK = 2048
     tqdm.monitor_interval = 0  # no thread of its own, which a fork would not take along
     sys.stdout, answers = sys.stderr, sys.stdout
     for line in sys.stdin:

@@ -8,7 +8,7 @@ import pytest
 
 import merge_and_evaluate_7b as script
 from common.errors import DataError
-from common.score.scores import summarize
+from merge_and_evaluate.scores import summarize
 
 TASKS = ("arc_challenge", "hellaswag", "winogrande")
 

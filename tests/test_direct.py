@@ -11,9 +11,11 @@ import torch
 from checkpoints import files, run, write
 from hypothesis import given, settings
 
-from common import direct, kernels, stream
-from common.direct import PAGE, File, Stage, Window, aligned
-from common.stream import Worker
+from common.pruners import kernels
+from common.shards import buffers, stream
+from common.shards.buffers import Stage, Window
+from common.shards.direct import PAGE, File, aligned
+from common.shards.stream import Worker
 
 SIZES = st.lists(st.integers(0, 5 * PAGE), min_size=1, max_size=8)
 
@@ -21,8 +23,8 @@ SIZES = st.lists(st.integers(0, 5 * PAGE), min_size=1, max_size=8)
 @pytest.fixture(autouse=True)
 def small_requests(monkeypatch):
     """Requests of three pages, so that small files need several."""
-    monkeypatch.setattr(direct, "READ", 3 * PAGE)
-    monkeypatch.setattr(direct, "WRITE", 3 * PAGE)
+    monkeypatch.setattr(buffers, "READ", 3 * PAGE)
+    monkeypatch.setattr(buffers, "WRITE", 3 * PAGE)
 
 
 def random_bytes(nbytes: int, seed: int = 0) -> np.ndarray:
@@ -83,7 +85,7 @@ def test_a_stage_holds_no_more_than_a_request(tmp_path):
     file.prepare(1 << 20)
     for at in range(0, 1 << 20, 1000):
         stage.room(file, at, min(1000, (1 << 20) - at))[:] = 1
-        assert stage._memory.nbytes <= direct.WRITE + 2 * PAGE
+        assert stage._memory.nbytes <= buffers.WRITE + 2 * PAGE
     file.close()
 
 

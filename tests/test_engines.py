@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from common import kernels
-from common.prune_tensor import Counts
-from common.pruners import Pruning, masks_by_block
-from common.torch_kernels import draws, engine
+from common.pruners import kernels
+from common.pruners.kernels.torch_engine import draws, engine
+from common.pruners.prune_tensor import Counts
+from common.pruners.pruning import Pruning, masks_by_block
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 BITS = {"F16": np.uint16, "BF16": np.uint16, "F32": np.uint32}

@@ -14,7 +14,7 @@ import torch
 from checkpoints import chain, files, prune_arguments, run, write
 from conftest import ROOT
 
-from common import sink, stream
+from common.shards import sink, stream
 
 SIZE = ["--max_shard_size", "300B"]  # several shards
 GOES_ON = "free some space and run the same command again: it goes on from there"
@@ -475,7 +475,8 @@ def test_torchrun_writes_the_same_bytes(jobs):
 ONE_IS_KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-from common import cli, sink
+from common.exits import run_and_leave
+from common.shards import sink
 from prune_task_vector_7b import main
 
 def killed(*_):
@@ -484,7 +485,7 @@ def killed(*_):
 if os.environ["RANK"] == "1" and not os.path.exists({flag!r}):
     open({flag!r}, "w").close()
     sink.Sink.finish_tensor = killed
-cli.run_and_leave(main)
+run_and_leave(main)
 """
 
 

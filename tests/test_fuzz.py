@@ -16,10 +16,11 @@ from checkpoints import write
 from hypothesis import HealthCheck, given, settings
 from safetensors.torch import save
 
-from common import bins, headers
-from common.checkpoint import config_with_dtype, open_checkpoint
 from common.errors import DataError
-from common.plan import check_floats, lay_out, match, plan_shards
+from common.shards import bins, headers
+from common.shards.checkpoint import config_with_dtype, open_checkpoint
+from common.shards.layout import lay_out, plan_shards
+from common.shards.matching import check_floats, match
 
 QUICK = 10.0  # seconds for one small file on a busy machine; it takes well under a millisecond
 EXAMPLES = 500

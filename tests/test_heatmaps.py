@@ -8,7 +8,7 @@ import pytest
 from checkpoints import chain, prune_arguments, refusal, run, usage_error
 from matplotlib.axes import Axes
 
-from common.heatmaps import Run, axes_of, colour_range, draw, matrix, method, read_run, run_labels
+from common.pruners.heatmaps import Run, axes_of, colour_range, draw, matrix, method, read_run, run_labels
 
 NAN = math.nan
 MAGNITUDE = ["--pruning_method", "magnitude"]

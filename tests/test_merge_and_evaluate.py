@@ -11,8 +11,8 @@ from conftest import ROOT, save_model, save_tasks
 
 import merge_and_evaluate_7b as script
 from common.errors import DataError
-from common.score.results import read_results
-from common.score.scores import mean_stderr, summarize
+from merge_and_evaluate.results import read_results
+from merge_and_evaluate.scores import mean_stderr, summarize
 
 RECIPE = {
     "merge_method": "task_arithmetic",
@@ -52,7 +52,7 @@ def merge(*flags: str) -> None:
 
 
 def load(directory) -> dict[str, np.ndarray]:
-    from common.headers import read_headers
+    from common.shards.headers import read_headers
 
     tensors = read_headers(directory)
     return {t.name: np.fromfile(t.path, np.float16, t.numel, offset=t.offset).reshape(t.shape) for t in tensors}
@@ -105,8 +105,8 @@ def test_merged_directory_is_whole(here):
     """transformers loads it, dtype and tokenizer included, and merge_report.json has every tensor's hash."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from common.hashing import tensor_hashes
-    from common.headers import read_headers
+    from common.shards.hashing import tensor_hashes
+    from common.shards.headers import read_headers
 
     merge("--max_shard_size", "20KB")
     assert (here / "merged" / "model.safetensors.index.json").is_file()
@@ -132,11 +132,11 @@ def test_a_relative_path_with_one_slash_works_offline(here):
 
 def test_a_hub_id_is_merged_from_its_download(here, monkeypatch):
     """mergekit gets the snapshot's directory, so that a cached model merges offline."""
-    import common.checkpoint
+    import common.shards.checkpoint
 
-    local = common.checkpoint.local_directory
+    local = common.shards.checkpoint.local_directory
     monkeypatch.setattr(
-        common.checkpoint, "local_directory", lambda path: local("west" if path == "org/west" else path)
+        common.shards.checkpoint, "local_directory", lambda path: local("west" if path == "org/west" else path)
     )
     models = [RECIPE["models"][0], {"model": "org/west", "parameters": {"weight": 0.7}}]
     write(here / "recipe.yml", {**RECIPE, "models": models})
@@ -274,9 +274,8 @@ def test_no_average_where_scores_are_missing_or_point_both_ways():
 
 def test_a_task_without_a_number_is_an_error(here, monkeypatch):
     """The document is kept, hours may be in it, but the run does not look like one that succeeded."""
-    import common.score.scoring
 
-    monkeypatch.setattr(common.score.scoring, "evaluate", lambda *_: document(colours={"acc,none": float("nan")}))
+    monkeypatch.setattr("merge_and_evaluate.scoring.evaluate", lambda *_: document(colours={"acc,none": float("nan")}))
     with pytest.raises(DataError, match="gave no number for task 'colours'"):
         script.main(["--eval_only", "--save_path", "west", "--eval_recipe", "eval.yml"])
     assert (here / "results.json").is_file()

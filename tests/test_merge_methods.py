@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import merge_and_evaluate_7b as script
 from common.errors import DataError
-from common.merge import merge_methods
+from merge_and_evaluate import merge_methods
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 

@@ -9,11 +9,12 @@ from test_engines import pruned, values
 from test_pruners import expect_oracle, tensor_of
 from test_pruners import values as tensors
 
-from common import kernels, passes
-from common import run as one_run
-from common.passes import Threshold, bracket, find_threshold
-from common.pruners import Pruning, masks_by_block
-from common.torch_kernels import engine
+from common.pruners import kernels
+from common.pruners import thresholds as passes
+from common.pruners.kernels.torch_engine import engine
+from common.pruners.pruning import Pruning, masks_by_block
+from common.pruners.thresholds import Threshold, bracket, find_threshold
+from common.shards import job as one_run
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from common import kernels
-from common.prune_tensor import Counts
-from common.pruners import Pruning, masks_by_block, random_key, scopes
+from common.pruners import kernels
+from common.pruners.prune_tensor import Counts
+from common.pruners.pruning import Pruning, masks_by_block, random_key, scopes
 
 INTEGERS = {"F16": torch.int16, "BF16": torch.int16, "F32": torch.int32}
 UNSIGNED = {"F16": np.uint16, "BF16": np.uint16, "F32": np.uint32}

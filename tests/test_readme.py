@@ -42,7 +42,7 @@ def fill_hub_cache(home: Path, model: Path) -> None:
 def workplace(tmp_path_factory) -> Path:
     """A copy of the repository with models/ as the README assumes it after the downloads."""
     place = tmp_path_factory.mktemp("clone")
-    for name in ("common", "recipes"):
+    for name in ("common", "merge_and_evaluate", "recipes"):
         shutil.copytree(ROOT / name, place / name)
     for script in ROOT.glob("*.py"):
         shutil.copy2(script, place)

@@ -11,7 +11,7 @@ import yaml
 from conftest import ROOT, save_model
 
 import merge_and_evaluate_7b
-from common.merge.recipes import model_paths, read_recipe
+from merge_and_evaluate.recipes import model_paths, read_recipe
 
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yml") if path.name != "open_llm_leaderboard.yml")
 LEADERBOARD = ROOT / "recipes" / "open_llm_leaderboard.yml"
@@ -135,8 +135,8 @@ def test_the_leaderboard_group_sets_the_shots(monkeypatch):
     """lm-eval's own TaskManager builds all 62 tasks offline; only the download of their data is left out."""
     from lm_eval.api.task import ConfigurableTask, TaskConfig
 
-    from common.score.eval_recipes import read_eval_recipe
-    from common.score.eval_tasks import find_tasks
+    from merge_and_evaluate.eval_recipes import read_eval_recipe
+    from merge_and_evaluate.eval_tasks import find_tasks
 
     def without_data(task, config, **_):
         task._config = TaskConfig(**{key: value for key, value in config.items() if key != "class"})

@@ -13,8 +13,8 @@ import torch
 from checkpoints import load, refusal, run, state, write
 from safetensors.torch import save_file
 
-from common import headers
-from common.headers import DTYPE_BYTES
+from common.shards import headers
+from common.shards.headers import DTYPE_BYTES
 
 KNOWN = ", ".join(DTYPE_BYTES)
 AGAIN = "download it again"

@@ -14,8 +14,8 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from hypothesis import given, settings
 from safetensors.torch import save, save_file
 
-from common.headers import DTYPE_BYTES, read_file_header
-from common.plan import index_text, lay_out, partition, plan_shards
+from common.shards.headers import DTYPE_BYTES, read_file_header
+from common.shards.layout import index_text, lay_out, partition, plan_shards
 
 # safetensors orders a file by dtype, widest first, in this order, then by name.
 TORCH = {

@@ -14,11 +14,11 @@ import pytest
 import yaml
 from conftest import ROOT, save_tasks
 
-import common.score.scoring
 import merge_and_evaluate_7b as script
 from common.errors import DataError
-from common.merge.recipes import read_recipe, with_weights
-from common.score.sweep import weight_choices
+from merge_and_evaluate import scoring
+from merge_and_evaluate.recipes import read_recipe, with_weights
+from merge_and_evaluate.sweep import weight_choices
 
 RECIPE = {
     "merge_method": "task_arithmetic",
@@ -76,7 +76,7 @@ def asked(monkeypatch) -> list[str]:
         empty = ("group_subtasks", "n-shot", "n-samples", "higher_is_better", "versions", "configs")
         return {"results": scores, **{key: {} for key in empty}}
 
-    monkeypatch.setattr(common.score.scoring, "evaluate", stand_in)
+    monkeypatch.setattr(scoring, "evaluate", stand_in)
     return models
 
 
@@ -240,18 +240,18 @@ def test_a_group_is_opened_to_see_what_is_in_it(here, asked):
 
 def test_an_interrupted_sweep_goes_on(here, asked, monkeypatch):
     """Stopped while the second model is scored: nothing is scored twice, and what comes out is the same."""
-    stand_in = common.score.scoring.evaluate
+    stand_in = scoring.evaluate
 
     def stops(recipe, model, tasks, identity):
         if model == "merged_weight_0.6":
             raise KeyboardInterrupt
         return stand_in(recipe, model, tasks, identity)
 
-    monkeypatch.setattr(common.score.scoring, "evaluate", stops)
+    monkeypatch.setattr(scoring, "evaluate", stops)
     with pytest.raises(KeyboardInterrupt):
         sweep("--weights", "0.3", "0.6", "0.9")
     assert there(here) == {"merged_weight_0.3", "merged_weight_0.6", "results_weight_0.3.json"}
-    monkeypatch.setattr(common.score.scoring, "evaluate", stand_in)
+    monkeypatch.setattr(scoring, "evaluate", stand_in)
     sweep("--weights", "0.3", "0.6", "0.9")
     assert asked == ["merged_weight_0.3", "merged_weight_0.6", "merged_weight_0.9"]
     assert "merged" in there(here) and not any(name.startswith("merged_") for name in there(here))

@@ -12,8 +12,8 @@ from checkpoints import refusal as prune_refusal
 from safetensors.torch import save_file
 
 import merge_and_evaluate_7b
-from common.cli import run as run_main
-from common.headers import read_headers
+from common.exits import run as run_main
+from common.shards.headers import read_headers
 
 KINDS = {
     "va": "task_vector.json",
@@ -148,7 +148,7 @@ def test_a_truncated_file_is_found(copy, kind):
 
 def test_a_file_cut_while_it_is_read_is_found(copy, monkeypatch):
     """The headers were sound when they were read."""
-    from common import verify
+    from common.shards import verify
 
     directory = copy("va")
     tensors, records = verify.open_directory(str(directory))

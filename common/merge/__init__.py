@@ -1,1 +1,0 @@
-"""Merging: recipes, mergekit, merge methods of ours."""

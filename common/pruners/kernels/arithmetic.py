@@ -1,0 +1,329 @@
+"""Values: convert, subtract, add what a mask keeps, count.
+
+Values are formed from bits where arithmetic is due: widened to float32 exactly, rounded back once, to nearest
+even.
+"""
+
+from functools import cache
+
+import numpy as np
+from llvmlite import ir
+
+from common.pruners.kernels.compiler import intrinsic, njit, types
+
+F16, BF16, F32 = 0, 1, 2
+_NAME = ("F16", "BF16", "F32")
+_KIND = {"F16": F16, "BF16": BF16, "F32": F32}
+BITS_DTYPE = {"F16": np.uint16, "BF16": np.uint16, "F32": np.uint32}
+# All bits below the sign; the least bits that are not finite; by kind. As uint32, because numba widens Python's
+# integers to 64 bits, which halves the lanes.
+_MAGNITUDE = (np.uint32(0x7FFF), np.uint32(0x7FFF), np.uint32(0x7FFFFFFF))
+_INFINITY = (np.uint32(0x7C00), np.uint32(0x7F80), np.uint32(0x7F800000))
+_CHUNK = 4096  # elements; see "pieces of an array"
+
+
+# --- bits to values and back --------------------------------------------------------------------
+
+
+@intrinsic
+def _float32_of_half(context, bits):
+    def codegen(_, builder, __, args):
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), codegen
+
+
+@intrinsic
+def _half_of_float32(context, value):
+    def codegen(_, builder, __, args):
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), codegen
+
+
+@intrinsic
+def _float32_of_bits(context, bits):
+    def codegen(_, builder, __, args):
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.uint32), codegen
+
+
+@intrinsic
+def _bits_of_float32(context, value):
+    def codegen(_, builder, __, args):
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.uint32(types.float32), codegen
+
+
+@njit(nogil=True, inline="always")
+def _value(bits, kind):
+    """Bits -> float32, exactly."""
+    if kind == F16:
+        return _float32_of_half(np.uint16(bits))
+    if kind == BF16:
+        return _float32_of_bits(np.uint32(bits) << np.uint32(16))
+    return _float32_of_bits(np.uint32(bits))
+
+
+@njit(nogil=True, inline="always")
+def _bits(value, kind):
+    """Float32 -> bits, rounded to nearest even; NaN stays NaN, whatever its payload."""
+    if kind == F16:
+        return np.uint32(_half_of_float32(value))
+    wide = _bits_of_float32(value)
+    if kind == BF16:
+        rounded = wide + np.uint32(0x7FFF) + ((wide >> np.uint32(16)) & np.uint32(1))
+        is_nan = np.uint32(wide & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+        return np.uint32(wide | np.uint32(0x400000) if is_nan else rounded) >> np.uint32(16)
+    return wide
+
+
+# --- pieces of an array ---------------------------------------------------------------------------
+# A kernel goes through its arrays in chunks that stay in the first-level cache, and over each chunk several times:
+# loops so simple that each vectorises. One call a block matters as well: threads take turns between calls.
+
+
+@njit(nogil=True, inline="always")
+def _largest(bits, kind):
+    """The largest magnitude, as bits: at least _INFINITY[kind] if one value is not finite."""
+    as_bits = bits.dtype.type
+    magnitude, most = as_bits(_MAGNITUDE[kind]), as_bits(0)
+    for i in range(bits.size):
+        most = max(most, as_bits(bits[i] & magnitude))
+    return np.uint32(most)
+
+
+@cache
+def _all_finite_kernel(kind):
+    @njit(nogil=True, cache=True)
+    def all_finite(bits):
+        return _largest(bits, kind) < _INFINITY[kind]
+
+    return all_finite
+
+
+def all_finite(bits, dtype) -> bool:
+    """Whether there is no NaN and no infinity among values of `dtype`."""
+    return _all_finite_kernel(_KIND[dtype])(bits)
+
+
+# --- convert and extract ------------------------------------------------------------------------
+
+
+@njit(nogil=True, inline="always")
+def _round_chunk(bits, source, out, target):
+    for i in range(bits.size):
+        out[i] = _bits(_value(bits[i], source), target)
+
+
+@njit(nogil=True, inline="always")
+def _changes_in_chunk(bits, source, out, target):
+    """(how many values differ, how many of those became zero)."""
+    changed, zeroed = np.uint32(0), np.uint32(0)
+    for i in range(bits.size):
+        value = _value(bits[i], source)
+        changed = np.uint32(changed + np.uint32(_value(out[i], target) != value))
+        zero = np.uint32(np.uint32(out[i] & _MAGNITUDE[target]) == np.uint32(0))
+        zeroed = np.uint32(zeroed + np.uint32(zero & np.uint32(value != np.float32(0))))
+    return changed, zeroed
+
+
+@cache
+def _convert_kernel(source, target):
+    @njit(nogil=True, cache=True)
+    def convert(bits, out):
+        changed, zeroed, most = 0, 0, np.uint32(0)
+        for start in range(0, bits.size, _CHUNK):
+            part, result = bits[start : start + _CHUNK], out[start : start + _CHUNK]
+            _round_chunk(part, source, result, target)
+            c, z = _changes_in_chunk(part, source, result, target)
+            changed, zeroed, most = changed + c, zeroed + z, max(most, _largest(result, target))
+        return changed, zeroed, most < _INFINITY[target]
+
+    return convert
+
+
+def convert(bits, source, out, target) -> tuple[int, int, bool]:
+    """out = values of dtype `source`, rounded to nearest even in dtype `target`; too large ones become infinite.
+
+    Returns (how many values changed, how many of those became zero, whether all of `out` is finite).
+    """
+    return _convert_kernel(_KIND[source], _KIND[target])(bits, out)
+
+
+def clamp(bits, dtype) -> None:
+    """In place: an infinity becomes the largest finite value of its sign."""
+    kind, as_bits = _KIND[dtype], BITS_DTYPE[dtype]
+    bits -= (bits & as_bits(_MAGNITUDE[kind])) == as_bits(_INFINITY[kind])
+
+
+@njit(nogil=True, inline="always")
+def _subtract_chunk(left, left_kind, right, right_kind, out, kind):
+    """out = left - right, both rounded to `kind` first -> how many are not zero."""
+    differs = np.uint32(0)
+    for i in range(left.size):
+        minuend = _value(_bits(_value(left[i], left_kind), kind), kind)
+        subtrahend = _value(_bits(_value(right[i], right_kind), kind), kind)
+        bits = _bits(minuend - subtrahend, kind)
+        out[i] = bits
+        differs = np.uint32(differs + np.uint32(np.uint32(bits & _MAGNITUDE[kind]) != np.uint32(0)))
+    return differs
+
+
+@cache
+def _subtract_kernel(left_kind, right_kind, kind):
+    @njit(nogil=True, cache=True)
+    def subtract(left, right, out):
+        differs, most = 0, np.uint32(0)
+        for start in range(0, left.size, _CHUNK):
+            part = slice(start, start + _CHUNK)
+            differs += _subtract_chunk(left[part], left_kind, right[part], right_kind, out[part], kind)
+            most = max(most, _largest(out[part], kind))
+        return differs, most < _INFINITY[kind]
+
+    return subtract
+
+
+def subtract(left, left_dtype, right, right_dtype, out, dtype) -> tuple[int, bool]:
+    """out = left - right: both rounded to `dtype`, subtracted in float32, rounded once to `dtype`.
+
+    Returns (how many differences are not zero, whether all of `out` is finite, and so the inputs).
+    """
+    return _subtract_kernel(_KIND[left_dtype], _KIND[right_dtype], _KIND[dtype])(left, right, out)
+
+
+# --- what the masks are applied to --------------------------------------------------------------
+
+
+@njit(nogil=True, inline="always")
+def _add_chunk(base, base_kind, vector, vector_kind, mask, scale, out):
+    for i in range(base.size):
+        total = _bits(_value(base[i], base_kind) + _value(vector[i], vector_kind) * scale, base_kind)
+        out[i] = np.uint32(total) if mask[i] else np.uint32(base[i])
+
+
+@cache
+def _add_kernel(base_kind, vector_kind):
+    @njit(nogil=True, cache=True)
+    def add(base, vector, mask, scale, out):
+        most = np.uint32(0)
+        for start in range(0, base.size, _CHUNK):
+            part = slice(start, start + _CHUNK)
+            _add_chunk(base[part], base_kind, vector[part], vector_kind, mask[part], scale, out[part])
+            most = max(most, _largest(out[part], base_kind))
+        return most < _INFINITY[base_kind]
+
+    return add
+
+
+def add_kept(out, base, base_dtype, vector, vector_dtype, mask, scale) -> bool:
+    """out = round(base + scale * vector) where mask keeps, in float32, rounded once; elsewhere base's own bits.
+
+    Returns whether all of it is finite, and so all of base.
+    """
+    return _add_kernel(_KIND[base_dtype], _KIND[vector_dtype])(base, vector, mask, np.float32(scale), out)
+
+
+@njit(nogil=True, inline="always")
+def _keep_chunk(vector, kind, mask, scale, out):
+    for i in range(vector.size):
+        scaled = _bits(_value(vector[i], kind) * scale, kind)
+        out[i] = np.uint32(scaled) if mask[i] else np.uint32(0)
+
+
+@cache
+def _keep_kernel(kind):
+    @njit(nogil=True, cache=True)
+    def keep(vector, mask, scale, out):
+        most = np.uint32(0)
+        for start in range(0, vector.size, _CHUNK):
+            part = slice(start, start + _CHUNK)
+            _keep_chunk(vector[part], kind, mask[part], scale, out[part])
+            most = max(most, _largest(out[part], kind))
+        return most < _INFINITY[kind]
+
+    return keep
+
+
+def keep_vector(out, vector, dtype, mask, scale) -> bool:
+    """out = round(scale * vector) where mask keeps, +0.0 elsewhere -> whether all of it is finite."""
+    return _keep_kernel(_KIND[dtype])(vector, mask, np.float32(scale), out)
+
+
+# --- what the report measures -------------------------------------------------------------------
+
+
+# Sums may be regrouped, which is what lets them vectorise; the report rounds to what does not depend on it.
+_REGROUP = {"reassoc", "contract"}
+
+
+@njit(nogil=True, inline="always")
+def _chunk_energy(vector, mask, kind, as_sum):
+    kept, every = as_sum(0), as_sum(0)
+    for i in range(vector.size):
+        value = as_sum(_value(vector[i], kind))
+        square = value * value
+        kept += square if mask[i] else as_sum(0)
+        every += square
+    return kept, every
+
+
+@njit(nogil=True, inline="always")
+def _count_both(left, right):
+    both = np.uint32(0)
+    for i in range(left.size):
+        both = np.uint32(both + np.uint32(left[i] & right[i]))
+    return both
+
+
+@njit(nogil=True, inline="always")
+def _tally_runs(mask, at, m, runs):
+    """Count what is kept in each whole run of m; `at` is where `mask` begins in its tensor."""
+    position = 0
+    while position < mask.size:
+        end = min(mask.size, position + m - (at + position) % m)
+        run, kept = mask[position:end], np.uint32(0)
+        for i in range(run.size):
+            kept = np.uint32(kept + np.uint32(run[i]))
+        runs[0] += kept
+        position = end
+        if (at + position) % m == 0:
+            runs[1] += 1
+            runs[2] += runs[0]
+            runs[3] += runs[0] * runs[0]
+            runs[0] = 0
+
+
+@cache
+def _tally_kernel(kind):
+    # Squares of float16 values stay far from float32's limits; each chunk's sums go to a float64.
+    as_sum = np.float32 if kind == F16 else np.float64
+
+    @njit(nogil=True, cache=True, fastmath=_REGROUP)
+    def tally(vector, masks, j, at, m, runs, energy, both):
+        most = np.uint32(0)
+        for start in range(0, vector.size, _CHUNK):
+            part, mask = vector[start : start + _CHUNK], masks[j][start : start + _CHUNK]
+            kept, every = _chunk_energy(part, mask, kind, as_sum)
+            energy[0] += kept
+            energy[1] += every
+            for i in range(j):
+                both[i] += _count_both(masks[i][start : start + _CHUNK], mask)
+            _tally_runs(mask, at + start, m, runs)
+            most = max(most, _largest(part, kind))
+        return most < _INFINITY[kind]
+
+    return tally
+
+
+def tally(vector, dtype, masks, j, at, m, counts) -> bool:
+    """Add one block of vector number j and its mask to `counts` -> whether all of the vector is finite.
+
+    masks: of every vector, uint8 [elements]. The block begins at element `at` of its tensor. counts, of vector j, in numpy:
+    runs, int64 [4]: kept so far in the open run of m, whole runs, the sum of their counts, the sum of their squares;
+    energy, float64 [2]: sum of squares of what is kept, of everything, good to about 6 digits;
+    both, int64 [vectors]: how many positions an earlier vector keeps as well.
+    """
+    return _tally_kernel(_KIND[dtype])(vector, tuple(masks), j, at, m, *counts)

@@ -1,0 +1,140 @@
+"""Runs of m, one after the other: keep the n largest of each.
+
+For an m so large that counting within a run vectorises (ranking.py has the kernel for small m). A key is magnitude
++ 1, or 0 for a position that is out of the question. Keys are compared LANES at a time: a comparison gives a word with
+a bit per key, and the processor counts a word's bits in one instruction.
+"""
+
+from functools import cache
+
+import numpy as np
+from llvmlite import ir
+
+from common.pruners.kernels.compiler import intrinsic, njit, types
+
+_LANES = 32
+
+
+@intrinsic
+def _how_many_reach(context, keys, start, threshold):
+    """Of the keys start:start + LANES, how many are at least `threshold`."""
+
+    def codegen(context, builder, signature, args):
+        key = context.get_value_type(signature.args[0].dtype)
+        lanes, word = ir.VectorType(key, _LANES), ir.IntType(32)
+        first = builder.gep(context.make_array(signature.args[0])(context, builder, args[0]).data, [args[1]])
+        values = builder.load(builder.bitcast(first, lanes.as_pointer()), align=key.width // 8)
+        nothing, everywhere = ir.Constant(lanes, ir.Undefined), ir.Constant(ir.VectorType(word, _LANES), None)
+        limit = builder.insert_element(nothing, args[2], ir.Constant(word, 0))
+        limits = builder.shuffle_vector(limit, nothing, everywhere)
+        reached = builder.bitcast(builder.icmp_unsigned(">=", values, limits), ir.IntType(_LANES))
+        return builder.zext(builder.ctpop(reached), ir.IntType(64))
+
+    return types.int64(keys, types.intp, keys.dtype), codegen
+
+
+@njit(nogil=True, inline="always")
+def _count(keys, size, threshold):
+    """How many of keys[:size] reach `threshold`, which is at least 1; those behind, up to a whole word, are 0."""
+    least, count = keys.dtype.type(threshold), np.int64(0)
+    for start in range(0, size, _LANES):
+        count += _how_many_reach(keys, start, least)
+    return count
+
+
+@njit(nogil=True, inline="always")
+def _find(keys, size, k, reached, top, guess, slope):
+    """The largest threshold that at least k keys reach, how many do (`reached` reach 1), and a better slope.
+
+    Secant steps from `guess`, where the last run's threshold was; `slope` is the distance in keys between
+    neighbours in rank. Halving takes over where steps leave the bracket or take too long, so any input ends.
+    """
+    low, high, at, tries = np.int64(1), top, guess, 0  # at least k reach low, fewer than k reach high
+    count = _count(keys, size, at)
+    while count != k:
+        if count > k:
+            low, reached = at, count
+        else:
+            high = at
+        if high - low == 1:
+            return low, reached, slope
+        new = at + np.int64(np.float32(count - k) * slope)
+        if not low < new < high or tries > 4:
+            new = (low + high) >> 1
+        after = _count(keys, size, new)
+        if tries == 0 and after != count:
+            slope += np.float32(0.125) * (np.float32(new - at) / np.float32(count - after) - slope)
+        at, count, tries = new, after, tries + 1
+    return at, k, slope
+
+
+@njit(nogil=True, inline="always")
+def _fill(keys, bits, taken, size, level, magnitude):
+    """Fill keys with the positions that `level` earlier vectors kept -> how many those are."""
+    as_key = keys.dtype.type
+    for i in range(size):
+        keys[i] = as_key(as_key(bits[i] & magnitude) + as_key(1)) if taken[i] == level else as_key(0)
+    return _count(keys, size, 1)
+
+
+@njit(nogil=True, inline="always")
+def _fill_with_best_level(keys, bits, taken, size, k, magnitude):
+    """Fill keys with the positions among which the k-th best is: those that the fewest earlier vectors kept.
+
+    Returns (how many vectors kept those, how many of k are left for them, how many they are).
+    """
+    level, left, count = np.uint8(0), k, _fill(keys, bits, taken, size, 0, magnitude)
+    while count < left:
+        left -= count
+        level += np.uint8(1)
+        count = _fill(keys, bits, taken, size, level, magnitude)
+    return level, left, count
+
+
+@njit(nogil=True, inline="always")
+def _keep_largest(keys, bits, taken, size, k, levels, magnitude, top, guess, slope, mask):
+    """mask = the k positions that rank first; returns threshold and slope, where the next run begins."""
+    as_key = keys.dtype.type
+    level, left, reached = np.uint8(0), k, np.int64(size)
+    if levels:
+        level, left, reached = _fill_with_best_level(keys, bits, taken, size, k, magnitude)
+    else:
+        for i in range(size):
+            keys[i] = as_key(as_key(bits[i] & magnitude) + as_key(1))
+    found, reached, slope = _find(keys, size, left, reached, top, guess, slope)
+    threshold = as_key(found)
+    for i in range(size):
+        mask[i] = keys[i] >= threshold
+    if level:
+        for i in range(size):
+            mask[i] |= taken[i] < level
+    last = size
+    for _ in range(reached - left):  # of those that tie at the threshold the last are too many
+        last -= 1
+        while last > 0 and keys[last] != threshold:
+            last -= 1
+        mask[last] = 0
+    return found, slope
+
+
+@cache
+def nm_kernel(key_dtype, magnitude_bits, levels, m):
+    """The kernel for this m: nm(bits, taken, n, mask). `levels` 0: `taken` is not read; else: it ranks first."""
+    as_key = np.dtype(key_dtype).type
+    magnitude, top = np.uint32((1 << magnitude_bits) - 1), 1 << magnitude_bits
+
+    @njit(nogil=True, cache=True)
+    def nm(bits, taken, n, mask):
+        keys = np.zeros((m + _LANES - 1) // _LANES * _LANES, as_key)  # what is behind m stays 0: out of the question
+        guess, slope = np.int64(top >> 2), np.float32(8.0)
+        full = bits.size // m * m
+        for start in range(0, full, m):
+            run, earlier, kept = bits[start : start + m], taken[start : start + m], mask[start : start + m]
+            guess, slope = _keep_largest(keys, run, earlier, m, n, levels, magnitude, top, guess, slope, kept)
+        rest = bits.size - full
+        if rest:
+            keys[:] = 0
+            k, run, earlier, kept = (n * rest + m - 1) // m, bits[full:], taken[full:], mask[full:]
+            _keep_largest(keys, run, earlier, rest, k, levels, magnitude, top, guess, slope, kept)
+
+    return nm

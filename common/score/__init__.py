@@ -1,1 +1,0 @@
-"""Scoring: lm-eval, results files, sweeps, comparisons."""

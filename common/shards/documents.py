@@ -1,0 +1,64 @@
+"""JSON files: read warily, written whole.
+
+They come from people one does not know, so their size, their depth and their names are bounded."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+from common.errors import DataError
+from common.shards.staging import write_file
+
+MAX_HEADER_BYTES = 25_000_000  # the largest public checkpoints have shards with headers of a few MB
+
+
+MAX_DEPTH = 50  # of objects and lists in a config.json; Python's own limit would be hit while writing it
+
+
+def parse_json(data: bytes, where: str):
+    """The value of one JSON text; a name that occurs twice in an object is refused, and text that is no Unicode."""
+
+    def unique(pairs):
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            double = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise DataError(f"{where}: the name {double!r:.80} occurs twice; download or write the file again")
+        return found
+
+    try:
+        text = data.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=unique)
+        if re.search(r"\\u[dD]", text):
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair could not be written again
+        return value
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise DataError(f"{where}: no valid JSON ({reason:.100}); download or write the file again") from None
+
+
+def _is_deeper(value, depth: int) -> bool:
+    """Whether objects and lists are nested more than `depth` deep: _is_deeper({"a": [1]}, 1) -> True."""
+    if not isinstance(value, dict | list):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return depth == 0 or any(_is_deeper(item, depth - 1) for item in inner)
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file of at most MAX_HEADER_BYTES, nested at most MAX_DEPTH deep."""
+    if path.stat().st_size > MAX_HEADER_BYTES:
+        raise DataError(
+            f"{path}: {path.stat().st_size} bytes, more than the {MAX_HEADER_BYTES} a JSON file here may have"
+        )
+    value = parse_json(path.read_bytes(), str(path))
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: a JSON object is needed, found {type(value).__name__}")
+    if _is_deeper(value, MAX_DEPTH):
+        raise DataError(f"{path}: nested more than {MAX_DEPTH} deep; get the checkpoint from a source you trust")
+    return value
+
+
+def write_json(path: Path, value, default=str) -> None:
+    """Write a value as indented JSON, whole or not at all."""
+    write_file(path, (json.dumps(value, indent=2, ensure_ascii=False, default=default) + "\n").encode())

@@ -1,0 +1,60 @@
+"""Hugging Face Hub ids to local directories."""
+
+import re
+from pathlib import Path
+
+from common.errors import DataError
+
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+PICKLED_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+CONFIGS_AND_TOKENIZER = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "task_vector.json",
+)
+NEVER = ("consolidated*", "*.py", "*/*")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+
+
+def download(hub_id: str) -> Path:
+    """The local snapshot of a Hub model: weights (.bin only where there is nothing else), configs, tokenizer.
+
+    Raises DataError where it cannot be had: no such model, no access, no network.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(
+            snapshot_download(hub_id, allow_patterns=[*WEIGHTS, *CONFIGS_AND_TOKENIZER], ignore_patterns=[*NEVER])
+        )
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(hub_id, allow_patterns=[*PICKLED_WEIGHTS], ignore_patterns=[*NEVER]))
+        return folder
+    except (LocalEntryNotFoundError, ConnectionError) as error:
+        reason = f"it is in no local cache and the Hub cannot be reached ({type(error).__name__})"
+    except (HFValidationError, OSError, ValueError) as error:
+        reason = f"the Hub answered: {str(error).strip().splitlines()[0]:.120}"
+    raise DataError(
+        f"{hub_id!r}: no such directory, and as a Hugging Face Hub id: {reason}; "
+        "check the path, or the id and the network"
+    )
+
+
+def local_directory(path: str) -> Path:
+    """A path that is a directory is that directory; otherwise `org/name` is a Hub id, downloaded."""
+    if Path(path).is_dir():
+        return Path(path)
+    if _HUB_ID.fullmatch(path) and not path.startswith("."):
+        return download(path)
+    if Path(path).exists():
+        raise DataError(f"{path}: a file; needed is the directory of a checkpoint")
+    raise DataError(f"{path}: no such directory; check the path, or give a Hugging Face Hub id such as org/name")

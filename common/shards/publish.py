@@ -1,0 +1,133 @@
+"""Claim, resume, publish, discard.
+
+A run writes to `<save_path>.part`. A shard is written under a temporary name, made durable, and renamed, with a
+record of its tensors (hashes, statistics) beside it under `.run/`. When every shard of every output is there, each
+directory is renamed to its final name. `.run/run.json` says which run a directory belongs to: the same command
+goes on from the last whole shard, any other is refused.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from common.errors import DataError
+from common.shards.layout import Output, index_text
+from common.shards.places import refuse_existing
+from common.shards.sink import RUN, record_path
+from common.shards.staging import lock, move, sync, write_file
+
+
+def _state(directory: Path) -> dict | None:
+    try:
+        return json.loads((directory / RUN / "run.json").read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}
+
+
+def difference(theirs: dict, ours: dict) -> str:
+    """What sets two runs apart, in one phrase: "seed 1 there, 2 here"."""
+    for key in [*ours, *theirs]:
+        if theirs.get(key) != ours.get(key):
+            if isinstance(theirs.get(key), dict) and isinstance(ours.get(key), dict):
+                return difference(theirs[key], ours[key])
+            return f"{key}: {theirs.get(key)!s:.60} there, {ours.get(key)!s:.60} here"
+    return "nothing"
+
+
+def unpublished(outputs: list[Output], identity: dict) -> list[Output]:
+    """The outputs that this very run, if it was stopped while it published, has yet to rename; else all of them.
+
+    Outputs are renamed in order, and the first one's record goes last: while it is there, the run is not over.
+    """
+    if not outputs[0].final.is_dir() or _state(outputs[0].final) != identity:
+        return outputs
+    return [output for output in outputs[1:] if output.part.is_dir() or not output.final.is_dir()]
+
+
+def claim(output: Output, identity: dict, overwrite: bool) -> int:
+    """Lock the output's .part for this run; returns a descriptor to hold. Raises DataError if it is not ours."""
+    refuse_existing(output.final, overwrite)
+    part = output.part
+    fresh = not part.exists()
+    descriptor = lock(part)
+    theirs = None if fresh else _state(part)
+    if theirs == identity:
+        return descriptor
+    strangers = [path for path in part.iterdir() if path.name != RUN]
+    if strangers and not overwrite:
+        what = difference(theirs, identity) if theirs else "no record of a run in it"
+        os.close(descriptor)
+        raise DataError(
+            f"{part}: left by another run ({what}); finish that run with its own command, "
+            "delete the directory, or give --overwrite to start afresh"
+        )
+    for path in strangers:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in (part / RUN).glob("*.json"):
+        path.unlink()
+    write_file(part / RUN / "run.json", json.dumps(identity, indent=1).encode())
+    return descriptor
+
+
+def whole_shards(waiting: list[Output], outputs: list[Output]) -> set[int]:
+    """The numbers of the shards that are whole in every output that waits to be published (of all `outputs`)."""
+    return {
+        i
+        for i in range(len(outputs[0].shards))
+        if all(record_path(o, i).is_file() and (o.part / o.shards[i].filename).is_file() for o in waiting)
+    }
+
+
+def release(output: Output, descriptor: int) -> None:
+    """Give up a claim; a .part in which nothing was written goes."""
+    if all(path.name == RUN for path in output.part.iterdir()):
+        shutil.rmtree(output.part, ignore_errors=True)
+    os.close(descriptor)
+
+
+def records(output: Output) -> dict[str, dict]:
+    """{tensor: record} of a finished output, in the order of the plan."""
+    return {
+        name: record
+        for shard in range(len(output.shards))
+        for name, record in json.loads(record_path(output, shard).read_text()).items()
+    }
+
+
+def publish(outputs: list[Output], complete: Callable[[Output, dict], None]) -> None:
+    """Make every output whole, then rename each to its final name.
+
+    complete(output, records) adds what goes beside the weights to output.part. Killed anywhere in here, the same
+    command goes on.
+    """
+    waiting = [output for output in outputs if output.part.is_dir()]
+    for output in waiting:
+        complete(output, records(output))
+        if len(output.shards) > 1:
+            (output.part / "model.safetensors.index.json").write_text(index_text(list(output.shards)), encoding="utf-8")
+        for path in output.part.iterdir():
+            if path.is_file():
+                sync(path)
+        sync(output.part)
+    for output in waiting:
+        move(output.part, output.final)
+    for output in reversed(outputs):
+        _forget(output.final / RUN)
+
+
+def _forget(directory: Path) -> None:
+    """Remove a record of a run, run.json last: killed in here, the same command goes on."""
+    if directory.is_dir():
+        for path in sorted(directory.iterdir(), key=lambda path: path.name == "run.json"):
+            path.unlink(missing_ok=True)
+        directory.rmdir()
+
+
+def discard(outputs: list[Output]) -> None:
+    """Remove what a run that was refused on its data has written: going on would only meet the same data."""
+    for output in outputs:
+        shutil.rmtree(output.part, ignore_errors=True)

@@ -1,0 +1,113 @@
+"""Task vectors: their base, their hashes, task_vector.json."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import DataError
+from common.shards.checkpoint import Checkpoint, open_checkpoint
+from common.shards.documents import read_json, write_json
+from common.shards.headers import DTYPE_NAMES
+from common.shards.matching import match
+
+NAME = "task_vector.json"
+HASH = "xxh3_128"
+CONFIG_THAT_COUNTS = (
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "sliding_window",
+    "hidden_act",
+    "rms_norm_eps",
+)
+
+
+@dataclass(frozen=True)
+class TaskVector:
+    """A task vector's checkpoint, the base it was extracted from, and {tensor: {"base": hash, "vector": hash}}."""
+
+    checkpoint: Checkpoint
+    base_model_path: str
+    hashes: dict[str, dict[str, str]]
+
+
+def _whereabouts(checkpoint: Checkpoint) -> str:
+    """An absolute path, or the Hub id as it was given."""
+    return str(Path(checkpoint.label).resolve()) if Path(checkpoint.label).is_dir() else checkpoint.label
+
+
+def write_task_vector_json(directory: Path, finetuned: Checkpoint, base: Checkpoint, dtype: str, records: dict) -> None:
+    """Write task_vector.json from the records of an extraction."""
+    content = {
+        "finetuned_model_path": _whereabouts(finetuned),
+        "base_model_path": _whereabouts(base),
+        "dtype": DTYPE_NAMES[dtype],
+        "hash": HASH,
+        "tensors": {name: {"base": r["base"], "vector": r["written"]} for name, r in records.items()},
+    }
+    write_json(directory / NAME, content)
+
+
+def write_pruned_vector_json(directory: Path, vector: TaskVector, records: dict) -> None:
+    """task_vector.json of a pruned task vector: the same base, its own hashes."""
+    content = read_json(vector.checkpoint.path / NAME)
+    content["tensors"] = {n: {"base": vector.hashes[n]["base"], "vector": r["written"]} for n, r in records.items()}
+    write_json(directory / NAME, content)
+
+
+def read_task_vector(checkpoint: Checkpoint) -> TaskVector:
+    """The task vector in a checkpoint. Raises DataError if there is no sound task_vector.json for its tensors."""
+    path = checkpoint.path / NAME
+    if not path.is_file():
+        raise DataError(
+            f"{checkpoint.label}: no {NAME} in it, so it is no task vector; make one with extract_task_vector_7b.py"
+        )
+    content = read_json(path)
+    hashes, base = content.get("tensors"), content.get("base_model_path")
+    sound = isinstance(hashes, dict) and isinstance(base, str) and base.isprintable() and content.get("hash") == HASH
+    if not sound or not all(
+        isinstance(h, dict) and isinstance(h.get("base"), str) and isinstance(h.get("vector"), str)
+        for h in hashes.values()
+    ):
+        raise DataError(f"{path}: not as extract_task_vector_7b.py writes it; extract the vector again")
+    if hashes.keys() != checkpoint.tensors.keys():
+        name = sorted(hashes.keys() ^ checkpoint.tensors.keys())[0]
+        raise DataError(f"tensor {name!r}: in only one of {path} and the weights beside it; extract the vector again")
+    return TaskVector(checkpoint, base, hashes)
+
+
+def open_vectors(paths: list[str]) -> list[TaskVector]:
+    """The task vectors, all of one base. Raises DataError that names the first tensor that differs."""
+    vectors = [read_task_vector(open_checkpoint(path)) for path in paths]
+    first = vectors[0]
+    for other in vectors[1:]:
+        match(first.checkpoint, other.checkpoint)
+        for name, hashes in first.hashes.items():
+            if hashes["base"] != other.hashes.get(name, hashes)["base"]:
+                raise DataError(
+                    f"tensor {name!r}: {first.checkpoint.label} and {other.checkpoint.label} were extracted from different "
+                    "bases; extract both from the same one"
+                )
+    return vectors
+
+
+def open_base(vectors: list[TaskVector], path: str | None) -> Checkpoint:
+    """The base model. Raises DataError that says which flag helps if the recorded one is gone."""
+    if path:
+        return open_checkpoint(path)
+    recorded = vectors[0].base_model_path
+    try:
+        return open_checkpoint(recorded)
+    except DataError as error:
+        raise DataError(
+            f"{error} (recorded in {vectors[0].checkpoint.label}; say where it is now with --base_model_path)"
+        ) from None
+
+
+def config_notes(finetuned: Checkpoint, base: Checkpoint) -> list[str]:
+    """Settings that change what weights do and differ between the models; a merge takes the base's."""
+    return [
+        f"config.json has {key} {finetuned.config.get(key)!r:.80} in {finetuned.label} but {base.config.get(key)!r:.80} "
+        f"in {base.label}; merged models use the base's"
+        for key in CONFIG_THAT_COUNTS
+        if key in finetuned.config and key in base.config and finetuned.config[key] != base.config[key]
+    ]

@@ -1,0 +1,89 @@
+"""Is a directory still what was written? Hash every tensor and compare.
+
+Every script that writes weights leaves a hash of each tensor beside them, in task_vector.json, prune_report.json or
+merge_report.json. Checked here: each tensor's bytes, that none is missing and none was added, and every header.
+"""
+
+from pathlib import Path
+
+from common.errors import DataError
+from common.shards import task_vector
+from common.shards.documents import read_json
+from common.shards.hashing import tensor_hashes
+from common.shards.headers import Tensor, read_headers
+
+# {file: the key of a tensor's hash; None where the hash itself is the value}
+MERGE_REPORT, PRUNE_REPORT = "merge_report.json", "prune_report.json"
+RECORDS = {MERGE_REPORT: None, PRUNE_REPORT: "hash", task_vector.NAME: "vector"}
+
+
+def recorded_hashes(path: Path) -> dict[str, str]:
+    """{tensor: hash} of one record. Raises DataError if it is not as our scripts write it."""
+    content, key = read_json(path), RECORDS[path.name]
+    tensors = content.get("tensors")
+    entries = tensors.items() if isinstance(tensors, dict) else ()
+    hashes = {name: entry.get(key) if isinstance(entry, dict) else entry for name, entry in entries}
+    if not hashes or not all(isinstance(digest, str) for digest in hashes.values()):
+        raise DataError(f"{path}: holds no hash of every tensor, so it is damaged; write the directory again")
+    return hashes
+
+
+def open_directory(label: str) -> tuple[list[Tensor], dict[Path, dict[str, str]]]:
+    """(tensors, {record: {tensor: hash}}) of a directory to verify, with the same names in all of them."""
+    directory = Path(label)
+    if not directory.is_dir():
+        raise DataError(f"{label}: no such directory; give one that extract, prune or merge wrote")
+    paths = [directory / name for name in RECORDS if (directory / name).is_file()]
+    if not paths:
+        raise DataError(
+            f"{label}: no {', '.join(RECORDS)} in it, so nothing says what its bytes were; only what extract, prune "
+            "and merge wrote can be verified"
+        )
+    tensors = read_headers(directory)
+    if tensors is None:
+        raise DataError(f"{label}: no weights beside {paths[0].name}; write or copy the directory again")
+    records = {path: recorded_hashes(path) for path in paths}
+    for path, hashes in records.items():
+        _check_names(tensors, path, hashes)
+    return tensors, records
+
+
+def _check_names(tensors: list[Tensor], path: Path, hashes: dict[str, str]) -> None:
+    for tensor in tensors:
+        if tensor.name not in hashes:
+            raise DataError(
+                f"tensor {tensor.name!r} in {tensor.path}: not in {path.name}, so it was added later; "
+                "write or copy the directory again"
+            )
+    missing = hashes.keys() - {tensor.name for tensor in tensors}
+    for name in hashes:
+        if name in missing:
+            raise DataError(
+                f"tensor {name!r}: in {path} but not in the weights beside it; write or copy the directory again"
+            )
+
+
+def check_directory(label: str) -> str:
+    """Read a task vector, a pruned or a merged model back; what to tell the user.
+
+    check_directory("models/merged") -> "models/merged: 291 tensors, 14.483 GB, every byte of them as it was written". Raises
+    DataError that names the first damaged tensor and its file.
+    """
+    tensors, records = open_directory(label)
+    found = tensor_hashes(tensors, f"verify {Path(label).name}")
+    for path, hashes in records.items():
+        damaged = [tensor for tensor in tensors if found[tensor.name] != hashes[tensor.name]]
+        if damaged:
+            more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
+            raise DataError(
+                f"tensor {damaged[0].name!r} in {damaged[0].path}{more}: not the bytes that {path.name} recorded; "
+                "write or copy the directory again"
+            )
+    nbytes = sum(tensor.nbytes for tensor in tensors)
+    return f"{label}: {len(tensors)} tensors, {nbytes / 1e9:.3f} GB, every byte of them as it was written"
+
+
+def verify(labels: list[str]) -> None:
+    """Check one directory after the other and print a line for each. Raises DataError at the first that is not sound."""
+    for label in labels:
+        print(check_directory(label), flush=True)

@@ -1,0 +1,122 @@
+"""Eval recipes: read and check lm-eval's YAML config.
+
+It is the file that `lm_eval run --config` takes; lm-eval's own EvaluatorConfig reads it.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import DataError
+from merge_and_evaluate.yaml_files import read_yaml
+
+TEXT_KEYS = ("model", "device", "include_path", "use_cache")
+MAPPING_KEYS = ("model_args", "gen_kwargs", "metadata")  # or text like "a=1,b=2"
+IGNORED_KEYS = ("config", "output_path", "show_config", "verbosity")  # the script says where results go
+HUB_KEYS = ("wandb_args", "wandb_config_args", "hf_hub_log_args", "trackio_args")
+
+
+@dataclass(frozen=True)
+class EvalRecipe:
+    """An eval recipe: `text` as its author wrote it, `config` with the command line's flags worked in."""
+
+    path: str
+    text: str
+    config: dict
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks and groups it names, in order, each once."""
+        tasks = self.config["tasks"]
+        names = tasks.split(",") if isinstance(tasks, str) else [n for task in tasks for n in task.split(",")]
+        return list(dict.fromkeys(name.strip() for name in names))
+
+    @property
+    def model_args(self) -> dict:
+        """The recipe's model_args without `pretrained`, which is the model that is scored."""
+        return {key: value for key, value in _mapping(self.config.get("model_args")).items() if key != "pretrained"}
+
+    @property
+    def metadata(self) -> dict:
+        """What tasks are told about the run."""
+        return {**self.model_args, **_mapping(self.config.get("metadata"))}
+
+
+def _mapping(value: dict | str | None) -> dict:
+    from lm_eval.utils import simple_parse_args_string
+
+    return simple_parse_args_string(value) if isinstance(value, str) else value or {}
+
+
+def read_eval_recipe(path: str, device: str | None = None, batch_size: int | str | None = None) -> EvalRecipe:
+    """The eval recipe at `path`; a flag that is given wins over the file. Raises DataError on what lm-eval would
+    ignore or refuse."""
+    text, config = read_yaml(path)
+    check_keys(path, config)
+    flags = {"device": device, "batch_size": batch_size}
+    config = {**config, **{key: value for key, value in flags.items() if value is not None}}
+    config["include_path"] = include_path(path, config.get("include_path"))
+    check_device(config.get("device"))
+    recipe = EvalRecipe(path, text, config)
+    try:
+        evaluator_config(recipe, "model")
+    except (ValueError, TypeError, AttributeError, ArithmeticError, OSError) as error:
+        raise DataError(f"{path}: lm-eval refuses it: {' '.join(str(error).split()):.200}; mend the recipe") from None
+    return recipe
+
+
+def check_keys(path: str, config: dict) -> None:
+    """Refuse unknown keys, and values of a kind that lm-eval would stumble over later."""
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    known = [key for key in EvaluatorConfig.__dataclass_fields__ if key not in HUB_KEYS]
+    for key, value in config.items():
+        if key in HUB_KEYS:
+            raise DataError(f"{path}: {key!r} is for `lm_eval run` itself; leave it out here")
+        if key not in known:
+            raise DataError(f"{path}: unknown key {key!r}; lm_eval knows {', '.join(known)}")
+        if key in TEXT_KEYS and not isinstance(value, str | None):
+            raise DataError(f"{path}: {key} is {value!r:.60}, needed is text")
+        if key in MAPPING_KEYS and not isinstance(value, dict | str | None):
+            raise DataError(f"{path}: {key} is {value!r:.60}, needed is a mapping")
+    tasks = config.get("tasks")
+    named = [tasks] if isinstance(tasks, str) else tasks
+    if not isinstance(named, list) or not named or not all(isinstance(name, str) and name for name in named):
+        raise DataError(f"{path}: tasks is {tasks!r:.60}, needed is a list of task names")
+
+
+def include_path(recipe_path: str, include: str | None) -> str | None:
+    """The folder of task files: relative to where the user stands, as for lm_eval, else to the recipe's folder."""
+    if include is None or os.path.isdir(include):
+        return include
+    beside = Path(recipe_path).parent / include
+    if not beside.is_dir():
+        raise DataError(
+            f"{recipe_path}: include_path {include} is no directory, seen from here or from the recipe; "
+            "run from the repository's root or mend the path"
+        )
+    return str(beside)
+
+
+def check_device(device: str | None) -> None:
+    """Refuse a device that is not there: lm-eval would fall back to the CPU without a word."""
+    if device is None or device == "cpu":
+        return
+    import torch
+
+    try:
+        kind, index = torch.device(device).type, torch.device(device).index or 0
+    except RuntimeError:
+        raise DataError(f"device {device!r} is none that torch knows; try cpu, cuda, cuda:0 or mps") from None
+    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if kind in there and index >= there[kind]:
+        raise DataError(f"device {device!r} is not there: torch sees {there[kind]} of kind {kind}; try --device cpu")
+
+
+def evaluator_config(recipe: EvalRecipe, model: str):
+    """lm-eval's own EvaluatorConfig for scoring `model`, made as `lm_eval run --config` makes it."""
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    given = {key: value for key, value in recipe.config.items() if key not in IGNORED_KEYS and value is not None}
+    given.update(model_args={**recipe.model_args, "pretrained": model}, output_path=".")
+    return EvaluatorConfig(**given)._configure()

@@ -1,0 +1,88 @@
+"""Score a model with lm-evaluation-harness."""
+
+import json
+import os
+from dataclasses import asdict
+from importlib.metadata import version
+
+from common.errors import DataError
+from common.shards.hashing import file_hash, text_hash
+from merge_and_evaluate.eval_recipes import EvalRecipe, evaluator_config
+from merge_and_evaluate.eval_tasks import Tasks, task_files
+
+
+def _simple_evaluate(recipe: EvalRecipe, model: str, tasks: Tasks, cache: str | None) -> dict | None:
+    """lm-eval's results for one model, put together as `lm_eval run` does."""
+    from lm_eval import simple_evaluate
+    from lm_eval.loggers import EvaluationTracker
+
+    config = evaluator_config(recipe, model)
+    requests = config.cache_requests if isinstance(config.cache_requests, dict) else {}
+    tracker = EvaluationTracker()
+    results = simple_evaluate(
+        model=config.model,
+        model_args=config.model_args,
+        tasks=tasks.names,
+        task_manager=tasks.manager,
+        use_cache=cache,
+        num_fewshot=config.num_fewshot,
+        batch_size=config.batch_size,
+        max_batch_size=config.max_batch_size,
+        device=config.device,
+        limit=config.limit,
+        samples=config.samples,
+        log_samples=config.log_samples,
+        check_integrity=config.check_integrity,
+        write_out=config.write_out,
+        predict_only=config.predict_only,
+        system_instruction=config.system_instruction,
+        apply_chat_template=config.apply_chat_template,
+        fewshot_as_multiturn=bool(config.fewshot_as_multiturn),
+        gen_kwargs=config.gen_kwargs or None,
+        random_seed=config.seed and config.seed[0],
+        numpy_random_seed=config.seed and config.seed[1],
+        torch_random_seed=config.seed and config.seed[2],
+        fewshot_random_seed=config.seed and config.seed[3],
+        cache_requests=requests.get("cache_requests", False),
+        rewrite_requests_cache=requests.get("rewrite_requests_cache", False),
+        delete_requests_cache=requests.get("delete_requests_cache", False),
+        confirm_run_unsafe_code=config.confirm_run_unsafe_code,
+        evaluation_tracker=tracker,
+    )
+    if results is None:  # another process of `accelerate launch` has them
+        return None
+    tracker.general_config_tracker.log_end_time()
+    return {**results, **asdict(tracker.general_config_tracker)}
+
+
+def _cache(recipe: EvalRecipe, identity: str) -> str | None:
+    """The response cache that `use_cache` asks for, kept apart by model and model_args: lm-eval keys it by request
+    alone and would hand one model's answers to the next."""
+    cache = recipe.config.get("use_cache")
+    return f"{cache}_{text_hash(json.dumps([identity, recipe.model_args], default=str))}" if cache else None
+
+
+def evaluate(recipe: EvalRecipe, model: str, tasks: Tasks, identity: str) -> dict | None:
+    """lm-eval's document for one model on these tasks; None in the helper processes of `accelerate launch`.
+
+    `identity` is the model's hash. Raises DataError with lm-eval's own reason if it fails.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        return _simple_evaluate(recipe, model, tasks, _cache(recipe, identity))
+    except Exception as error:  # lm-eval and what it uses raise many types; the user needs the reason
+        reason = " ".join(str(error).split()) or type(error).__name__
+        line = f"{recipe.path}: lm-eval could not score {model} on {', '.join(tasks.names)}: {reason:.300}"
+        raise DataError(line) from error
+
+
+def eval_identity(recipe: EvalRecipe, tasks: Tasks, model_identity: str) -> str:
+    """What decides a score, as one hash: the model, the recipe with its flags, its tasks and their local data."""
+    parts = {
+        "model": model_identity,
+        "recipe": recipe.config,
+        "tasks": tasks.names,
+        "lm_eval": version("lm_eval"),
+        "files": [[str(path), file_hash(path)] for path in task_files(recipe, tasks)],
+    }
+    return text_hash(json.dumps(parts, sort_keys=True, default=str))

@@ -1,0 +1,204 @@
+"""Merge methods of ours for mergekit: prune and merge in one pass.
+
+    merged = base + sum over models, in the recipe's order, of weight * mask * (model - base)
+
+`cabs`, `magnitude` and `random` make the same masks as prune_task_vector_7b.py, bit for bit: task vectors are
+rounded to `vector_dtype` as extraction does, and pruned by common.pruners in the order of the recipe's list.
+The sum is formed in float32 and rounded once, by mergekit, to the recipe's out_dtype; where no mask keeps
+anything the base's bits stay. mergekit-yaml cannot load these methods, merge_and_evaluate_7b.py registers them.
+"""
+
+import math
+from collections.abc import Iterator
+from functools import cache, partial
+from typing import Annotated
+
+import numpy as np
+import torch
+from mergekit.common import ModelReference
+from mergekit.merge_methods import registry
+from mergekit.merge_methods.base import BasePolicy, InputContract, PerNonBase, TensorEntry, TensorGroup
+from mergekit.merge_methods.easy_define import merge_method
+from pydantic import Field
+
+from common.errors import DataError
+from common.pruners import kernels
+from common.pruners.pruning import Pruning, masks_by_block
+from common.shards.checkpoint import open_checkpoint
+from common.shards.headers import DTYPE_CODES
+from common.shards.matching import mask_names
+
+Count = Annotated[int, Field(ge=1)]
+Density = Annotated[float, Field(gt=0, le=1)]
+VectorDtype = Annotated[str, Field(pattern="^(float16|bfloat16|float32)$")]
+CABS_URL = "https://arxiv.org/abs/2503.01874"
+ours = partial(
+    merge_method,
+    contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
+    uses_accelerator=False,  # the kernels run on the CPU
+)
+
+
+# --- tensors and bits -----------------------------------------------------------------------------
+
+
+def _bits(tensor: torch.Tensor) -> np.ndarray:
+    """The bit patterns of a float tensor, flat: uint16 or uint32, without a copy where it is contiguous."""
+    signed = torch.int32 if tensor.element_size() == 4 else torch.int16
+    flat = tensor.contiguous().view(signed).flatten().numpy()
+    return flat.view(np.uint32 if tensor.element_size() == 4 else np.uint16)
+
+
+def _code(tensor: torch.Tensor) -> str:
+    """torch.float16 -> 'F16'."""
+    return DTYPE_CODES[str(tensor.dtype).removeprefix("torch.")]
+
+
+def _vector(group: TensorGroup, entry: TensorEntry, tuned: np.ndarray, base: np.ndarray, target: str) -> np.ndarray:
+    """A block of a task vector from blocks of both models, as extract_task_vector_7b.py forms it."""
+    code, name = _code(group.base.tensor), group.metadata.name
+    vector = np.empty(base.size, kernels.BITS_DTYPE[target])
+    _, finite = kernels.subtract(tuned, code, base, code, vector, target)
+    if not finite:
+        for bits, model in ((base, group.base.id), (tuned, entry.id)):
+            if not kernels.all_finite(bits, code):
+                raise DataError(f"tensor {name!r} of {model} holds NaN or infinity; take another model")
+        raise DataError(
+            f"tensor {name!r}: {entry.id} minus base is beyond the largest number of the task vector's dtype; "
+            "set vector_dtype: bfloat16 or float32 under `parameters`"
+        )
+    return vector
+
+
+# --- masks ----------------------------------------------------------------------------------------
+
+
+def _mixed_nm_masks(
+    pairs: list[tuple[int, int]], conflict_aware: bool, dtype: str, numel: int, read
+) -> Iterator[tuple]:
+    """What masks_by_block yields, for models that each keep n of m of their own."""
+    together = math.lcm(*(m for _, m in pairs))
+    step = max(kernels.BLOCK // together, 1) * together
+    for start in range(0, numel, step):
+        stop = min(start + step, numel)
+        vectors, taken = [], None
+        masks = kernels.empty_masks(len(pairs), stop - start)
+        for j, (n, m) in enumerate(pairs):
+            vectors.append(read(j, start, stop))
+            kernels.nm_mask(masks[j], vectors[j], dtype, taken, j if conflict_aware else 0, n, m)
+            if conflict_aware:
+                taken = masks[j] if taken is None else taken + masks[j]
+        yield start, stop, vectors, masks
+
+
+# --- the merge ------------------------------------------------------------------------------------
+
+
+def _merge(group: TensorGroup, weights: list[float], vector_dtype: str, masks_of) -> torch.Tensor:
+    """base + Σ weight · mask · vector in float32; masks_of(vectors' dtype, numel, read) yields blocks of masks."""
+    base = group.base.tensor
+    if group.metadata.name.endswith("inv_freq"):  # no parameter: carried over from the base
+        return base
+    target = DTYPE_CODES[vector_dtype]
+    base_bits, tuned = _bits(base), [_bits(entry.tensor) for entry in group.non_base]
+    out = base.to(torch.float32, copy=True)
+    out_bits = _bits(out)
+
+    def read(j, start, stop):
+        return _vector(group, group.non_base[j], tuned[j][start:stop], base_bits[start:stop], target)
+
+    for start, stop, vectors, masks in masks_of(target, out_bits.size, read):
+        block = out_bits[start:stop]
+        added = np.empty_like(block)
+        for weight, vector, mask in zip(weights, vectors, masks, strict=True):
+            kernels.add_kept(added, block, "F32", vector, target, mask, weight)
+            block[:] = added
+    return out.to(base.dtype)
+
+
+@cache
+def _mask_names(base_path: str) -> dict[str, str]:
+    return mask_names(open_checkpoint(base_path))
+
+
+def _mask_name(group: TensorGroup) -> str:
+    """What random masks are drawn under: the tensor's name, a tied head's embedding's."""
+    name, model = group.metadata.name, group.base.id
+    return _mask_names(model.model.path).get(name, name) if isinstance(model, ModelReference) else name
+
+
+def _as_by_sparsity(density: float) -> float:
+    """The density that --sparsity_level 1 - density comes to in float64: 0.3 -> 0.30000000000000004."""
+    return 1.0 - (1.0 - density)
+
+
+def _pruned(group: TensorGroup, weight, pruning: Pruning, vector_dtype: str) -> torch.Tensor:
+    """The merge where one Pruning holds for all models."""
+
+    def masks_of(target, numel, read):
+        dtypes = [target] * len(group.non_base)
+        return masks_by_block(pruning, _mask_name(group), dtypes, numel, read, kernels)
+
+    weights = [value * pruning.scale for value in weight.values_for(group.non_base)]
+    return _merge(group, weights, vector_dtype, masks_of)
+
+
+@ours(name="cabs", pretty_name="CABS", reference_url=CABS_URL)
+def cabs(
+    group: TensorGroup,
+    weight: PerNonBase[float],
+    n: PerNonBase[Count] = 64,
+    m: PerNonBase[Count] = 256,
+    conflict_aware: bool = True,
+    vector_dtype: VectorDtype = "float16",
+) -> torch.Tensor:
+    """Keep n of every m, least where an earlier model of the list kept something; n and m may differ per model."""
+    pairs = list(zip(n.values_for(group.non_base), m.values_for(group.non_base), strict=True))
+    if len(set(pairs)) == 1:
+        (count, run) = pairs[0]
+        pruning = Pruning("nm", count / run, count, run, conflict_aware=conflict_aware)
+        return _pruned(group, weight, pruning, vector_dtype)
+    masks_of = partial(_mixed_nm_masks, pairs, conflict_aware)
+    return _merge(group, weight.values_for(group.non_base), vector_dtype, masks_of)
+
+
+@ours(name="magnitude", pretty_name="Magnitude pruning", reference_url=CABS_URL)
+def magnitude(
+    group: TensorGroup,
+    weight: PerNonBase[float],
+    density: Density = 0.25,
+    conflict_aware: bool = False,
+    rescale: bool = False,
+    vector_dtype: VectorDtype = "float16",
+) -> torch.Tensor:
+    """Keep the largest `density` of each tensor of each task vector."""
+    pruning = Pruning("magnitude", _as_by_sparsity(density), conflict_aware=conflict_aware, rescale=rescale)
+    return _pruned(group, weight, pruning, vector_dtype)
+
+
+@ours(
+    name="random",
+    pretty_name="Random pruning (DARE with rescale)",
+    reference_url="https://arxiv.org/abs/2311.03099",
+)
+def random(
+    group: TensorGroup,
+    weight: PerNonBase[float],
+    density: Density = 0.25,
+    seed: int = 0,
+    conflict_aware: bool = False,
+    rescale: bool = False,
+    vector_dtype: VectorDtype = "float16",
+) -> torch.Tensor:
+    """Keep each position with probability `density`; with `rescale` what is kept is divided by it."""
+    pruning = Pruning("random", _as_by_sparsity(density), seed=seed, conflict_aware=conflict_aware, rescale=rescale)
+    return _pruned(group, weight, pruning, vector_dtype)
+
+
+def register() -> None:
+    """Make the three known to mergekit by name, once per process, and forget the models of earlier merges."""
+    _mask_names.cache_clear()
+    known = {method.spec.name for method in registry.registered_methods()}
+    for method in (cabs, magnitude, random):
+        if method.spec.name not in known:
+            registry.register(method)

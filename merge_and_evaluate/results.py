@@ -1,0 +1,107 @@
+"""Results files: put together, write, read, print.
+
+A results file is lm-eval's own document, so `lm_eval.utils.make_table` reads it, plus `summary` (what
+people compare) and `provenance` (what was scored, and how).
+"""
+
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from common.errors import DataError
+from common.shards.documents import read_json, write_json
+from common.shards.staging import write_file
+from merge_and_evaluate import scores
+from merge_and_evaluate.eval_recipes import EvalRecipe
+
+PACKAGES = ("lm_eval", "mergekit", "transformers", "torch", "datasets")
+
+
+def provenance(model: str, identity: str, eval_recipe: EvalRecipe, tasks: list[str], **merge) -> dict:
+    """How a score came about: enough to tell whether two scores may be compared, and to make one again."""
+    return {
+        "identity": identity,
+        "model": model,
+        **merge,
+        "eval_recipe_path": eval_recipe.path,
+        "eval_recipe": eval_recipe.text,
+        "tasks": tasks,
+        "batch_size": eval_recipe.config.get("batch_size", 1),
+        "device": eval_recipe.config.get("device"),
+        "command": sys.argv,
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+
+
+def with_summary(document: dict, name: str, origin: dict) -> dict:
+    """lm-eval's document with `summary` and `provenance`; its samples, if any, are left to write_samples."""
+    document = {key: value for key, value in document.items() if key != "samples"}
+    return {**document, "summary": {"name": name, **scores.summarize(document)}, "provenance": origin}
+
+
+def write_results(path: Path, document: dict) -> None:
+    """Write exactly `path`, whole or not at all; DataError if a task has no number in it."""
+    from lm_eval.utils import handle_non_serializable
+
+    write_json(path, document, handle_non_serializable)
+    for task in scores.missing_scores(document["summary"]):
+        raise DataError(f"{path}: lm-eval gave no number for task {task!r}; look at its `results` there")
+
+
+def write_samples(path: Path, samples: dict) -> list[Path]:
+    """One JSON line per question and task, beside the results file (for `log_samples: true`)."""
+    import json
+
+    from lm_eval.utils import handle_non_serializable
+
+    written = []
+    for task, lines in samples.items():
+        written.append(path.with_name(f"{path.stem}_samples_{task.replace('/', '_')}.jsonl"))
+        text = "".join(json.dumps(line, default=handle_non_serializable, ensure_ascii=False) + "\n" for line in lines)
+        write_file(written[-1], text.encode())
+    return written
+
+
+def read_results(path: str) -> dict:
+    """A results file of this script, or one that `lm_eval run` wrote, which gets its summary here."""
+    try:
+        document = read_json(Path(path))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such results file; --output_path of an earlier run is one") from None
+    if not isinstance(document.get("results"), dict):
+        raise DataError(f"{path}: has no `results`; needed is a file that merge_and_evaluate_7b.py or lm_eval wrote")
+    try:
+        return document if "summary" in document else with_summary(document, Path(path).stem, {})
+    except (KeyError, TypeError, AttributeError):
+        raise DataError(f"{path}: its `results` are none that lm_eval writes; score the model again") from None
+
+
+def percent(value: float | None, stderr: float | None = None) -> str:
+    """(0.7292, 0.013) -> '72.92 ± 1.30'; a missing value is '–'. Scores above 1 (perplexities) stay as they are."""
+    if value is None:
+        return "–"
+    scale = 100 if 0 <= value <= 1 else 1
+    return f"{value * scale:.2f}" + (f" ± {stderr * scale:.2f}" if stderr is not None else "")
+
+
+def summary_text(summary: dict) -> str:
+    """The summary as a Markdown table: task, metric, shots, score."""
+    lines = [f"| {summary['name']} | metric | shots | score |", "|---|---|---|---|"]
+    for name, task in summary["tasks"].items():
+        shots = "–" if task.get("num_fewshot") is None else task["num_fewshot"]
+        lines.append(f"| {name} | {task['metric']} | {shots} | {percent(task['value'], task['stderr'])} |")
+        if "weighted_value" in task:
+            score = percent(task["weighted_value"], task["weighted_stderr"])
+            lines.append(f"| {name}, weighted by subject size | {task['metric']} | {shots} | {score} |")
+    lines.append(f"| average | | | {percent(summary['average'], summary['average_stderr'])} |")
+    return "\n".join(lines)
+
+
+def print_results(document: dict) -> None:
+    """lm-eval's own tables, then the summary."""
+    from lm_eval.utils import make_table
+
+    print(make_table(document))
+    if "groups" in document:
+        print(make_table(document, "groups"))
+    print(summary_text(document["summary"]))
