@@ -2,6 +2,8 @@
 
 import argparse
 import math
+import os
+from pathlib import Path
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -57,6 +59,16 @@ def batch_size(text: str) -> int | str:
     if text == "auto" or (text.startswith("auto:") and text[5:].isdigit()):
         return text
     return positive_int(text)
+
+
+def path(text: str) -> Path:
+    """'~/x/' -> Path('/home/me/x'): a shell leaves the ~ of --flag=~/x as it is."""
+    return Path(os.path.expanduser(text))
+
+
+def path_or_hub_id(text: str) -> str:
+    """The same for what may be a Hugging Face Hub id: '~/x' -> '/home/me/x', './x/' -> 'x', 'org/name' as it is."""
+    return str(path(text))
 
 
 def add_output_flags(parser: argparse.ArgumentParser) -> None:

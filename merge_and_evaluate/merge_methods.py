@@ -8,8 +8,6 @@ The sum is formed in float32 and rounded once, by mergekit, to the recipe's out_
 anything the base's bits stay. mergekit-yaml cannot load these methods, merge_and_evaluate_7b.py registers them.
 """
 
-import math
-from collections.abc import Iterator
 from functools import cache, partial
 from typing import Annotated
 
@@ -23,7 +21,8 @@ from pydantic import Field
 
 from common.errors import DataError
 from common.pruners import kernels
-from common.pruners.pruning import Pruning, masks_by_block
+from common.pruners.masks import Masks
+from common.pruners.pruning import Pruning
 from common.shards.checkpoint import open_checkpoint
 from common.shards.headers import DTYPE_CODES
 from common.shards.matching import mask_names
@@ -70,32 +69,11 @@ def _vector(group: TensorGroup, entry: TensorEntry, tuned: np.ndarray, base: np.
     return vector
 
 
-# --- masks ----------------------------------------------------------------------------------------
-
-
-def _mixed_nm_masks(
-    pairs: list[tuple[int, int]], conflict_aware: bool, dtype: str, numel: int, read
-) -> Iterator[tuple]:
-    """What masks_by_block yields, for models that each keep n of m of their own."""
-    together = math.lcm(*(m for _, m in pairs))
-    step = max(kernels.BLOCK // together, 1) * together
-    for start in range(0, numel, step):
-        stop = min(start + step, numel)
-        vectors, taken = [], None
-        masks = kernels.empty_masks(len(pairs), stop - start)
-        for j, (n, m) in enumerate(pairs):
-            vectors.append(read(j, start, stop))
-            kernels.nm_mask(masks[j], vectors[j], dtype, taken, j if conflict_aware else 0, n, m)
-            if conflict_aware:
-                taken = masks[j] if taken is None else taken + masks[j]
-        yield start, stop, vectors, masks
-
-
 # --- the merge ------------------------------------------------------------------------------------
 
 
-def _merge(group: TensorGroup, weights: list[float], vector_dtype: str, masks_of) -> torch.Tensor:
-    """base + Σ weight · mask · vector in float32; masks_of(vectors' dtype, numel, read) yields blocks of masks."""
+def _merge(group: TensorGroup, weights: list[float], vector_dtype: str, prunings: list[Pruning]) -> torch.Tensor:
+    """base + Σ weight · mask · vector in float32."""
     base = group.base.tensor
     if group.metadata.name.endswith("inv_freq"):  # no parameter: carried over from the base
         return base
@@ -107,10 +85,13 @@ def _merge(group: TensorGroup, weights: list[float], vector_dtype: str, masks_of
     def read(j, start, stop):
         return _vector(group, group.non_base[j], tuned[j][start:stop], base_bits[start:stop], target)
 
-    for start, stop, vectors, masks in masks_of(target, out_bits.size, read):
-        block = out_bits[start:stop]
+    masks = Masks(prunings, _mask_name(group), [target] * len(tuned), out_bits.size, kernels)
+    if masks.in_passes:
+        masks.find_thresholds(read, read)
+    for start, stop in masks.blocks():
+        vectors, block = [read(j, start, stop) for j in range(len(tuned))], out_bits[start:stop]
         added = np.empty_like(block)
-        for weight, vector, mask in zip(weights, vectors, masks, strict=True):
+        for weight, vector, mask in zip(weights, vectors, masks.of(start, vectors), strict=True):
             kernels.add_kept(added, block, "F32", vector, target, mask, weight)
             block[:] = added
     return out.to(base.dtype)
@@ -134,13 +115,8 @@ def _as_by_sparsity(density: float) -> float:
 
 def _pruned(group: TensorGroup, weight, pruning: Pruning, vector_dtype: str) -> torch.Tensor:
     """The merge where one Pruning holds for all models."""
-
-    def masks_of(target, numel, read):
-        dtypes = [target] * len(group.non_base)
-        return masks_by_block(pruning, _mask_name(group), dtypes, numel, read, kernels)
-
     weights = [value * pruning.scale for value in weight.values_for(group.non_base)]
-    return _merge(group, weights, vector_dtype, masks_of)
+    return _merge(group, weights, vector_dtype, [pruning] * len(weights))
 
 
 @ours(name="cabs", pretty_name="CABS", reference_url=CABS_URL)
@@ -153,13 +129,9 @@ def cabs(
     vector_dtype: VectorDtype = "float16",
 ) -> torch.Tensor:
     """Keep n of every m, least where an earlier model of the list kept something; n and m may differ per model."""
-    pairs = list(zip(n.values_for(group.non_base), m.values_for(group.non_base), strict=True))
-    if len(set(pairs)) == 1:
-        (count, run) = pairs[0]
-        pruning = Pruning("nm", count / run, count, run, conflict_aware=conflict_aware)
-        return _pruned(group, weight, pruning, vector_dtype)
-    masks_of = partial(_mixed_nm_masks, pairs, conflict_aware)
-    return _merge(group, weight.values_for(group.non_base), vector_dtype, masks_of)
+    pairs = zip(n.values_for(group.non_base), m.values_for(group.non_base), strict=True)
+    prunings = [Pruning("nm", n / m, n, m, conflict_aware=conflict_aware) for n, m in pairs]
+    return _merge(group, weight.values_for(group.non_base), vector_dtype, prunings)
 
 
 @ours(name="magnitude", pretty_name="Magnitude pruning", reference_url=CABS_URL)

@@ -5,11 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from masks_by_block import masks_by_block
 
 from common.pruners import kernels
 from common.pruners.kernels.torch_engine import draws, engine
 from common.pruners.prune_tensor import Counts
-from common.pruners.pruning import Pruning, masks_by_block
+from common.pruners.pruning import Pruning
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 BITS = {"F16": np.uint16, "BF16": np.uint16, "F32": np.uint32}

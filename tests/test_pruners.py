@@ -8,10 +8,11 @@ import oracle
 import pytest
 import torch
 from hypothesis import given, settings
+from masks_by_block import masks_by_block
 
 from common.pruners import kernels
 from common.pruners.prune_tensor import Counts
-from common.pruners.pruning import Pruning, masks_by_block, random_key, scopes
+from common.pruners.pruning import Pruning, random_key, scopes
 
 INTEGERS = {"F16": torch.int16, "BF16": torch.int16, "F32": torch.int32}
 UNSIGNED = {"F16": np.uint16, "BF16": np.uint16, "F32": np.uint32}
