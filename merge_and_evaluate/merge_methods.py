@@ -27,10 +27,12 @@ from common.pruners.pruning import Pruning, masks_by_block
 from common.shards.checkpoint import open_checkpoint
 from common.shards.headers import DTYPE_CODES
 from common.shards.matching import mask_names
+from merge_and_evaluate.sums import Block, vector_sum
 
 Count = Annotated[int, Field(ge=1)]
 Density = Annotated[float, Field(gt=0, le=1)]
 VectorDtype = Annotated[str, Field(pattern="^(float16|bfloat16|float32)$")]
+Consensus = Annotated[str, Field(pattern="^(none|sign)$")]
 CABS_URL = "https://arxiv.org/abs/2503.01874"
 ours = partial(
     merge_method,
@@ -94,25 +96,25 @@ def _mixed_nm_masks(
 # --- the merge ------------------------------------------------------------------------------------
 
 
-def _merge(group: TensorGroup, weights: list[float], vector_dtype: str, masks_of) -> torch.Tensor:
-    """base + Σ weight · mask · vector in float32; masks_of(vectors' dtype, numel, read) yields blocks of masks."""
+def _merge(group: TensorGroup, weights: list[float], settings: tuple[str, str], masks_of) -> torch.Tensor:
+    """base + Σ weight · mask · vector in float32; masks_of(vectors' dtype, numel, read) yields blocks of masks.
+
+    settings: (vector_dtype, consensus).
+    """
     base = group.base.tensor
     if group.metadata.name.endswith("inv_freq"):  # no parameter: carried over from the base
         return base
-    target = DTYPE_CODES[vector_dtype]
+    target, consensus = DTYPE_CODES[settings[0]], settings[1] == "sign"
     base_bits, tuned = _bits(base), [_bits(entry.tensor) for entry in group.non_base]
-    out = base.to(torch.float32, copy=True)
+    out = torch.empty_like(base, dtype=torch.float32, memory_format=torch.contiguous_format)
     out_bits = _bits(out)
 
     def read(j, start, stop):
         return _vector(group, group.non_base[j], tuned[j][start:stop], base_bits[start:stop], target)
 
     for start, stop, vectors, masks in masks_of(target, out_bits.size, read):
-        block = out_bits[start:stop]
-        added = np.empty_like(block)
-        for weight, vector, mask in zip(weights, vectors, masks, strict=True):
-            kernels.add_kept(added, block, "F32", vector, target, mask, weight)
-            block[:] = added
+        block, below = Block(out_bits[start:stop], "F32"), Block(base_bits[start:stop], _code(base))
+        vector_sum(block, below, [Block(vector, target) for vector in vectors], masks, tuple(weights), consensus)
     return out.to(base.dtype)
 
 
@@ -127,12 +129,23 @@ def _mask_name(group: TensorGroup) -> str:
     return _mask_names(model.model.path).get(name, name) if isinstance(model, ModelReference) else name
 
 
+def _shared(density, group: TensorGroup) -> float:
+    """The density of all models. Raises DataError where they differ, which only a streamed merge can do."""
+    values = density.values_for(group.non_base)
+    if len(set(values)) > 1:
+        raise DataError(
+            f"tensor {group.metadata.name!r}: density is {values[0]} for one model and {next(v for v in values if v != values[0])} for another; "
+            "through mergekit all models share one density: give one, or use --engine stream"
+        )
+    return values[0]
+
+
 def _as_by_sparsity(density: float) -> float:
     """The density that --sparsity_level 1 - density comes to in float64: 0.3 -> 0.30000000000000004."""
     return 1.0 - (1.0 - density)
 
 
-def _pruned(group: TensorGroup, weight, pruning: Pruning, vector_dtype: str) -> torch.Tensor:
+def _pruned(group: TensorGroup, weight, pruning: Pruning, settings: tuple[str, str]) -> torch.Tensor:
     """The merge where one Pruning holds for all models."""
 
     def masks_of(target, numel, read):
@@ -140,7 +153,7 @@ def _pruned(group: TensorGroup, weight, pruning: Pruning, vector_dtype: str) -> 
         return masks_by_block(pruning, _mask_name(group), dtypes, numel, read, kernels)
 
     weights = [value * pruning.scale for value in weight.values_for(group.non_base)]
-    return _merge(group, weights, vector_dtype, masks_of)
+    return _merge(group, weights, settings, masks_of)
 
 
 @ours(name="cabs", pretty_name="CABS", reference_url=CABS_URL)
@@ -151,29 +164,33 @@ def cabs(
     m: PerNonBase[Count] = 256,
     conflict_aware: bool = True,
     vector_dtype: VectorDtype = "float16",
+    consensus: Consensus = "none",
 ) -> torch.Tensor:
     """Keep n of every m, least where an earlier model of the list kept something; n and m may differ per model."""
     pairs = list(zip(n.values_for(group.non_base), m.values_for(group.non_base), strict=True))
     if len(set(pairs)) == 1:
         (count, run) = pairs[0]
         pruning = Pruning("nm", count / run, count, run, conflict_aware=conflict_aware)
-        return _pruned(group, weight, pruning, vector_dtype)
+        return _pruned(group, weight, pruning, (vector_dtype, consensus))
     masks_of = partial(_mixed_nm_masks, pairs, conflict_aware)
-    return _merge(group, weight.values_for(group.non_base), vector_dtype, masks_of)
+    return _merge(group, weight.values_for(group.non_base), (vector_dtype, consensus), masks_of)
 
 
 @ours(name="magnitude", pretty_name="Magnitude pruning", reference_url=CABS_URL)
 def magnitude(
     group: TensorGroup,
     weight: PerNonBase[float],
-    density: Density = 0.25,
+    density: PerNonBase[Density] = 0.25,
     conflict_aware: bool = False,
     rescale: bool = False,
     vector_dtype: VectorDtype = "float16",
+    consensus: Consensus = "none",
 ) -> torch.Tensor:
     """Keep the largest `density` of each tensor of each task vector."""
-    pruning = Pruning("magnitude", _as_by_sparsity(density), conflict_aware=conflict_aware, rescale=rescale)
-    return _pruned(group, weight, pruning, vector_dtype)
+    pruning = Pruning(
+        "magnitude", _as_by_sparsity(_shared(density, group)), conflict_aware=conflict_aware, rescale=rescale
+    )
+    return _pruned(group, weight, pruning, (vector_dtype, consensus))
 
 
 @ours(
@@ -184,15 +201,18 @@ def magnitude(
 def random(
     group: TensorGroup,
     weight: PerNonBase[float],
-    density: Density = 0.25,
+    density: PerNonBase[Density] = 0.25,
     seed: int = 0,
     conflict_aware: bool = False,
     rescale: bool = False,
     vector_dtype: VectorDtype = "float16",
+    consensus: Consensus = "none",
 ) -> torch.Tensor:
     """Keep each position with probability `density`; with `rescale` what is kept is divided by it."""
-    pruning = Pruning("random", _as_by_sparsity(density), seed=seed, conflict_aware=conflict_aware, rescale=rescale)
-    return _pruned(group, weight, pruning, vector_dtype)
+    pruning = Pruning(
+        "random", _as_by_sparsity(_shared(density, group)), seed=seed, conflict_aware=conflict_aware, rescale=rescale
+    )
+    return _pruned(group, weight, pruning, (vector_dtype, consensus))
 
 
 def register() -> None:
