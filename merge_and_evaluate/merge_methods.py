@@ -27,7 +27,8 @@ from common.pruners.pruning import Pruning, masks_by_block
 from common.shards.checkpoint import open_checkpoint
 from common.shards.headers import DTYPE_CODES
 from common.shards.matching import mask_names
-from merge_and_evaluate.sums import Block, vector_sum
+from merge_and_evaluate.sum_inputs import Block
+from merge_and_evaluate.sums import vector_sum
 
 Count = Annotated[int, Field(ge=1)]
 Density = Annotated[float, Field(gt=0, le=1)]
@@ -131,11 +132,11 @@ def _mask_name(group: TensorGroup) -> str:
 
 def _shared(density, group: TensorGroup) -> float:
     """The density of all models. Raises DataError where they differ, which only a streamed merge can do."""
-    values = density.values_for(group.non_base)
-    if len(set(values)) > 1:
+    values = list(dict.fromkeys(density.values_for(group.non_base)))
+    if len(values) > 1:
         raise DataError(
-            f"tensor {group.metadata.name!r}: density is {values[0]} for one model and {next(v for v in values if v != values[0])} for another; "
-            "through mergekit all models share one density: give one, or use --engine stream"
+            f"tensor {group.metadata.name!r}: density is {values[0]} for one model and {values[1]} for another; through "
+            "mergekit all models share one density: give one, or use --engine stream"
         )
     return values[0]
 

@@ -17,18 +17,21 @@ from merge_and_evaluate.streamed_methods import Values, is_plain, plain_values, 
 def layer_depths(names: Iterable[str]) -> dict[str, float]:
     """{name: where its layer lies in its stack, 0 to 1}: what mergekit evaluates gradients at.
 
-    A stack is what is numbered first in a name; layer i of count lies at i / (count − 1), the layer of a stack of one at
-    1, and what is in no layer at 0.
+    A stack is what is numbered first in a name, from 0 to count − 1 without a gap (`merger.mlp.0`, `merger.mlp.2` are no
+    layers). Layer i lies at i / (count − 1), the layer of a stack of one at 1, and what is in no layer at 0.
     layer_depths(["e", "h.0.w", "h.1.w", "h.2.w"]) -> {"e": 0.0, "h.0.w": 0.0, "h.1.w": 0.5, "h.2.w": 1.0}
     """
     found = {name: re.match(r"(.*?)(?:^|\.)(\d+)(?:\.|$)", name) for name in names}
-    counts: dict[str, int] = {}
+    stacks: dict[str, set[int]] = {}
     for layer in filter(None, found.values()):
-        counts[layer[1]] = max(counts.get(layer[1], 0), int(layer[2]) + 1)
-    return {
-        name: 0.0 if layer is None else int(layer[2]) / (counts[layer[1]] - 1) if counts[layer[1]] > 1 else 1.0
-        for name, layer in found.items()
-    }
+        stacks.setdefault(layer[1], set()).add(int(layer[2]))
+    return {name: 0.0 if layer is None else _depth(int(layer[2]), stacks[layer[1]]) for name, layer in found.items()}
+
+
+def _depth(index: int, stack: set[int]) -> float:
+    if max(stack) + 1 != len(stack):
+        return 0.0
+    return index / (len(stack) - 1) if len(stack) > 1 else 1.0
 
 
 def parameters_of(recipe: Recipe, names: Iterable[str]) -> dict[str, Values]:

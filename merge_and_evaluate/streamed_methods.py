@@ -93,9 +93,9 @@ def stream_reason(config: dict) -> str | None:
     for key in ("dtype", "out_dtype"):
         if config.get(key) == "float64":
             return f"{key}: float64 is summed and written by mergekit only"
-    for path in [model_path(config.get("base_model")), *map(model_path, _models(config))]:
-        if path and re.search(r"\+", path):
-            return f"model: {path} asks mergekit to apply a LoRA"
+    for model in [config.get("base_model"), *_models(config)]:
+        if isinstance(model, dict) or "+" in (model or ""):
+            return f"model: {model!r:.80} asks mergekit for more than a path (a LoRA, a revision)"
     return None
 
 

@@ -3,7 +3,6 @@
     linear      Σ wᵢ·xᵢ / Σ wᵢ                        mergekit's `linear`
     delta_sum   base + lambda · Σ wᵢ·(xᵢ − base) / d   mergekit's task_arithmetic, ties, dare_linear, dare_ties
     vector_sum  base + Σ wᵢ·vectorᵢ where masks keep   our cabs, magnitude, random
-    add_norms   Σ |xᵢ − base|, exactly                 what mergekit's `rescale` divides
 
 All arithmetic is float32, each operation rounded by itself unless said otherwise, the result rounded once to the
 dtype written. Blocks are bits (uint16 for "F16" and "BF16", uint32 for "F32"), widened a chunk at a time. A block that
@@ -17,67 +16,17 @@ The conversions stand here a second time (common/pruners/kernels/arithmetic.py h
 notice a change in another file's compiled functions.
 """
 
-from dataclasses import dataclass
 from functools import cache, partial
 
 import numpy as np
 from llvmlite import ir
 
 from common.pruners.kernels.compiler import carray, intrinsic, njit, types
+from merge_and_evaluate.sum_inputs import BF16, F16, Block, Rule, check_size, in_order, sum_of_weights, terms_of
 
-F16, BF16 = 0, 1
-_KIND = {"F16": F16, "BF16": BF16, "F32": 2}
 _CHUNK = 2048  # elements: float32 rows of ten models stay in a core's second-level cache, those of two in its first
-_EXPONENTS = 256
 # Division as in numpy: x / 0 is infinite, which is reported as not finite. Python's would raise, and does not vectorise.
 _njit = partial(njit, nogil=True, error_model="numpy")
-
-
-def _address(array: np.ndarray) -> int:
-    if not array.flags.c_contiguous:
-        raise ValueError("a block is contiguous")
-    return array.__array_interface__["data"][0]
-
-
-def _addresses(arrays, size: int) -> np.ndarray:
-    """int64 [arrays]: where arrays of `size` elements each begin; the kernels check no bounds."""
-    if any(array.size != size for array in arrays):
-        raise ValueError(f"blocks of one size, got {[array.size for array in arrays]} beside {size}")
-    return np.array([_address(array) for array in arrays], np.int64)
-
-
-def _terms(blocks: list["Block"], masks, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(addresses, kinds, addresses of the masks) of the models or vectors that are summed."""
-    kinds = np.array([_KIND[block.dtype] for block in blocks], np.int64)
-    return _addresses([block.bits for block in blocks], size), kinds, _addresses(masks, size)
-
-
-@dataclass(frozen=True)
-class Block:
-    """Some consecutive elements of a tensor: flat bits, and the dtype that they are bits of ("F16", "BF16", "F32")."""
-
-    bits: np.ndarray
-    dtype: str
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """(address, kind) for the kernels: compiled once, whatever the number and the dtypes of a recipe's models."""
-        return _address(self.bits), _KIND[self.dtype]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How the differences of one tensor are summed. weights and scales: one number a model, in the recipe's order.
-
-    normalize: divide by the sum of the weights (with `elect`: of those that agree, position by position).
-    elect: TIES' sign election. scale: the recipe's `lambda`. scales: what kept values are multiplied by (DARE).
-    """
-
-    weights: tuple[float, ...]
-    normalize: bool = False
-    scale: float = 1.0
-    elect: bool = False
-    scales: tuple[float, ...] | None = None
 
 
 # --- bits to values and back ----------------------------------------------------------------------
@@ -173,11 +122,6 @@ def _store(values, place, start):
 # processor, whatever the number of threads). From five models on the two differ in the last bit.
 
 
-def _in_order(numel: int) -> int:
-    """How many leading elements of a tensor torch sums in plain order; the rest in four interleaved sums."""
-    return numel // 32 * 32 if numel >= 8 else numel // 4 * 4
-
-
 @_njit()
 def _interleaved(rows, i):
     whole = rows.shape[0] // 4 * 4
@@ -199,19 +143,6 @@ def _sum_rows(rows, in_order, total):
             total[i] += row[i]
     for i in range(in_order, total.size):
         total[i] = _interleaved(rows, i)
-
-
-def sum_of_weights(weights: tuple[float, ...]) -> np.float32:
-    """The sum of the weights as torch forms it in float32: interleaved up to 7, eight lanes at a time from there on."""
-    numbers = np.array(weights, np.float32)
-    whole = len(numbers) // 8 * 8
-    if not whole:
-        return np.float32(_interleaved(numbers[:, None], 0))  # compiled functions return Python's float, a float64
-    lanes = numbers[:whole].reshape(-1, 8)
-    total = np.float32(0)
-    for number in [*numbers[whole:], *(_interleaved(lanes, lane) for lane in range(8))]:
-        total = np.float32(total + np.float32(number))
-    return total
 
 
 # --- linear ---------------------------------------------------------------------------------------
@@ -248,7 +179,7 @@ def linear(out: Block, models: list[Block], weights: tuple[float, ...], normaliz
     """
     size, divisor = out.bits.size, sum_of_weights(weights) if normalize else np.float32(1)
     numbers = np.array(weights, np.float32)
-    return bool(_linear_kernel()(out.place, size, _terms(models, (), size), numbers, divisor))
+    return bool(_linear_kernel()(out.place, size, terms_of(models, (), size), numbers, divisor))
 
 
 # --- mergekit's sums of differences ---------------------------------------------------------------
@@ -360,10 +291,10 @@ def delta_sum(out: Block, base: Block, models: list[Block], rule: Rule, place: t
         divisor = np.float32(1)
     scales = np.array(rule.scales or [1.0] * len(models), np.float32)
     numbers = (scales, np.array(rule.weights, np.float32), rule.elect, rule.elect and rule.normalize)
-    terms = _terms(models, () if masks is None else masks, size)
-    _addresses([base.bits], size)
+    terms = terms_of(models, () if masks is None else masks, size)
+    check_size(base, size)
     how = (*numbers, divisor, np.float32(rule.scale))
-    return bool(_delta_kernel()(out.place, base.place, terms, how, (size, _in_order(numel) - at)))
+    return bool(_delta_kernel()(out.place, base.place, terms, how, (size, in_order(numel) - at)))
 
 
 # --- our sums of pruned vectors -------------------------------------------------------------------
@@ -443,67 +374,5 @@ def vector_sum(
     vector alone keeps gets its w·v, as without. 0.3, 0.1 and −0.2 kept by three -> base + 0.2.
     """
     size, how = out.bits.size, (np.array(weights, np.float32), consensus)
-    _addresses([base.bits], size)
-    return bool(_vector_kernel()(out.place, base.place, _terms(vectors, masks, size), size, how))
-
-
-# --- the norms of `rescale` -----------------------------------------------------------------------
-
-
-@cache
-def _norm_kernel():
-    @_njit(cache=True)
-    def add_norms(sums, base, model, mask):
-        size, finite = mask.size, True
-        scratch = np.empty((2, _CHUNK), np.float32)
-        for start in range(0, size, _CHUNK):
-            stop = min(_CHUNK, size - start)
-            below, row, kept = scratch[0][:stop], scratch[1][:stop], mask[start : start + stop]
-            _widen(base[0], base[1], start, below)
-            _widen(model[0], model[1], start, row)
-            for i in range(stop):
-                row[i] -= below[i]
-            finite &= _all_finite(row)
-            words = row.view(np.uint32)
-            for i in range(stop):
-                exponent = (words[i] >> np.uint32(23)) & np.uint32(0xFF)
-                digits = np.int64(words[i] & np.uint32(0x7FFFFF)) + (np.int64(1 << 23) if exponent else np.int64(0))
-                sums[0, exponent] += digits
-                sums[1, exponent] += digits if kept[i] else np.int64(0)
-        return finite
-
-    return add_norms
-
-
-def empty_norms() -> np.ndarray:
-    """Where add_norms counts one model's tensor: int64 [2, 256]."""
-    return np.zeros((2, _EXPONENTS), np.int64)
-
-
-def add_norms(sums: np.ndarray, base: Block, model: Block, mask: np.ndarray) -> bool:
-    """Add |model − base| of a block to sums[0], and of what mask keeps to sums[1] -> whether all are finite.
-
-    Exact: the digits of all values of an exponent are added as integers, so no order, block size or number of threads
-    changes a bit; parts counted apart may be added up. Good for 2**39 elements a tensor.
-    """
-    _addresses([base.bits, model.bits], mask.size)
-    return bool(_norm_kernel()(sums, base.place, model.place, mask))
-
-
-def rescale_factor(sums: np.ndarray) -> np.float32:
-    """What mergekit's `rescale` multiplies kept values by: Σ|all| / Σ|kept| in float32, or 1 if one is below 1e-7."""
-    before, after = (
-        np.float32(sum(int(digits) << max(e, 1) for e, digits in enumerate(row)) * 2.0**-150) for row in sums
-    )
-    small = np.float32(1e-7)
-    return np.float32(1) if before < small or after < small else before / after
-
-
-def ties_budget(density: float, numel: int) -> int:
-    """How many elements of a tensor `ties` keeps: max(1, ⌊density·numel⌋), all from 1 on, none up to 0.
-
-    ties_budget(0.3, 10) -> 3; ties_budget(0.01, 10) -> 1
-    """
-    if density >= 1:
-        return numel
-    return max(1, int(density * numel)) if density > 0 and numel else 0
+    check_size(base, size)
+    return bool(_vector_kernel()(out.place, base.place, terms_of(vectors, masks, size), size, how))

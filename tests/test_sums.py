@@ -8,8 +8,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mergekit.merge_methods.api import merge_tensors
 
+from common.pruners import kernels
 from merge_and_evaluate import sums
-from merge_and_evaluate.sums import Block, Rule
+from merge_and_evaluate.budgets import add_norms, empty_norms, rescale_factor, ties_budget
+from merge_and_evaluate.sum_inputs import Block, Rule, sum_of_weights
 
 TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 CODES = list(TORCH)
@@ -93,6 +95,7 @@ def inputs(numel, weights, dtypes, seed):
     return base, models_near(base, [dtypes[j % 2] for j in range(len(weights))], seed), dtypes[2]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(**COMMON, normalize=st.booleans())
 @example(numel=75, weights=[0.3, 0.2, 0.7, -0.1, 0.4], dtypes=("F32", "F32", "F32"), seed=1, normalize=True)
@@ -107,6 +110,7 @@ def test_linear(numel, weights, dtypes, seed, normalize):
         expect(out, oracle.linear([values(block(model)) for model in models], weights, normalize), code)
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(**COMMON, normalize=st.booleans(), scale=st.sampled_from([1.0, 0.3, -1.5]))
 @example(numel=75, weights=[0.3, 0.2, 0.7, -0.1, 0.4], dtypes=("F16",) * 3, seed=1, normalize=True, scale=0.3)
@@ -126,6 +130,7 @@ def test_task_arithmetic(numel, weights, dtypes, seed, normalize, scale):
         expect(out, oracle.delta_sum(*arguments, normalize=normalize, scale=scale), code)
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(**COMMON, normalize=st.booleans(), int8_mask=st.booleans(), density=st.sampled_from([0.0, 0.01, 0.3, 0.8, 1.0]))
 @example(numel=70, weights=[1.0] * 5, dtypes=("F32",) * 3, seed=3, normalize=True, int8_mask=False, density=0.8)
@@ -134,7 +139,7 @@ def test_ties(numel, weights, dtypes, seed, normalize, int8_mask, density):
     base, models, code = inputs(numel, weights, dtypes, seed)
     deltas = [(model.float() - base.float()).tolist() for model in models]
     masks = [oracle.ties_mask(delta, density) for delta in deltas]
-    assert all(sum(mask) == sums.ties_budget(density, numel) for mask in masks)
+    assert all(sum(mask) == ties_budget(density, numel) for mask in masks)
     out, rule = empty(numel, code), Rule(tuple(weights), normalize, 0.5, elect=True)
     arrays = [np.array(mask, np.uint8) for mask in masks]
     finite = sums.delta_sum(out, block(base), [block(model) for model in models], rule, (0, numel), arrays)
@@ -153,6 +158,7 @@ def tied(delta: list, mask: list[int]) -> bool:
     return bool(kept & dropped)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(**COMMON, elect=st.booleans(), rescale=st.booleans())
 def test_dare_with_the_masks_that_mergekit_drew(numel, weights, dtypes, seed, elect, rescale):
@@ -178,12 +184,19 @@ def test_dare_with_the_masks_that_mergekit_drew(numel, weights, dtypes, seed, el
         assert ((mine - theirs).abs() <= near).all()
 
 
+def difference(model: Block, base: Block) -> np.ndarray:
+    delta = np.empty(base.bits.size, np.uint32)
+    assert kernels.subtract(model.bits, model.dtype, base.bits, base.dtype, delta, "F32")[1]
+    return delta
+
+
 def factor(base: Block, model: Block, mask) -> np.float32:
-    norms = sums.empty_norms()
-    assert sums.add_norms(norms, base, model, mask)
-    return sums.rescale_factor(norms)
+    norms = empty_norms()
+    add_norms(norms, difference(model, base), mask)
+    return rescale_factor(norms)
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(**COMMON, consensus=st.booleans())
 @example(numel=40, weights=[1.0, 1.0, 1.0], dtypes=("F16",) * 3, seed=5, consensus=True)
@@ -238,7 +251,7 @@ def test_five_models_of_odd_shapes_as_mergekit_stacks_them(shape):
 @pytest.mark.parametrize("count", range(1, 20))
 def test_sum_of_weights(count):
     weights = torch.randn(count, generator=torch.Generator().manual_seed(count))
-    assert sums.sum_of_weights(tuple(weights.tolist())) == weights[None].sum(dim=1)[0].item()
+    assert sum_of_weights(tuple(weights.tolist())) == weights[None].sum(dim=1)[0].item()
 
 
 @pytest.mark.parametrize("code", CODES)
@@ -266,7 +279,6 @@ def test_what_is_not_finite_is_reported(code, bad):
     assert not sums.delta_sum(out, other, [good], Rule((1.0,)), (0, 5000))
     assert not sums.linear(out, [good, other], (0.5, 0.5))
     assert not sums.vector_sum(out, other, [good], mask, (1.0,))
-    assert not sums.add_norms(sums.empty_norms(), good, other, mask[0])
     assert not sums.linear(out, [good, good], (1.0, -1.0))
 
 
@@ -288,15 +300,13 @@ def test_norms_are_exact_and_add_up():
     base[50:60], model[50:60] = 0.0, 3e-45
     mask = (np.arange(4100) % 3 == 0).astype(np.uint8)
     delta = [Fraction(float(x)) for x in (model - base).abs()]
-    norms = sums.empty_norms()
+    norms, bits = empty_norms(), difference(block(model), block(base))
     for part in (slice(2000, 4100), slice(0, 2000)):
-        assert sums.add_norms(
-            norms, Block(block(base).bits[part], "F32"), Block(block(model).bits[part], "F32"), mask[part]
-        )
+        add_norms(norms, bits[part], mask[part])
     before, after = (sum(int(n) * Fraction(2) ** (max(e, 1) - 150) for e, n in enumerate(row)) for row in norms)
     assert before == sum(delta) and after == sum(d for d, keep in zip(delta, mask, strict=True) if keep)
-    assert sums.rescale_factor(norms) == np.float32(float(before)) / np.float32(float(after))
-    assert sums.rescale_factor(sums.empty_norms()) == 1
+    assert rescale_factor(norms) == np.float32(float(before)) / np.float32(float(after))
+    assert rescale_factor(empty_norms()) == 1
 
 
 def test_blocks_that_do_not_fit_are_no_blocks():
