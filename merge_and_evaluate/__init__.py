@@ -2,6 +2,11 @@
 
 yaml_files.py     YAML files, read warily
 recipes.py        merge recipes: read, checked, weights set
+streamed_methods.py  merge methods that stream, their parameters
+parameters.py     values of every parameter, by tensor
+sum_inputs.py     blocks, rules, torch's order of sums
+sums.py           the sums of a block, compiled
+budgets.py        what TIES keeps, DARE's factor
 merging.py        merge by recipe with mergekit, check, publish
 merge_methods.py  our masks as merge methods of mergekit
 eval_recipes.py   eval recipes: read, checked
