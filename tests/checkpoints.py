@@ -12,11 +12,7 @@ import convert_dtype
 import extract_task_vector_7b
 import prune_task_vector_7b
 
-MAINS = {
-    "convert": convert_dtype.main,
-    "extract": extract_task_vector_7b.main,
-    "prune": prune_task_vector_7b.main,
-}
+MAINS = {"convert": convert_dtype.main, "extract": extract_task_vector_7b.main, "prune": prune_task_vector_7b.main}
 CONFIG = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "torch_dtype": "float32"}
 SHAPES = {
     "lm_head.weight": (11, 7),

@@ -11,14 +11,7 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-COLOURS = {
-    "sky": "blue",
-    "grass": "green",
-    "snow": "white",
-    "coal": "black",
-    "blood": "red",
-    "lemon": "yellow",
-}
+COLOURS = {"sky": "blue", "grass": "green", "snow": "white", "coal": "black", "blood": "red", "lemon": "yellow"}
 
 
 def save_tokenizer(directory: Path) -> int:

@@ -98,10 +98,7 @@ def test_less_is_better_where_the_task_says_so(here, capsys):
             "higher_is_better": {"wiki": {"word_perplexity": False}},
         }
         (here / f"{name}.json").write_text(json.dumps(document))
-    assert compare(capsys, "a.json", "b.json")[2:4] == [
-        "| a | **12.50** | **12.50** |",
-        "| b | 14.00 | 14.00 |",
-    ]
+    assert compare(capsys, "a.json", "b.json")[2:4] == ["| a | **12.50** | **12.50** |", "| b | 14.00 | 14.00 |"]
 
 
 def test_refusals(here):
@@ -115,7 +112,6 @@ def test_refusals(here):
         with pytest.raises(DataError, match=re.escape(line)):
             script.main(["--compare", *files])
     with pytest.raises(
-        DataError,
-        match=r"plot.docx: matplotlib cannot write 'docx'; use a name that ends in .png, .pdf or .svg",
+        DataError, match=r"plot.docx: matplotlib cannot write 'docx'; use a name that ends in .png, .pdf or .svg"
     ):
         script.main(["--compare", "a.json", "--plot_path", "plot.docx"])

@@ -117,15 +117,7 @@ def large(laboratory, tmp_path_factory) -> Job:
     made, sizes = tmp_path_factory.mktemp("large"), {"first.weight": 20_001, "second.weight": 30_003}
     write(made / "base", {name: torch.linspace(-1, 1, size).half() for name, size in sizes.items()})
     write(made / "a", {name: torch.linspace(1, -1, size).half() for name, size in sizes.items()})
-    run(
-        "extract",
-        "--finetuned_model_path",
-        made / "a",
-        "--base_model_path",
-        made / "base",
-        "--save_path",
-        made / "v",
-    )
+    run("extract", "--finetuned_model_path", made / "a", "--base_model_path", made / "base", "--save_path", made / "v")
     arguments = ["--n", 1, "--m", 4, "--task_vector_paths", made / "v", "--save_directories", made / "p"]
     return Job(laboratory, "prune", [*arguments, "--max_shard_size", "50KB"], [made / "p"])
 
@@ -493,16 +485,7 @@ def test_one_of_several_processes_is_killed(jobs, tmp_path):
     """The run fails, says so and publishes nothing; the same command goes on to the same bytes."""
     job, script = jobs["prune"], tmp_path / "script.py"
     script.write_text(ONE_IS_KILLED.format(root=str(ROOT), flag=str(tmp_path / "flag")))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "--",
-        script,
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--", script]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     arguments = [*command, *map(str, job.arguments)]
     first = subprocess.run(arguments, capture_output=True, text=True, env=environment)

@@ -213,17 +213,7 @@ def test_shuffled_offsets(path, described, chance):
 # --- indexes, configs, whole checkpoints ----------------------------------------------------------
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-FILES = [
-    ONE,
-    TWO,
-    "../" + ONE,
-    "/" + ONE,
-    ".",
-    "",
-    "nul\0.safetensors",
-    "x" * 300 + ".safetensors",
-    ONE + "\n",
-]
+FILES = [ONE, TWO, "../" + ONE, "/" + ONE, ".", "", "nul\0.safetensors", "x" * 300 + ".safetensors", ONE + "\n"]
 
 
 @pytest.fixture(scope="module")
@@ -254,10 +244,7 @@ def test_arbitrary_configs(tmp_path, seed, edits):
     model, chance = tmp_path / "m", random.Random(seed)
     if not model.exists():
         write(model, {"model.embed_tokens.weight": torch.ones(3, 2)})
-        write(
-            tmp_path / "other",
-            {"model.embed_tokens.weight": torch.ones(3, 2), "lm_head.weight": torch.ones(3, 2)},
-        )
+        write(tmp_path / "other", {"model.embed_tokens.weight": torch.ones(3, 2), "lm_head.weight": torch.ones(3, 2)})
 
     def planned(directory: Path):
         base = open_checkpoint(str(directory))

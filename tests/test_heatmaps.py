@@ -67,12 +67,7 @@ def expected(directory, measure: str, patterns: list[list[str]]) -> list[list[fl
     return out
 
 
-PATTERNS = [
-    ["*embed*"] * 2,
-    ["*layers.0*q_proj*", "*layers.0*up_proj*"],
-    ["model.norm.*"] * 2,
-    ["lm_head*"] * 2,
-]
+PATTERNS = [["*embed*"] * 2, ["*layers.0*q_proj*", "*layers.0*up_proj*"], ["model.norm.*"] * 2, ["lm_head*"] * 2]
 
 
 @pytest.mark.parametrize("measure", ["overlap", "l2_share", "evenness"])
@@ -100,11 +95,7 @@ def test_overlap_is_the_mean_over_the_other_vectors():
     tensors = {"h.0.q_proj": entry("q", b=0.2, c=0.4), "h.1.q_proj": entry("q", b=0.2, c=None)}
     one = report(tensors | {"h.2.q_proj": entry("q")})
     rows, kinds = axes_of([one])
-    assert matrix(one, "overlap", rows, kinds) == [
-        [pytest.approx(0.3)],
-        [0.2],
-        [pytest.approx(NAN, nan_ok=True)],
-    ]
+    assert matrix(one, "overlap", rows, kinds) == [[pytest.approx(0.3)], [0.2], [pytest.approx(NAN, nan_ok=True)]]
 
 
 def test_several_tensors_of_a_kind_count_by_their_elements():
@@ -118,12 +109,7 @@ def test_several_tensors_of_a_kind_count_by_their_elements():
 
 
 def test_layers_are_in_order_of_depth_stack_by_stack():
-    names = [
-        "encoder.block.10.q",
-        "encoder.block.9.q",
-        "decoder.block.0.q",
-        "decoder.block.0.moe.experts.7.up",
-    ]
+    names = ["encoder.block.10.q", "encoder.block.9.q", "decoder.block.0.q", "decoder.block.0.moe.experts.7.up"]
     rows, kinds = axes_of([report({name: entry(name.rpartition(".")[2]) for name in names})])
     assert rows == [("encoder.block.9", ""), ("encoder.block.10", ""), ("decoder.block.0", "")]
     assert kinds == ["q", "up"]

@@ -17,10 +17,7 @@ from merge_and_evaluate.scores import mean_stderr, summarize
 RECIPE = {
     "merge_method": "task_arithmetic",
     "base_model": "./base",
-    "models": [
-        {"model": "./wild", "parameters": {"weight": 1.2}},
-        {"model": "./west", "parameters": {"weight": 0.7}},
-    ],
+    "models": [{"model": "./wild", "parameters": {"weight": 1.2}}, {"model": "./west", "parameters": {"weight": 0.7}}],
     "dtype": "float32",
     "out_dtype": "float16",
 }
@@ -60,14 +57,7 @@ def load(directory) -> dict[str, np.ndarray]:
 
 def left_over(folder) -> set[str]:
     """What is there beside the inputs."""
-    return {path.name for path in folder.iterdir()} - {
-        "base",
-        "wild",
-        "west",
-        "tasks",
-        "recipe.yml",
-        "eval.yml",
-    }
+    return {path.name for path in folder.iterdir()} - {"base", "wild", "west", "tasks", "recipe.yml", "eval.yml"}
 
 
 # --- merge and evaluate ---------------------------------------------------------------------------
@@ -214,13 +204,7 @@ def test_help_imports_nothing_heavy():
 
 def document(**results) -> dict:
     counts = {name: {"effective": scores.pop("n", 100), "original": 100} for name, scores in results.items()}
-    return {
-        "results": results,
-        "group_subtasks": {},
-        "n-shot": {},
-        "n-samples": counts,
-        "higher_is_better": {},
-    }
+    return {"results": results, "group_subtasks": {}, "n-shot": {}, "n-samples": counts, "higher_is_better": {}}
 
 
 def test_summary_takes_the_leaderboards_metrics():
@@ -248,11 +232,7 @@ def test_mmlu_is_the_plain_mean_and_the_weighted_one():
         winogrande={"acc,none": 0.8, "acc_stderr,none": 0.01},
         board={"alias": "board"},
     )
-    made["group_subtasks"] = {
-        "board": ["winogrande", "mmlu"],
-        "mmlu": ["mmlu_stem"],
-        "mmlu_stem": ["mmlu_a", "mmlu_b"],
-    }
+    made["group_subtasks"] = {"board": ["winogrande", "mmlu"], "mmlu": ["mmlu_stem"], "mmlu_stem": ["mmlu_a", "mmlu_b"]}
     summary = summarize(made)
     assert list(summary["tasks"]) == ["winogrande", "mmlu"]
     mmlu = summary["tasks"]["mmlu"]
@@ -369,8 +349,7 @@ def test_vocabularies_that_differ_are_refused(here, tmp_path_factory):
     bigger = save_model(tmp_path_factory.mktemp("other") / "bigger", seed=5, vocab=24)
     write(here / "recipe.yml", changed(models=[{"model": str(bigger), "parameters": {"weight": 1.0}}]))
     with pytest.raises(
-        DataError,
-        match=rf"tensor '.*' is \[24, 32\] in {bigger} but \[20, 32\] in ./base; the vocabularies differ",
+        DataError, match=rf"tensor '.*' is \[24, 32\] in {bigger} but \[20, 32\] in ./base; the vocabularies differ"
     ):
         merge()
     assert left_over(here) == set()

@@ -173,11 +173,7 @@ WHOLE = [
     ("cabs", {"n": 3, "m": 16}, ["--pruning_method", "nm", "--n", "3", "--m", "16"]),
     ("cabs", {"n": 48, "m": 64}, ["--pruning_method", "nm", "--n", "48", "--m", "64"]),
     ("magnitude", {"density": 0.25}, ["--pruning_method", "magnitude", "--sparsity_level", "0.75"]),
-    (
-        "random",
-        {"density": 0.25, "seed": 3},
-        ["--pruning_method", "random", "--sparsity_level", "0.75", "--seed", "3"],
-    ),
+    ("random", {"density": 0.25, "seed": 3}, ["--pruning_method", "random", "--sparsity_level", "0.75", "--seed", "3"]),
 ]
 
 

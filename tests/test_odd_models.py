@@ -61,16 +61,7 @@ def test_odd_tensors_and_settings(odd, flags):
     outs, vectors = [odd / f"p{i}" for i in range(3)], [odd / "va", odd / "vb", odd / "va"]
     more = [part for name, value in flags.items() for part in (f"--{name}", value)]
     more = [f"{a}={b}" for a, b in zip(more[::2], more[1::2], strict=True)]  # a value may begin with a minus
-    run(
-        "prune",
-        "--task_vector_paths",
-        *vectors,
-        "--save_directories",
-        *outs,
-        "--max_shard_size",
-        "100B",
-        *more,
-    )
+    run("prune", "--task_vector_paths", *vectors, "--save_directories", *outs, "--max_shard_size", "100B", *more)
     base, read, written = load(odd / "base"), [load(v) for v in vectors], [load(out) for out in outs]
     settings = {"method" if name == "pruning_method" else name: value for name, value in flags.items()}
     for name, tensor in base.items():

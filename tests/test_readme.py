@@ -76,12 +76,7 @@ def test_every_command_runs_and_chains(workplace):
         done = run(command, workplace)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         assert "Traceback" not in done.stderr
-    for output in (
-        "Mistral-7b-v0.1-float16",
-        "task_vector_westseverus",
-        "pruned_vector_wildmarcoroni",
-        "merged_cabs",
-    ):
+    for output in ("Mistral-7b-v0.1-float16", "task_vector_westseverus", "pruned_vector_wildmarcoroni", "merged_cabs"):
         assert (workplace / "models" / output / "model.safetensors").is_file()
     for results in ("results.json", "results_best.json"):
         assert "summary" in json.loads((workplace / results).read_text())

@@ -102,10 +102,7 @@ def test_the_commands_of_the_readme_parse():
 
     text = (ROOT / "recipes" / "README.md").read_text()
     commands = [shlex.split(c.replace("\\\n", " ")) for c in re.findall(r"```bash\n(.*?)```", text, re.S)]
-    scripts = {
-        "prune_task_vector_7b.py": prune_task_vector_7b,
-        "merge_and_evaluate_7b.py": merge_and_evaluate_7b,
-    }
+    scripts = {"prune_task_vector_7b.py": prune_task_vector_7b, "merge_and_evaluate_7b.py": merge_and_evaluate_7b}
     parsed = [scripts[command[1]].parse_args(command[2:]) for command in commands]
     pruned = [str(args) for args in parsed if "pruning_method" in args]
     assert len(pruned) == len(set(pruned)) == 10

@@ -259,11 +259,7 @@ CASES = {
         "{d}/out.part: left by another run (no record of a run in it); finish that run with its own command, "
         "delete the directory, or give --overwrite to start afresh",
     ),
-    "a device that is not there": (
-        lambda folder: None,
-        ["prune", "--device", "nonsense"],
-        None,
-    ),
+    "a device that is not there": (lambda folder: None, ["prune", "--device", "nonsense"], None),
 }
 
 
@@ -311,15 +307,7 @@ def test_rescale_overflows(here, save_format):
     """30000 kept and multiplied by 4 is beyond float16; without --rescale it is not."""
     put("a", Q, 30_000.0)(here)
     shutil.rmtree(here / "va")
-    run(
-        "extract",
-        "--finetuned_model_path",
-        here / "a",
-        "--base_model_path",
-        here / "base",
-        "--save_path",
-        here / "va",
-    )
+    run("extract", "--finetuned_model_path", here / "a", "--base_model_path", here / "base", "--save_path", here / "va")
     more = ["--save_format", save_format]
     line = refusal("prune", *arguments("prune", here, "--rescale", *more))
     assert line == (
@@ -348,15 +336,7 @@ def test_the_base_has_gone(tmp_path):
 def test_vectors_of_different_bases(here):
     put("base", Q, 1.5)(here)
     shutil.rmtree(here / "vb")
-    run(
-        "extract",
-        "--finetuned_model_path",
-        here / "b",
-        "--base_model_path",
-        here / "base",
-        "--save_path",
-        here / "vb",
-    )
+    run("extract", "--finetuned_model_path", here / "b", "--base_model_path", here / "base", "--save_path", here / "vb")
     assert refusal("prune", *prune_arguments(here)) == (
         f"tensor '{Q}': {here}/va and {here}/vb were extracted from different bases; extract both from the same one"
     )

@@ -92,15 +92,7 @@ def zoos(tmp_path_factory) -> dict[str, Path]:
     folders = {}
     for kind in KINDS:
         folder = folders[kind] = zoo.make(kind, tmp_path_factory.mktemp("zoo") / kind)
-        run(
-            "convert",
-            "--model_path",
-            folder / "base",
-            "--save_path",
-            folder / "half",
-            "--max_shard_size",
-            "3KB",
-        )
+        run("convert", "--model_path", folder / "base", "--save_path", folder / "half", "--max_shard_size", "3KB")
         for name in "ab":
             run(
                 "extract",
@@ -216,17 +208,7 @@ def test_a_pruned_vector_is_a_task_vector(zoos, tmp_path):
         "--save_format",
         "task_vector",
     )
-    run(
-        "prune",
-        "--task_vector_paths",
-        tmp_path / "once",
-        "--save_directories",
-        tmp_path / "twice",
-        "--n",
-        1,
-        "--m",
-        4,
-    )
+    run("prune", "--task_vector_paths", tmp_path / "once", "--save_directories", tmp_path / "twice", "--n", 1, "--m", 4)
     base, vector = load(folder / "half"), load(folder / "va")
     (once,) = expected_pruned(base, [vector], "task_vector", False, method="magnitude", sparsity_level=0.5)
     expect(tmp_path / "once", once)
@@ -485,18 +467,7 @@ def test_overlap_is_zero_while_there_is_room(tmp_path):
     shutil.copytree(paths[0], paths[2])
     shutil.copytree(paths[1], paths[3])
     outs = [folder / f"p{i}" for i in range(4)]
-    run(
-        "prune",
-        "--task_vector_paths",
-        *paths,
-        "--save_directories",
-        *outs,
-        "--n",
-        64,
-        "--m",
-        256,
-        "--dry_run",
-    )
+    run("prune", "--task_vector_paths", *paths, "--save_directories", *outs, "--n", 64, "--m", 256, "--dry_run")
     assert not any(out.exists() for out in outs)
     run("prune", "--task_vector_paths", *paths, "--save_directories", *outs, "--n", 1, "--m", 4)
     for i, out in enumerate(outs):

@@ -59,10 +59,7 @@ def test_files_are_those_of_save_file(tmp_path_factory, described):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_a_converted_file_is_that_of_save_file(tmp_path, dtype):
     """The whole file, weights included, from a model of mixed dtypes and buffers in order of their names."""
-    tensors = state(1, torch.float32) | {
-        "z.half": state(2)["model.norm.weight"],
-        "position_ids": torch.arange(9),
-    }
+    tensors = state(1, torch.float32) | {"z.half": state(2)["model.norm.weight"], "position_ids": torch.arange(9)}
     write(tmp_path / "model", tensors)
     run("convert", "--model_path", tmp_path / "model", "--save_path", tmp_path / "out", "--dtype", dtype)
     want = {
@@ -196,10 +193,7 @@ def test_transformers_loads_model_and_tokenizer(tmp_path):
 
 def test_config_says_the_dtype(tmp_path):
     """`dtype` is what the tensors are, nested configs included, and no stale torch_dtype is left."""
-    nested = CONFIG | {
-        "text_config": {"torch_dtype": "float32", "vocab_size": 3},
-        "vision_config": {"depth": 1},
-    }
+    nested = CONFIG | {"text_config": {"torch_dtype": "float32", "vocab_size": 3}, "vision_config": {"depth": 1}}
     write(tmp_path / "model", state(dtype=torch.float32), nested)
     run("convert", "--model_path", tmp_path / "model", "--save_path", tmp_path / "out", "--dtype", "bfloat16")
     config = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -23,10 +23,7 @@ from merge_and_evaluate.sweep import weight_choices
 RECIPE = {
     "merge_method": "task_arithmetic",
     "base_model": "./base",
-    "models": [
-        {"model": "./wild", "parameters": {"weight": 1.2}},
-        {"model": "./west", "parameters": {"weight": 0.7}},
-    ],
+    "models": [{"model": "./wild", "parameters": {"weight": 1.2}}, {"model": "./west", "parameters": {"weight": 0.7}}],
     "dtype": "float32",
     "out_dtype": "float16",
 }
@@ -53,14 +50,7 @@ def sweep(*flags: str) -> None:
 
 
 def there(folder) -> set[str]:
-    return {path.name for path in folder.iterdir()} - {
-        "base",
-        "wild",
-        "west",
-        "tasks",
-        "recipe.yml",
-        "eval.yml",
-    }
+    return {path.name for path in folder.iterdir()} - {"base", "wild", "west", "tasks", "recipe.yml", "eval.yml"}
 
 
 @pytest.fixture
@@ -92,10 +82,7 @@ def test_weight_choices():
 def test_weights_go_where_the_recipe_has_them(here):
     recipe = read_recipe("recipe.yml")
     assert [m["parameters"]["weight"] for m in with_weights(recipe, (0.5,)).config["models"]] == [0.5, 0.5]
-    assert [m["parameters"]["weight"] for m in with_weights(recipe, (0.5, 2.0)).config["models"]] == [
-        0.5,
-        2.0,
-    ]
+    assert [m["parameters"]["weight"] for m in with_weights(recipe, (0.5, 2.0)).config["models"]] == [0.5, 2.0]
     assert recipe.config["models"][0]["parameters"]["weight"] == 1.2
     with pytest.raises(DataError, match="recipe.yml: 3 grids of weights for 2 models with a weight"):
         with_weights(recipe, (1.0, 2.0, 3.0))
@@ -189,10 +176,7 @@ def test_a_grid_has_a_weight_per_model(here, asked):
     labels = ["0.3_1", "0.3_2", "0.6_1", "0.6_2"]
     assert asked == [f"merged_weights_{label}" for label in labels]
     config = yaml.safe_load((here / "merged" / "mergekit_config.yml").read_text())
-    assert [model["parameters"]["weight"] for model in config["models"]] == [
-        0.6,
-        1.0,
-    ]  # the first of two equal ones
+    assert [model["parameters"]["weight"] for model in config["models"]] == [0.6, 1.0]  # the first of two equal ones
     assert (here / "results_sweep.csv").read_text().startswith("weight_1,weight_2,colours,")
 
 
@@ -200,10 +184,7 @@ def test_chosen_on_some_tasks_reported_on_others(here, asked):
     """colours alone says 0.9, all together 0.6; the scores that are reported never chose."""
     sweep("--weights", "0.3", "0.6", "0.9", "--choose_on", "colours")
     document = json.loads((here / "results.json").read_text())
-    assert document["summary"]["weights"] == [0.9] and list(document["summary"]["tasks"]) == [
-        "shades",
-        "tints",
-    ]
+    assert document["summary"]["weights"] == [0.9] and list(document["summary"]["tasks"]) == ["shades", "tints"]
     chosen = document["summary"]["chosen"]
     assert chosen["on"] == ["colours"] and chosen["held_out"] is True
     assert [tried["average"] for tried in chosen["candidates"]] == pytest.approx([0.3, 0.6, 0.9])

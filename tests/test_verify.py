@@ -15,12 +15,7 @@ import merge_and_evaluate_7b
 from common.exits import run as run_main
 from common.shards.headers import read_headers
 
-KINDS = {
-    "va": "task_vector.json",
-    "pa": "prune_report.json",
-    "ta": "prune_report.json",
-    "merged": "merge_report.json",
-}
+KINDS = {"va": "task_vector.json", "pa": "prune_report.json", "ta": "prune_report.json", "merged": "merge_report.json"}
 RECIPE = """
 merge_method: task_arithmetic
 base_model: {0}/base
