@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import chain, files, prune_arguments, run, write
+from checkpoints import chain, extract, files, prune_arguments, run, write
 from conftest import ROOT
 
 from common.shards import sink, stream
@@ -117,14 +117,14 @@ def large(laboratory, tmp_path_factory) -> Job:
     made, sizes = tmp_path_factory.mktemp("large"), {"first.weight": 20_001, "second.weight": 30_003}
     write(made / "base", {name: torch.linspace(-1, 1, size).half() for name, size in sizes.items()})
     write(made / "a", {name: torch.linspace(1, -1, size).half() for name, size in sizes.items()})
-    run("extract", "--finetuned_model_path", made / "a", "--base_model_path", made / "base", "--save_path", made / "v")
+    extract(made / "a", made / "base", made / "v")
     arguments = ["--n", 1, "--m", 4, "--task_vector_paths", made / "v", "--save_directories", made / "p"]
     return Job(laboratory, "prune", [*arguments, "--max_shard_size", "50KB"], [made / "p"])
 
 
 @pytest.fixture(scope="module")
 def undisturbed(laboratory, folder) -> dict[str, Job]:
-    extract = ["--finetuned_model_path", folder / "a", "--base_model_path", folder / "base"]
+    two_models = ["--finetuned_model_path", folder / "a", "--base_model_path", folder / "base"]
     return {
         "convert": Job(
             laboratory,
@@ -132,7 +132,7 @@ def undisturbed(laboratory, folder) -> dict[str, Job]:
             ["--model_path", folder / "base", "--save_path", folder / "out", *SIZE],
             [folder / "out"],
         ),
-        "extract": Job(laboratory, "extract", [*extract, "--save_path", folder / "vc", *SIZE], [folder / "vc"]),
+        "extract": Job(laboratory, "extract", [*two_models, "--save_path", folder / "vc", *SIZE], [folder / "vc"]),
         "prune": Job(laboratory, "prune", prune_arguments(folder, *SIZE), [folder / "pa", folder / "pb"]),
     }
 
@@ -260,15 +260,7 @@ def test_a_disk_that_really_fills_up(tmp_path):
     folder, disk = tmp_path / "x", tmp_path / "disk"
     write(folder / "base", {"w": torch.linspace(-1, 1, 200_000).half()})
     write(folder / "a", {"w": torch.linspace(1, -1, 200_000).half()})
-    run(
-        "extract",
-        "--finetuned_model_path",
-        folder / "a",
-        "--base_model_path",
-        folder / "base",
-        "--save_path",
-        folder / "v",
-    )
+    extract(folder / "a", folder / "base", folder / "v")
     flags = ["--n", 1, "--m", 4, "--task_vector_paths", folder / "v", "--save_directories"]
     run("prune", *flags, folder / "p")
     disk.mkdir()

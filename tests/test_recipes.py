@@ -32,9 +32,9 @@ def header_commands(path: Path) -> list[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory) -> Path:
+def tiny_repository(tmp_path_factory) -> Path:
     """A folder that looks like the repository after the README's chain, with tiny models."""
-    folder = tmp_path_factory.mktemp("chain")
+    folder = tmp_path_factory.mktemp("repository")
     shutil.copytree(ROOT / "recipes", folder / "recipes")
     for seed, name in enumerate(CHAIN):
         save_model(folder / "models" / name, seed)
@@ -63,8 +63,8 @@ def test_its_commands_use_it_and_parse(path):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_it_merges_as_its_header_says(path, chain, monkeypatch):
-    monkeypatch.chdir(chain)
+def test_it_merges_as_its_header_says(path, tiny_repository, monkeypatch):
+    monkeypatch.chdir(tiny_repository)
     command = next(command for command in header_commands(path) if command[0] == "python")
     args = merge_and_evaluate_7b.parse_args(command[2:])
     merge_and_evaluate_7b.main(["--recipe", args.recipe, "--save_path", args.save_path, "--merge_only"])
@@ -76,19 +76,19 @@ def test_it_merges_as_its_header_says(path, chain, monkeypatch):
     assert any((merged[name] != base[name]).any() for name in base)
 
 
-def test_mergekit_yaml_runs_the_recipe_as_pasted(chain, monkeypatch):
+def test_mergekit_yaml_runs_the_recipe_as_pasted(tiny_repository, monkeypatch):
     """The real command, offline, into ./models/merged_by_mergekit: same tensors as our script's, tokenizer copied."""
     from click.testing import CliRunner
     from mergekit.scripts.run_yaml import main as mergekit_yaml
     from safetensors.numpy import load_file
 
-    monkeypatch.chdir(chain)
+    monkeypatch.chdir(tiny_repository)
     result = CliRunner().invoke(mergekit_yaml, ["recipes/recipe.yml", "./models/merged_by_mergekit"])
     assert result.exit_code == 0, result.output
     merge_and_evaluate_7b.main(["--recipe", "recipes/recipe.yml", "--save_path", "./models/ours", "--merge_only"])
     theirs, ours = (load_file(f"models/{name}/model.safetensors") for name in ("merged_by_mergekit", "ours"))
     assert all((theirs[name] == ours[name]).all() for name in theirs)
-    assert (chain / "models/merged_by_mergekit/tokenizer.json").is_file()
+    assert (tiny_repository / "models/merged_by_mergekit/tokenizer.json").is_file()
 
 
 def test_orders_differ_only_in_order():

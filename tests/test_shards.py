@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import oracle
 import pytest
 import torch
-from checkpoints import CONFIG, SHAPES, load, run, state, write
+from checkpoints import CONFIG, SHAPES, extract, load, prune, run, state, write
 from conftest import save_model
 from huggingface_hub import split_state_dict_into_shards_factory
 from hypothesis import given, settings
@@ -159,26 +159,8 @@ def test_transformers_loads_model_and_tokenizer(tmp_path):
     (tmp_path / "fine" / "chat_template.jinja").write_text("{{ messages }}")
     (tmp_path / "fine" / "modeling_evil.py").write_text("raise SystemExit('imported')")
     run("convert", "--model_path", base, "--save_path", tmp_path / "half", "--max_shard_size", "20KB")
-    run(
-        "extract",
-        "--finetuned_model_path",
-        tmp_path / "fine",
-        "--base_model_path",
-        tmp_path / "half",
-        "--save_path",
-        tmp_path / "vector",
-    )
-    run(
-        "prune",
-        "--task_vector_paths",
-        tmp_path / "vector",
-        "--save_directories",
-        tmp_path / "pruned",
-        "--n",
-        1,
-        "--m",
-        4,
-    )
+    extract(tmp_path / "fine", tmp_path / "half", tmp_path / "vector")
+    prune([tmp_path / "vector"], [tmp_path / "pruned"], "--n", 1, "--m", 4)
     for name in ("half", "vector", "pruned"):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
