@@ -16,6 +16,7 @@ from conftest import ROOT
 
 from common.shards import sink, stream
 
+pytestmark = pytest.mark.slow  # hundreds of jobs, each killed at another place
 SIZE = ["--max_shard_size", "300B"]  # several shards
 GOES_ON = "free some space and run the same command again: it goes on from there"
 

@@ -110,6 +110,7 @@ def test_mutated_bytes(path, edits):
             expect_sound(path, found)
 
 
+@pytest.mark.slow
 def test_thousands_of_mutations(path):
     """10000 files, seeded: bits flipped, digits changed, pieces of the header cut out, doubled or swapped."""
     chance, accepted = random.Random(1), 0
@@ -189,6 +190,7 @@ def test_arbitrary_headers(path, seed):
         expect_sound(path, found)
 
 
+@pytest.mark.slow
 @relaxed
 @given(
     st.lists(st.tuples(st.sampled_from(["F16", "F32", "U8"]), st.lists(st.integers(0, 3), max_size=3)), max_size=5),
@@ -237,6 +239,7 @@ def test_arbitrary_indexes(sharded, seed):
         assert {t.name: t.path.name for t in found} == weight_map
 
 
+@pytest.mark.slow
 @relaxed
 @given(SEEDS, EDITS)
 def test_arbitrary_configs(tmp_path, seed, edits):
@@ -270,6 +273,7 @@ def _zip(records: dict[str, bytes]) -> bytes:
     return out.getvalue()
 
 
+@pytest.mark.slow
 def test_mutated_bins(tmp_path):
     """Bytes of a .bin changed anywhere, and of its pickle with the zip made to fit: 800 files."""
     out, chance = io.BytesIO(), random.Random(0)
@@ -307,6 +311,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_large_hostile_headers(path, text):
     """Megabytes made to be slow or large: answered in seconds, in memory of the order of the header."""

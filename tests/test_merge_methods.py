@@ -68,6 +68,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "parameters", "rule"), CASES, ids=lambda value: getattr(value, "spec", value) and ""
 )

@@ -9,6 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import matplotlib.font_manager  # noqa: F401  (it keeps a cache in the home directory, which moves below)
 import pytest
 from checkpoints import chain, files, prune_arguments, run
 from conftest import ROOT

@@ -62,6 +62,7 @@ def test_its_commands_use_it_and_parse(path):
     assert any(command[0] == "python" for command in commands)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_it_merges_as_its_header_says(path, tiny_repository, monkeypatch):
     monkeypatch.chdir(tiny_repository)
@@ -128,6 +129,7 @@ def test_lm_eval_accepts_the_leaderboard_config(monkeypatch):
     assert merge_and_evaluate_7b.parse_args(ours[2:]).eval_only
 
 
+@pytest.mark.slow
 def test_the_leaderboard_group_sets_the_shots(monkeypatch):
     """lm-eval's own TaskManager builds all 62 tasks offline; only the download of their data is left out."""
     from lm_eval.api.task import ConfigurableTask, TaskConfig

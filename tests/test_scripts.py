@@ -142,6 +142,7 @@ def test_prune(zoos, tmp_path, kind, method):
     expect(tmp_path / "pb", want[1])
 
 
+@pytest.mark.slow
 def test_three_vectors_mixed_dtypes_both_formats(zoos, tmp_path):
     """A base of two dtypes used as it is, vectors in bfloat16, three of them, as models and as vectors."""
     folder, vectors = zoos["qwen2"], []
@@ -198,6 +199,7 @@ def test_other_dtypes(zoos, tmp_path, dtype):
         expect(tmp_path / f"p{name}", want)
 
 
+@pytest.mark.slow
 def test_layouts_do_not_change_a_bit(zoos, tmp_path):
     """Inputs as one file, several, one .bin and several; outputs cut anywhere: the same tensors and report."""
     folder = zoos["qwen2"]
@@ -268,6 +270,7 @@ def test_buffers_are_the_bases(zoos, tmp_path):
 # --- merged by mergekit ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_mergekit_merges_what_prune_wrote(zoos, tmp_path, kind):
     """base + sum of weight * pruned, in float64, rounded once; where no mask keeps, the base's own bits.

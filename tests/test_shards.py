@@ -76,6 +76,7 @@ def test_a_converted_file_is_that_of_save_file(tmp_path, dtype):
 SIZES = st.dictionaries(st.text(max_size=4), st.integers(0, 50), min_size=1, max_size=30)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(SIZES, st.integers(1, 80))
 def test_partition_is_greedy(sizes, limit):
@@ -88,6 +89,7 @@ def test_partition_is_greedy(sizes, limit):
         assert total + sizes[after[0]] > limit
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(SIZES)
 def test_shards_are_cut_and_named_as_the_hub_does(sizes):

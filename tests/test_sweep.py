@@ -148,6 +148,7 @@ def test_keep_models_keeps_them(here, asked):
     assert {"merged", "merged_weight_0.3"} <= left_over(here)
 
 
+@pytest.mark.slow
 def test_a_grid_has_a_weight_per_model(here, asked):
     merge_and_score("--weight_grid", "0.3", "0.6", "--weight_grid", "1", "2")
     labels = ["0.3_1", "0.3_2", "0.6_1", "0.6_2"]
@@ -196,6 +197,7 @@ def test_a_group_is_opened_to_see_what_is_in_it(here, asked):
 # --- going on -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_goes_on(here, asked, monkeypatch):
     """Stopped while the second model is scored: nothing is scored twice, and what comes out is the same."""
     stand_in = scoring.evaluate
@@ -222,6 +224,7 @@ def test_an_interrupted_sweep_goes_on(here, asked, monkeypatch):
     assert asked[3:] == ["merged_weight_1.2"]
 
 
+@pytest.mark.slow
 def test_a_model_that_is_gone_is_merged_again(here, asked):
     merge_and_score("--weights", "0.3", "0.6")
     shutil.rmtree(here / "merged")
@@ -230,6 +233,7 @@ def test_a_model_that_is_gone_is_merged_again(here, asked):
     assert len(asked) == 2 and (here / "merged" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["model", "eval recipe", "task", "data"])
 def test_scores_of_something_else_are_not_taken(here, asked, change):
     """Other weights in the model's files, another eval recipe, task file or question: the old scores do not count."""
@@ -254,6 +258,7 @@ def test_scores_of_something_else_are_not_taken(here, asked, change):
     assert len(asked) == 2
 
 
+@pytest.mark.slow
 def test_killed_for_real_and_run_again(here):
     """kill -9 once the first scores are there, with lm-eval itself; then the same command finishes."""
     command = [
