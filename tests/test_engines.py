@@ -12,7 +12,8 @@ from common.pruners.kernels.torch_engine import draws, engine
 from common.pruners.prune_tensor import Counts
 from common.pruners.pruning import Pruning
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=NO_CUDA)]
 BITS = {"F16": np.uint16, "BF16": np.uint16, "F32": np.uint32}
 
 
