@@ -47,6 +47,7 @@ from common.shards.verify import verify
 from merge_and_evaluate.comparison import compare
 from merge_and_evaluate.eval_recipes import EvalRecipe, check_device, read_eval_recipe
 from merge_and_evaluate.merging import (
+    ENGINES,
     REPORT_NAME,
     MergePlan,
     MergeSettings,
@@ -64,12 +65,7 @@ from merge_and_evaluate.scoring import Model, check_one_process, check_tokenizer
 from merge_and_evaluate.sweep import Sweep, plan_candidates, plan_scorings, weight_choices
 from merge_and_evaluate.sweep import run as run_sweep
 
-MERGE_DEFAULTS = {
-    "recipe": "recipes/recipe.yml",
-    "save_path": "./models/merged",
-    "max_shard_size": 10**9,
-    "seed": 0,
-}
+MERGE_DEFAULTS = {"recipe": "recipes/recipe.yml", "save_path": "./models/merged", "engine": "auto", "seed": 0}
 EVAL_DEFAULTS = {"eval_recipe": "recipes/open_llm_leaderboard.yml", "output_path": "results.json"}
 
 
@@ -106,7 +102,13 @@ def add_pipeline_flags(parser: argparse.ArgumentParser) -> None:
         "--max_shard_size",
         type=cli.byte_size,
         metavar="SIZE",
-        help="start a new safetensors file beyond this size; that much is held in memory (default: 1GB)",
+        help="start a new safetensors file beyond this size (default: 5GB; 1GB where mergekit merges, which holds one)",
+    )
+    add(
+        "--engine",
+        choices=ENGINES,
+        help="stream: at the speed of a copy, any architecture; mergekit: everything else it can do; auto: stream what "
+        "streams, and say which it was (default: auto)",
     )
     add("--seed", type=int, metavar="N", help="for methods that draw at random: dare_*, della_* (default: 0)")
     add(
@@ -168,7 +170,7 @@ def check_combination(parser: argparse.ArgumentParser, given: set[str]) -> None:
     refusals = [
         ("verify", given - {"verify"}),
         ("compare", given - {"compare", "plot_path"}),
-        ("eval_only", given & ({"merge_only", "recipe", "max_shard_size", "seed"} | sweep)),
+        ("eval_only", given & ({"merge_only", "recipe", "max_shard_size", "seed", "engine"} | sweep)),
         ("merge_only", given & ({"eval_recipe", "output_path", "batch_size", "name"} | sweep)),
         ("weights", given & {"weight_grid"}),
     ]
@@ -202,11 +204,17 @@ def print_merge(merge_plan: MergePlan, settings: MergeSettings, merges: int) -> 
     """What --dry_run says of the merge: what is read and written, and what it takes."""
     several = f", {merges} weights" if merges > 1 else ""
     print(f"merge   {merge_plan.recipe.path}: {merge_plan.recipe.config['merge_method']}{several}")
+    print(f"engine  {engine_line(merge_plan)}")
     for checkpoint in merge_plan.checkpoints:
         print(f"reads   {checkpoint.nbytes / 1e9:8.3f} GB  {checkpoint.label}")
     print(f"writes  {merge_plan.nbytes / 1e9:8.3f} GB  {merge_plan.save_path}")
     print(f"disk    {merge_plan.nbytes * min(merges, 2) / 1e9:8.3f} GB  to be free; more with --keep_models")
     print(f"memory  {memory_needed(merge_plan, settings) / 1e9:8.3f} GB  for the merge, about")
+
+
+def engine_line(merge_plan: MergePlan) -> str:
+    """Which engine merges and, if it is mergekit, why: "mergekit, because slices: cuts …"."""
+    return "stream" if merge_plan.reason is None else f"mergekit, because {merge_plan.reason}"
 
 
 def print_scoring(eval_recipe: EvalRecipe, output_path: Path) -> None:
@@ -222,8 +230,9 @@ def merged_model(merge_plan: MergePlan, settings: MergeSettings, name: str, over
     digests = input_digests(merge_plan)
     identity = merge_identity(merge_plan.recipe, digests, settings)
     if overwrite or not already_merged(merge_plan.save_path, identity):
-        merge(merge_plan, digests, settings, overwrite)
-        print(f"wrote {merge_plan.save_path}")
+        print(f"engine: {engine_line(merge_plan)}", flush=True)
+        if merge(merge_plan, digests, settings, overwrite):
+            print(f"wrote {merge_plan.save_path} ({merge_plan.nbytes / 1e9:.3f} GB)")
     else:
         print(f"{merge_plan.save_path} holds this merge already")
     return Model(str(merge_plan.save_path), name, identity, origin(merge_plan.recipe, digests, settings))
@@ -250,11 +259,13 @@ def evaluate_only(args: argparse.Namespace) -> None:
 def merge_and_evaluate(args: argparse.Namespace) -> None:
     """Merge by --recipe, for every weight that is asked for, and score what comes out."""
     check_device(args.device)
-    settings = MergeSettings(args.max_shard_size, args.device or "cpu", args.seed)
-    merge_plan = plan_merge(read_recipe(args.recipe), args.save_path)
+    settings = MergeSettings(args.max_shard_size, args.device or "cpu", args.seed, args.engine)
+    merge_plan = plan_merge(read_recipe(args.recipe), args.save_path, settings)
     choices = weight_choices(args.weights, args.weight_grid)
     trials = {weights: with_weights(merge_plan.recipe, weights) for weights in choices}
     name, output_path = args.name or merge_plan.recipe.name, Path(args.output_path)
+    if merge_plan.reason or not args.merge_only:
+        check_one_process()
     if not args.merge_only:
         eval_recipe = read_eval_recipe(args.eval_recipe, args.device, args.batch_size)
         choosing, reporting = plan_scorings(eval_recipe, args.choose_on, args.report_on)
@@ -287,7 +298,6 @@ def main(argv=None) -> None:
     elif args.eval_only:
         evaluate_only(args)
     else:
-        check_one_process()
         merge_and_evaluate(args)
 
 

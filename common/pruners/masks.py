@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from common.pruners.pruning import Pruning, in_passes, random_key, random_limits, scopes
-from common.pruners.thresholds import Scope, in_order
+from common.pruners.thresholds import Scope, Threshold, in_order
 from common.shards.blocks import blocks
 
 
@@ -32,8 +32,8 @@ class Masks:
         # A block is whole groups, so that nm ranks each without the others; of random numbers four come at a time.
         unit = math.lcm(*ms) if self._first.method == "nm" else 4
         self._step = block if self.in_passes else max(block // unit, 1) * unit
-        self._numel = numel
-        self._room = engine.empty_masks(len(prunings), min(self._step, numel))
+        self._numel, self.block = numel, min(self._step, numel)  # elements of the largest block
+        self._room = engine.empty_masks(len(prunings), self.block)
         self._limits = random_limits([pruning.density for pruning in prunings], self._first.conflict_aware)
         self._keys = [random_key(pruning, j, name) for j, pruning in enumerate(prunings)]
         self._scopes = self._plan_scopes() if self.in_passes else []
@@ -50,6 +50,17 @@ class Masks:
         """What of() compares with, where a scope is larger than a block; reads all vectors, see Scope.find."""
         for scope in self._scopes:
             scope.find(read, peek, self._room, self._step)
+
+    @property
+    def thresholds(self) -> list[list[Threshold]]:
+        """Of each scope, each vector's threshold, once they were found; may be set to what was found before."""
+        return [scope.thresholds for scope in self._scopes]
+
+    @thresholds.setter
+    def thresholds(self, found: list[list[Threshold]]) -> None:
+        for scope, thresholds in zip(self._scopes, found, strict=True):
+            scope.thresholds = thresholds
+            scope.rewind()
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """(start, stop) of consecutive blocks, none of which reaches over the end of a scope."""

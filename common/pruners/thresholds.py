@@ -81,7 +81,7 @@ class Scope:
     def __init__(self, start: int, stop: int, ks: list[int], dtypes: list[str], conflict_aware: bool, engine):
         self.start, self.stop, self._ks = start, stop, ks
         self._dtypes, self._conflict_aware, self._engine = dtypes, conflict_aware, engine
-        self._thresholds: list[Threshold] = []
+        self.thresholds: list[Threshold] = []
         self._ties: list[int] = []  # of each vector, how many positions equal to its threshold are still to be kept
 
     def find(self, read: Callable, peek: Callable, masks, step: int) -> None:
@@ -91,23 +91,24 @@ class Scope:
         threshold search decides what is read, and how often: hence callbacks. masks: room for a block's, scratch.
         """
         for j in range(len(self._ks)):
-            self._thresholds.append(self._threshold(j, read, peek, masks, step))
-        self._rewind()
+            self.thresholds.append(self._threshold(j, read, peek, masks, step))
+        self.rewind()
 
-    def _rewind(self) -> None:
-        self._ties = [threshold.ties for threshold in self._thresholds]
+    def rewind(self) -> None:
+        """Before the first block again: all ties are still to be kept."""
+        self._ties = [threshold.ties for threshold in self.thresholds]
 
     def fill(self, masks: list, vectors: list) -> None:
         """The masks of the next block of as many vectors as are given."""
         for j, mask, taken, levels in in_order(masks, self._conflict_aware):
-            dtype, least = self._dtypes[j], self._thresholds[j].least
+            dtype, least = self._dtypes[j], self.thresholds[j].least
             used = self._engine.threshold_mask(mask, vectors[j], dtype, taken, levels, least, self._ties[j])
             self._ties[j] -= used
 
     def _ranked(self, j: int, spans: Iterable[tuple[int, int]], read: Callable, masks) -> Iterator[tuple]:
         """What ranks vector j's elements, span by span: (bits, dtype, taken, levels), as the engine takes them."""
         levels = j if self._conflict_aware else 0
-        self._rewind()
+        self.rewind()
         for start, stop in spans:
             earlier = [mask[: stop - start] for mask in masks[:levels]]
             self.fill(earlier, [read(i, start, stop) for i in range(levels)])
