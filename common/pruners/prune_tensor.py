@@ -1,42 +1,16 @@
 """One tensor of all vectors: read, prune, add, count."""
 
-from dataclasses import asdict
-
-import numpy as np
-
 from common.errors import DataError
 from common.pruners.pruning import Pruning, in_passes, masks_by_block
-from common.pruners.report import Tally
+from common.pruners.tally import new_counts, tallies, to_record
 from common.shards.headers import Tensor
 from common.shards.stream import Task, Worker, new_hash, not_finite
-
-
-class Counts:
-    """Counts of one tensor for all vectors, block by block."""
-
-    def __init__(self, vectors: int):
-        self._runs = np.zeros((vectors, 4), np.int64)
-        self._energy = np.zeros((vectors, 2))
-        self._both = np.zeros((vectors, vectors), np.int64)
-
-    def of(self, j: int) -> tuple:
-        """Where the engine's tally() counts vector j."""
-        return self._runs[j], self._energy[j], self._both[j]
-
-    def tallies(self, numel: int) -> list[Tally]:
-        """What was counted, vector by vector."""
-        kept = self._runs[:, 0] + self._runs[:, 2]
-        both = self._both + self._both.T
-        either = np.add.outer(kept, kept) - both
-        np.fill_diagonal(either, 0)
-        columns = (part.tolist() for part in (kept, both, either, self._energy, self._runs))
-        return [Tally(numel, *figures[:3], *figures[3], figures[4]) for figures in zip(*columns, strict=True)]
 
 
 def prune_tensor(task: Task, worker: Worker, pruning: Pruning, mask_name: str, save_format: str, engine) -> list[dict]:
     """Prune one tensor of every vector; each record has hashes of base, vector and result, and the counts."""
     base, vectors = (task.inputs[0], task.inputs[1:]) if save_format == "model" else (None, task.inputs)
-    dtypes, counts = [vector.dtype for vector in vectors], Counts(len(vectors))
+    dtypes, counts = [vector.dtype for vector in vectors], new_counts(len(vectors))
     base_hash = new_hash()
     vector_hashes, written_hashes = [new_hash() for _ in vectors], [new_hash() for _ in vectors]
     again = in_passes(pruning, engine.BLOCK)
@@ -60,7 +34,7 @@ def prune_tensor(task: Task, worker: Worker, pruning: Pruning, mask_name: str, s
             vector_hashes[j].update(raw[j])
             if again:
                 worker.moved(raw[j].nbytes)
-            if not engine.tally(bits[j], vector.dtype, masks, j, start, pruning.m, counts.of(j)):
+            if not engine.tally(bits[j], vector.dtype, masks, j, start, pruning.m, counts):
                 raise not_finite(vector)
             out, kept = worker.room(task, j, start, stop), (bits[j], vector.dtype, masks[j], pruning.scale)
             finite = engine.add_kept(out, below, base.dtype, *kept) if base else engine.keep_vector(out, *kept)
@@ -72,9 +46,9 @@ def prune_tensor(task: Task, worker: Worker, pruning: Pruning, mask_name: str, s
             "base": base_hash.hexdigest(),
             "vector": vector_hashes[j].hexdigest(),
             "written": written_hashes[j].hexdigest(),
-            "tally": asdict(tally),
+            "tally": to_record(tally),
         }
-        for j, tally in enumerate(counts.tallies(vectors[0].numel))
+        for j, tally in enumerate(tallies(counts, vectors[0].numel))
     ]
 
 

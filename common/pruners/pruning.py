@@ -123,4 +123,7 @@ def masks_by_block(
         vectors = [read(j, start, stop) for j in range(len(dtypes))]
         found = [mask[: stop - start] for mask in masks]
         rank_in_order(found, vectors, pruning.conflict_aware, rank)
+        if pruning.method == "random":  # after the draws, which depend on no value
+            for mask, bits, dtype in zip(found, vectors, dtypes, strict=True):
+                engine.drop_zeros(mask, bits, dtype)
         yield start, stop, vectors, found

@@ -271,6 +271,18 @@ def _chunk_energy(vector, mask, kind, as_sum):
 
 
 @njit(nogil=True, inline="always")
+def _largest_and_nonzero(bits, kind):
+    """(the largest magnitude, as bits; how many are not zero) in one pass, both as wide as an element: 4096 fit."""
+    as_bits = bits.dtype.type
+    mask, most, count = as_bits(_MAGNITUDE[kind]), as_bits(0), as_bits(0)
+    for i in range(bits.size):
+        magnitude = as_bits(bits[i] & mask)
+        most = max(most, magnitude)
+        count = as_bits(count + as_bits(magnitude != as_bits(0)))
+    return np.uint32(most), np.int64(count)
+
+
+@njit(nogil=True, inline="always")
 def _count_both(left, right):
     both = np.uint32(0)
     for i in range(left.size):
@@ -279,51 +291,54 @@ def _count_both(left, right):
 
 
 @njit(nogil=True, inline="always")
-def _tally_runs(mask, at, m, runs):
-    """Count what is kept in each whole run of m; `at` is where `mask` begins in its tensor."""
+def _tally_groups(mask, at, m, counts):
+    """Count what is kept in each whole group of m; `at` is where `mask` begins in its tensor.
+
+    A group may begin in an earlier block: `tail` is what the open one holds so far.
+    """
     position = 0
     while position < mask.size:
         end = min(mask.size, position + m - (at + position) % m)
-        run, kept = mask[position:end], np.uint32(0)
-        for i in range(run.size):
-            kept = np.uint32(kept + np.uint32(run[i]))
-        runs[0] += kept
+        group, kept = mask[position:end], np.uint32(0)
+        for i in range(group.size):
+            kept = np.uint32(kept + np.uint32(group[i]))
+        counts.kept += kept
+        counts.tail += kept
         position = end
         if (at + position) % m == 0:
-            runs[1] += 1
-            runs[2] += runs[0]
-            runs[3] += runs[0] * runs[0]
-            runs[0] = 0
+            counts.groups += 1
+            counts.squares += counts.tail * counts.tail
+            counts.tail = 0
 
 
 @cache
 def _tally_kernel(kind):
-    # Squares of float16 values stay far from float32's limits; each chunk's sums go to a float64.
+    # Squares of float16 values stay far from float32's limits; each chunk's sums are added to a float64.
     as_sum = np.float32 if kind == F16 else np.float64
 
     @njit(nogil=True, cache=True, fastmath=_REGROUP)
-    def tally(vector, masks, j, at, m, runs, energy, both):
-        most = np.uint32(0)
+    def tally(vector, masks, j, at, m, all_counts):
+        counts, most = all_counts[j], np.uint32(0)
         for start in range(0, vector.size, _CHUNK):
             part, mask = vector[start : start + _CHUNK], masks[j][start : start + _CHUNK]
             kept, every = _chunk_energy(part, mask, kind, as_sum)
-            energy[0] += kept
-            energy[1] += every
+            counts.energy_kept += kept
+            counts.energy += every
             for i in range(j):
-                both[i] += _count_both(masks[i][start : start + _CHUNK], mask)
-            _tally_runs(mask, at + start, m, runs)
-            most = max(most, _largest(part, kind))
+                counts.both[i] += _count_both(masks[i][start : start + _CHUNK], mask)
+            _tally_groups(mask, at + start, m, counts)
+            largest, nonzero = _largest_and_nonzero(part, kind)
+            counts.nonzero += nonzero
+            most = max(most, largest)
         return most < _INFINITY[kind]
 
     return tally
 
 
 def tally(vector, dtype, masks, j, at, m, counts) -> bool:
-    """Add one block of vector number j and its mask to `counts` -> whether all of the vector is finite.
+    """Add one block of vector number j and its mask to counts[j] -> whether all of the vector is finite.
 
-    masks: of every vector, uint8 [elements]. The block begins at element `at` of its tensor. counts, of vector j, in numpy:
-    runs, int64 [4]: kept so far in the open run of m, whole runs, the sum of their counts, the sum of their squares;
-    energy, float64 [2]: sum of squares of what is kept, of everything, good to about 6 digits;
-    both, int64 [vectors]: how many positions an earlier vector keeps as well.
+    masks: of every vector, uint8 [elements]. The block begins at element `at` of its tensor.
+    counts: structured array [vectors] (see common.pruners.tally); of `both` only the pairs i < j are filled.
     """
-    return _tally_kernel(_KIND[dtype])(vector, tuple(masks), j, at, m, *counts)
+    return _tally_kernel(_KIND[dtype])(vector, tuple(masks), j, at, m, counts)
