@@ -36,7 +36,7 @@ from pathlib import Path
 from common import cli
 from common.errors import DataError
 from common.exits import run_and_leave
-from common.pruners.heatmaps import draw, read_run
+from common.pruners.heatmaps import draw, read_pruned
 from common.pruners.prune_tensor import prune_tensor
 from common.pruners.pruning import Pruning
 from common.pruners.report import NAME as REPORT
@@ -275,9 +275,9 @@ def main(argv=None) -> None:
     if args.verify:
         verify(args.verify)
         return
-    beside = [read_run(args.plot_with)] if args.plot_with else []
+    beside = [read_pruned(args.plot_with)] if args.plot_with else []
     if args.plot_reports:
-        draw([read_run(args.plot_reports), *beside], Path(args.plot_path))
+        draw([read_pruned(args.plot_reports), *beside], Path(args.plot_path))
         return
     vectors = open_vectors(args.task_vector_paths)
     base = open_base(vectors, args.base_model_path) if args.save_format == "model" else None
@@ -291,7 +291,7 @@ def main(argv=None) -> None:
         print(table(read_json(output.final / REPORT)))
         print(f"wrote {path} ({output.nbytes / 1e9:.3f} GB), the figures of every tensor in {path}/{REPORT}\n")
     if args.plot_path:
-        draw([read_run(args.save_directories), *beside], Path(args.plot_path))
+        draw([read_pruned(args.save_directories), *beside], Path(args.plot_path))
 
 
 if __name__ == "__main__":
