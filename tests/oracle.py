@@ -48,7 +48,7 @@ def ranked_masks(vectors: list[list[float]], scopes: list[tuple], conflict_aware
     """Sort every scope by (fewest earlier keepers, larger magnitude, lower index); keep the first k, but no zeros.
 
     ranked_masks([[1, -3, 2, 2]], [(0, 4, 2)], True) -> [[False, True, True, False]]
-    ranked_masks([[0, -3, 0, 0], [9, 8, 7, 6]], [(0, 4, 2)], True) -> [[False, True, False, False], [True, False, True, False]]
+    ranked_masks([[0, -3, 0], [9, 8, 7]], [(0, 3, 2)], True) -> [[False, True, False], [True, False, True]]
     """
     keepers, masks = [0] * len(vectors[0]), []
     for vector in vectors:

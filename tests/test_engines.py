@@ -88,7 +88,7 @@ def test_same_random_numbers(device):
 
 
 def test_engines_are_what_the_list_says():
-    """One list: both modules have its functions with the same parameters (torch's may ask for a device), and so engines."""
+    """One list: both modules have its functions with the same parameters, but for torch's device, and so do engines."""
     for name in kernels.ENGINE:
         ours, theirs = (list(inspect.signature(getattr(m, name)).parameters) for m in (kernels, torch_engine))
         assert ours == [parameter for parameter in theirs if parameter != "device"], name

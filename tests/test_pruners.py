@@ -54,7 +54,7 @@ def pruning_of(method: str, n: int, m: int, aware: bool) -> Pruning:
 
 
 def values(kind: str, count: int, numel: int, code: str, seed: int = 0) -> list[torch.Tensor]:
-    """`count` vectors: full of ties, mostly zeros of both signs, of a scale that jumps from group to group, or any finite bits."""
+    """`count` vectors: full of ties, mostly zeros of both signs, of a scale that jumps by group, or any finite bits."""
     rng = np.random.default_rng([seed, count, numel])
     out = []
     for _ in range(count):
@@ -254,7 +254,7 @@ def test_properties_of_conflict_aware_nm(case, engine):
 @settings(max_examples=60, deadline=None)
 @given(cases(), st.integers(0, 2**63), st.booleans(), st.sampled_from(ENGINES))
 def test_properties_of_other_methods(case, seed, aware, engine):
-    """magnitude keeps round(density*numel) but for zeros, none smaller than what it drops; random obeys its seed alone."""
+    """magnitude keeps round(density*numel) but for zeros, none smaller than what it drops; random obeys its seed."""
     n, m, vectors = case
     numel = vectors[0].numel()
     mask = np.array(our_masks(pruning_of("magnitude", n, m, False), vectors[:1], "F16", engine=engine)[0])
@@ -444,7 +444,7 @@ def test_what_is_not_finite_is_seen(code):
     ],
 )
 def test_no_nan_gets_through(code, patterns):
-    """Infinities, and NaNs of the smallest and largest payload, of either sign, through everything that checks its result."""
+    """Infinities, and NaNs of the smallest and largest payload, of either sign, through all that checks its result."""
     for pattern in patterns:
         bits = np.full(70, 0x3C00, UNSIGNED[code])
         bits[65] = pattern

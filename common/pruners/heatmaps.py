@@ -45,7 +45,7 @@ class Pruned:
 
 
 def read_report(path: str) -> dict:
-    """The prune_report.json at `path`, a file or a directory. Raises DataError if there is none, or not as it should be."""
+    """The prune_report.json at `path`, a file or a directory. Raises DataError if there is none or it is not whole."""
     file = Path(path) / NAME if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise DataError(f"{path}: no {NAME} there; give a directory that prune_task_vector_7b.py wrote")

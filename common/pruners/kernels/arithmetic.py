@@ -1,7 +1,8 @@
 """Values: convert, subtract, add what a mask keeps, count.
 
 Values are formed from bits where arithmetic is due: widened to float32 exactly, rounded back once, to nearest
-even.
+even. All of it is in one file because numba's cache notices a change only in the file of the kernel itself, and every
+kernel here is built on _value and _bits.
 """
 
 from functools import cache
@@ -12,19 +13,19 @@ from llvmlite import ir
 from common.pruners.kernels.compiler import intrinsic, njit, types
 
 F16, BF16, F32 = 0, 1, 2
-_NAME = ("F16", "BF16", "F32")
 _KIND = {"F16": F16, "BF16": BF16, "F32": F32}
 BITS_DTYPE = {"F16": np.uint16, "BF16": np.uint16, "F32": np.uint32}
 # All bits below the sign; the least bits that are not finite; by kind. As uint32, because numba widens Python's
 # integers to 64 bits, which halves the lanes.
 _MAGNITUDE = (np.uint32(0x7FFF), np.uint32(0x7FFF), np.uint32(0x7FFFFFFF))
 _INFINITY = (np.uint32(0x7C00), np.uint32(0x7F80), np.uint32(0x7F800000))
-_CHUNK = 4096  # elements; see "pieces of an array"
+_CHUNK = 4096  # elements; see "blocks and chunks"
 
 
 # --- bits to values and back --------------------------------------------------------------------
 
 
+# numba has neither half-precision values nor a view of a scalar's bits; each of these is one instruction.
 @intrinsic
 def _float32_of_half(context, bits):
     def codegen(_, builder, __, args):
@@ -69,7 +70,12 @@ def _value(bits, kind):
 
 @njit(nogil=True, inline="always")
 def _bits(value, kind):
-    """Float32 -> bits, rounded to nearest even; NaN stays NaN, whatever its payload."""
+    """Float32 -> bits, rounded to nearest even; NaN stays NaN, whatever its payload.
+
+    To bfloat16: half a unit less one is added, and one where the last bit that stays is odd, so that a tie carries only
+    into an odd number, which it makes even. In a NaN the addition could carry through to infinity or wrap to zero: it
+    gets the highest bit of its payload instead.
+    """
     if kind == F16:
         return np.uint32(_half_of_float32(value))
     wide = _bits_of_float32(value)
@@ -80,9 +86,9 @@ def _bits(value, kind):
     return wide
 
 
-# --- pieces of an array ---------------------------------------------------------------------------
-# A kernel goes through its arrays in chunks that stay in the first-level cache, and over each chunk several times:
-# loops so simple that each vectorises. One call a block matters as well: threads take turns between calls.
+# --- blocks and chunks ----------------------------------------------------------------------------
+# A caller passes a block. A kernel goes through it in chunks that stay in the first-level cache, and over each chunk
+# several times: loops so simple that each vectorises. One call a block matters as well: threads take turns between calls.
 
 
 @njit(nogil=True, inline="always")
@@ -120,7 +126,7 @@ def _round_chunk(bits, source, out, target):
 
 @njit(nogil=True, inline="always")
 def _changes_in_chunk(bits, source, out, target):
-    """(how many values differ, how many of those became zero)."""
+    """(how many values differ, how many of those became zero). Without branches, so that it vectorises."""
     changed, zeroed = np.uint32(0), np.uint32(0)
     for i in range(bits.size):
         value = _value(bits[i], source)
@@ -154,7 +160,7 @@ def convert(bits, source, out, target) -> tuple[int, int, bool]:
 
 
 def clamp(bits, dtype) -> None:
-    """In place: an infinity becomes the largest finite value of its sign."""
+    """In place: an infinity becomes the largest finite value of its sign, whose bits are one less."""
     kind, as_bits = _KIND[dtype], BITS_DTYPE[dtype]
     bits -= (bits & as_bits(_MAGNITUDE[kind])) == as_bits(_INFINITY[kind])
 
@@ -162,7 +168,7 @@ def clamp(bits, dtype) -> None:
 @njit(nogil=True, inline="always")
 def _subtract_chunk(left, left_kind, right, right_kind, out, kind):
     """out = left - right, both rounded to `kind` first -> how many are not zero."""
-    differs = np.uint32(0)
+    differs = np.uint32(0)  # and each sum cast back to it: in numba's 64 bits the loop has half the lanes
     for i in range(left.size):
         minuend = _value(_bits(_value(left[i], left_kind), kind), kind)
         subtrahend = _value(_bits(_value(right[i], right_kind), kind), kind)
@@ -200,6 +206,7 @@ def subtract(left, left_dtype, right, right_dtype, out, dtype) -> tuple[int, boo
 @njit(nogil=True, inline="always")
 def _add_chunk(base, base_kind, vector, vector_kind, mask, scale, out):
     for i in range(base.size):
+        # Both are computed and one is chosen: that vectorises, a branch on the mask does not.
         total = _bits(_value(base[i], base_kind) + _value(vector[i], vector_kind) * scale, base_kind)
         out[i] = np.uint32(total) if mask[i] else np.uint32(base[i])
 
