@@ -6,7 +6,8 @@
 Every parameter is rounded to --dtype, to nearest even. Integer buffers and rotary inv_freq stay as they are;
 config, tokenizer and chat template are copied. A finite value that would become infinite is an error that names
 its tensors, unless --clamp. Streams: 0.2 GB of memory on 2 cores, 0.5 GB on 8, whatever the size of the model.
-Stopped, the same command goes on from the last whole shard.
+If it is stopped,
+run the same command again: it resumes at the last complete shard.
 """
 
 import argparse

@@ -11,7 +11,8 @@
 Run it once per fine-tuned model, with the same base. The task vector is a checkpoint like any other, with the
 fine-tuned model's tokenizer. task_vector.json beside it records the base and a hash of every tensor, so that
 prune_task_vector_7b.py finds the base and notices a wrong or damaged one. Streams: 0.2 GB of memory on 2
-cores, 0.5 GB on 8, whatever the size of the model. Stopped, the same command goes on from the last whole shard.
+cores, 0.5 GB on 8, whatever the size of the model. If it is stopped,
+run the same command again: it resumes at the last complete shard.
 """
 
 import argparse

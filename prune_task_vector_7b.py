@@ -12,14 +12,16 @@
   magnitude  keep the largest 1 - sparsity_level of each tensor
   random     keep each element with probability 1 - sparsity_level, seeded (with --rescale: DARE)
 
-Conflict-aware: a vector keeps positions that no earlier one kept as long as there are any; each keeps its full
-budget. The order is the order of the command line. Equal magnitudes: the lower index is kept. Each output is the
-base plus the pruned vector, a model that mergekit reads, with prune_report.json beside it. Streams: 0.3 GB
-of memory on 2 cores, 0.7 GB on 8, whatever the size of the model; magnitude reads the vectors twice and keeps up
-to 0.5 GB of them in between. Several processes: torchrun
---nproc-per-node 2 -- prune_task_vector_7b.py ... writes the same bytes. Stopped, the same command goes on.
+Conflict-aware: a vector keeps positions that no earlier one kept as long as there are any; each has its full budget.
+The order is the order of the command line. Equal magnitudes: the lower index is kept. Zeros are never kept: where a
+vector changes nothing it is in no other's way. Each output is the base plus the pruned vector, a model that mergekit
+reads, with prune_report.json beside it.
 
-Later: a picture of two runs side by side, from their reports; and are the files still what was written?
+It streams: 0.3 GB of memory on 2 cores, 0.7 GB on 8, whatever the size of the model; magnitude reads the vectors twice
+and keeps up to 0.5 GB of them in between. If it is stopped, run the same command again: it resumes at the last complete
+shard. Several processes write the same bytes: torchrun --nproc-per-node 2 -- prune_task_vector_7b.py ...
+
+Later: a picture of two ways of pruning side by side, from their reports; and are the files still what was written?
 
     python prune_task_vector_7b.py --plot_path pruning.png \\
         --plot_reports models/magnitude_wildmarcoroni models/magnitude_westseverus \\
@@ -36,7 +38,7 @@ from pathlib import Path
 from common import cli
 from common.errors import DataError
 from common.exits import run_and_leave
-from common.pruners.heatmaps import draw, read_run
+from common.pruners.heatmaps import draw, read_pruned
 from common.pruners.prune_tensor import prune_tensor
 from common.pruners.pruning import Pruning, in_passes
 from common.pruners.report import NAME as REPORT
@@ -84,7 +86,7 @@ def add_pruning_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("pruning").add_argument
     add("--pruning_method", choices=["nm", "random", "magnitude"], default="nm", help="default: nm")
     add("--n", type=cli.positive_int, help="nm: elements to KEEP of every m (default: 64)")
-    add("--m", type=cli.positive_int, help="nm: elements in a run (default: 256; density = n/m)")
+    add("--m", type=cli.positive_int, help="nm: elements in a group (default: 256; density = n/m)")
     add(
         "--sparsity_level",
         type=cli.sparsity,
@@ -170,17 +172,13 @@ def parameters_of(args: argparse.Namespace, pruning: Pruning) -> dict:
         "conflict_aware": pruning.conflict_aware,
         "rescale": pruning.rescale,
         "save_format": args.save_format,
-        "evenness_over_runs_of": pruning.m,
+        "evenness_over_groups_of": pruning.m,
     }
 
 
 def engine_for(device: str):
     """What does the arithmetic; `cuda` under torchrun is each process's own GPU. Raises DataError if it is not there."""
-    if device == "cpu":
-        from common.pruners import kernels
-
-        return kernels
-    from common.pruners.kernels.torch_engine import engine
+    from common.pruners.kernels import engine
 
     return engine(f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device)
 
@@ -275,7 +273,7 @@ def look(args: argparse.Namespace) -> bool:
         verify(args.verify)
     elif args.plot_reports:
         runs = [args.plot_reports, *([args.plot_with] if args.plot_with else [])]
-        draw([read_run(paths) for paths in runs], Path(args.plot_path))
+        draw([read_pruned(paths) for paths in runs], Path(args.plot_path))
     return bool(args.verify or args.plot_reports)
 
 
@@ -283,7 +281,7 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     if look(args):
         return
-    beside = [read_run(args.plot_with)] if args.plot_with else []
+    beside = [read_pruned(args.plot_with)] if args.plot_with else []
     pruning, engine = pruning_of(args), engine_for(args.device)
     parameters = parameters_of(args, pruning)
     vectors = open_vectors(args.task_vector_paths)
@@ -306,7 +304,7 @@ def main(argv=None) -> None:
         print(table(read_json(output.final / REPORT)))
         print(f"wrote {path} ({output.nbytes / 1e9:.3f} GB), the figures of every tensor in {path}/{REPORT}\n")
     if args.plot_path:
-        draw([read_run(args.save_directories), *beside], Path(args.plot_path))
+        draw([read_pruned(args.save_directories), *beside], Path(args.plot_path))
 
 
 if __name__ == "__main__":

@@ -5,15 +5,15 @@ its own where a method needs one, and kept in `Found`, so that the next weight o
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
 from common.errors import DataError
 from common.pruners import kernels
 from common.pruners.masks import Masks
-from common.pruners.prune_tensor import Counts
 from common.pruners.pruning import Pruning
+from common.pruners.tally import new_counts, tallies, to_record
 from common.shards.blocks import Reader, Writer, blocks
 from common.shards.headers import DTYPE_CODES, DTYPE_NAMES, Tensor
 from common.shards.stream import Task, Worker, copy_tensor, new_hash, not_finite
@@ -212,7 +212,7 @@ def _merge_differences(how: TensorMerge, readers, writer: Writer, masks, differe
 def _merge_vectors(how: TensorMerge, readers, writer: Writer, kept_by: tuple) -> dict:
     """cabs, magnitude, random: base + Σ weight · pruned task vector, the masks of prune_task_vector_7b.py."""
     prunings, masks, differences = kept_by
-    hashes, counts, count = _Hashes(readers), Counts(len(prunings)), len(prunings)
+    hashes, counts, count = _Hashes(readers), new_counts(len(prunings)), len(prunings)
     weights = tuple(weight * pruning.scale for weight, pruning in zip(how.weights, prunings, strict=True))
     dtype, consensus = vector_dtype_of(how), how.values.shared["consensus"] == "sign"
     for start, stop in masks.blocks():
@@ -220,13 +220,13 @@ def _merge_vectors(how: TensorMerge, readers, writer: Writer, kept_by: tuple) ->
         vectors = [differences.read(j, start, stop) for j in range(count)]
         kept = masks.of(start, vectors)
         for j, pruning in enumerate(prunings):
-            kernels.tally(vectors[j], dtype, kept, j, start, pruning.m, counts.of(j))
+            kernels.tally(vectors[j], dtype, kept, j, start, pruning.m, counts)
         added = [Block(vector, dtype) for vector in vectors]
         base = Block(raw[0], readers[0].dtype)
         if not vector_sum(Block(out, how.dtype), base, added, kept, weights, consensus):
             refuse_sum(how, readers, raw)
         hashes.update(raw, out)
-    return hashes.record() | {"tallies": [asdict(tally) for tally in counts.tallies(readers[0].numel)]}
+    return hashes.record() | {"tallies": [to_record(tally) for tally in tallies(counts, readers[0].numel)]}
 
 
 def refuse_sum(how: TensorMerge, readers: list[Reader], raw: list[np.ndarray]) -> None:

@@ -175,7 +175,5 @@ def vector_figures(merge: StreamedMerge, records: dict[str, dict]) -> list[dict]
             for name, record in records.items()
         }
         built = report.build({}, labels, j, own)
-        figures.append(
-            {"model": label, "order": labels} | {key: built[key] for key in ("vector", "position", "totals", "groups")}
-        )
+        figures.append({"model": label, "order": labels} | {key: built[key] for key in ("position", "totals", "kinds")})
     return figures

@@ -5,27 +5,37 @@ import math
 from fnmatch import fnmatch
 
 import pytest
-from checkpoints import chain, prune, prune_arguments, refusal, run, usage_error
+from checkpoints import chain, prune_arguments, refusal, run, usage_error
 from matplotlib.axes import Axes
+from matplotlib.figure import SubFigure
 
-from common.pruners.heatmaps import Run, axes_of, colour_range, draw, matrix, method, read_run, run_labels
+from common.pruners.heatmaps import Pruned, axes_of, colour_range, draw, matrix, method, read_pruned, side_labels
 
 NAN = math.nan
 MAGNITUDE = ["--pruning_method", "magnitude"]
 
 
 @pytest.fixture(scope="module")
-def two_methods(tmp_path_factory):
+def here(tmp_path_factory):
     """pa, pb: pruned by nm; ma, mb: the same vectors by magnitude."""
     folder = chain(tmp_path_factory.mktemp("heatmaps"))
     run("prune", *prune_arguments(folder))
-    prune([folder / "va", folder / "vb"], [folder / "ma", folder / "mb"], *MAGNITUDE)
+    run(
+        "prune",
+        "--task_vector_paths",
+        folder / "va",
+        folder / "vb",
+        "--save_directories",
+        folder / "ma",
+        folder / "mb",
+        *MAGNITUDE,
+    )
     return folder
 
 
-def figures(group: str, numel: int = 4, l2_share=0.5, evenness=1.0, **overlap) -> dict:
+def entry(kind: str, numel: int = 4, l2_share=0.5, evenness=1.0, **overlap) -> dict:
     return {
-        "group": group,
+        "kind": kind,
         "numel": numel,
         "density": 0.25,
         "l2_share": l2_share,
@@ -35,9 +45,9 @@ def figures(group: str, numel: int = 4, l2_share=0.5, evenness=1.0, **overlap) -
 
 
 def report(tensors: dict, vector="a", position=1, **parameters) -> dict:
-    own = {"pruning_method": "nm", "n": 1, "m": 4, "conflict_aware": True, "evenness_over_runs_of": 4}
+    own = {"pruning_method": "nm", "n": 1, "m": 4, "conflict_aware": True, "evenness_over_groups_of": 4}
     return (
-        own | parameters | {"vector": vector, "position": position, "totals": figures("all", b=0.5), "tensors": tensors}
+        own | parameters | {"vector": vector, "position": position, "totals": entry("all", b=0.5), "tensors": tensors}
     )
 
 
@@ -58,57 +68,82 @@ def expected(directory, measure: str, patterns: list[list[str]]) -> list[list[fl
     return out
 
 
-PATTERNS = [["*embed*"] * 2, ["*layers.0*q_proj*", "*layers.0*up_proj*"], ["model.norm.*"] * 2, ["lm_head*"] * 2]
+PATTERNS = [
+    ["*embed*"] * 2,
+    ["*layers.0*q_proj*", "*layers.0*up_proj*"],
+    ["model.norm.*"] * 2,
+    ["lm_head*"] * 2,
+]
 
 
 @pytest.mark.parametrize("measure", ["overlap", "l2_share", "evenness"])
 @pytest.mark.parametrize("name", ["pa", "pb", "ma", "mb"])
-def test_the_matrix_is_what_the_report_says(two_methods, name, measure):
+def test_the_matrix_is_what_the_report_says(here, name, measure):
     """q holds a weight and a bias; embeddings above the layers, final norm and head below."""
-    found = read_run([str(two_methods / name)]).reports[0]
+    found = read_pruned([str(here / name)]).reports[0]
     rows, kinds = axes_of([found])
     assert rows == [("", "embeddings"), ("model.layers.0", ""), ("", "norms"), ("", "head")]
     assert kinds == ["q", "up"]
     for drawn, wanted in zip(
-        matrix(found, measure, rows, kinds), expected(two_methods / name, measure, PATTERNS), strict=True
+        matrix(found, measure, rows, kinds), expected(here / name, measure, PATTERNS), strict=True
     ):
         assert drawn == pytest.approx(wanted, nan_ok=True)
 
 
-def test_cabs_differs_from_magnitude(two_methods):
-    """What the picture is for; the only overlap of CABS is in the last runs, shorter than m."""
-    cabs, magnitude = (read_run([str(two_methods / name)]).reports[0]["totals"] for name in ("pa", "ma"))
+def test_cabs_differs_from_magnitude(here):
+    """What the picture is for; the only overlap of CABS is in the last groups, shorter than m."""
+    cabs, magnitude = (read_pruned([str(here / name)]).reports[0]["totals"] for name in ("pa", "ma"))
     assert cabs["evenness"] == 1
     assert max(cabs["overlap"].values()) < 0.03 < 0.08 < min(magnitude["overlap"].values())
 
 
 def test_overlap_is_the_mean_over_the_other_vectors():
-    tensors = {"h.0.q_proj": figures("q", b=0.2, c=0.4), "h.1.q_proj": figures("q", b=0.2, c=None)}
-    one = report(tensors | {"h.2.q_proj": figures("q")})
+    tensors = {"h.0.q_proj": entry("q", b=0.2, c=0.4), "h.1.q_proj": entry("q", b=0.2, c=None)}
+    one = report(tensors | {"h.2.q_proj": entry("q")})
     rows, kinds = axes_of([one])
-    assert matrix(one, "overlap", rows, kinds) == [[pytest.approx(0.3)], [0.2], [pytest.approx(NAN, nan_ok=True)]]
+    assert matrix(one, "overlap", rows, kinds) == [
+        [pytest.approx(0.3)],
+        [0.2],
+        [pytest.approx(NAN, nan_ok=True)],
+    ]
 
 
 def test_several_tensors_of_a_kind_count_by_their_elements():
     tensors = {
-        "h.0.norm1": figures("norms", 1, 0.9),
-        "h.0.norm2": figures("norms", 3, 0.5),
-        "h.0.ln": figures("norms", 7, None),
+        "h.0.norm1": entry("norms", 1, 0.9),
+        "h.0.norm2": entry("norms", 3, 0.5),
+        "h.0.ln": entry("norms", 7, None),
     }
     one = report(tensors)
     assert matrix(one, "l2_share", *axes_of([one])) == [[pytest.approx(0.6)]]
 
 
 def test_layers_are_in_order_of_depth_stack_by_stack():
-    names = ["encoder.block.10.q", "encoder.block.9.q", "decoder.block.0.q", "decoder.block.0.moe.experts.7.up"]
-    rows, kinds = axes_of([report({name: figures(name.rpartition(".")[2]) for name in names})])
+    names = [
+        "encoder.block.10.q",
+        "encoder.block.9.q",
+        "decoder.block.0.q",
+        "decoder.block.0.moe.experts.7.up",
+    ]
+    rows, kinds = axes_of([report({name: entry(name.rpartition(".")[2]) for name in names})])
     assert rows == [("encoder.block.9", ""), ("encoder.block.10", ""), ("decoder.block.0", "")]
     assert kinds == ["q", "up"]
 
 
 def test_buffers_are_not_drawn():
-    tensors = {"h.0.q": figures("q"), "h.7.inv_freq": {"hash": "0"}}
+    tensors = {"h.0.q": entry("q"), "h.7.inv_freq": {"hash": "0"}}
     assert axes_of([report(tensors)]) == ([("h.0", "")], ["q"])
+
+
+def test_reports_of_earlier_versions_are_drawn(panels, tmp_path, monkeypatch):
+    """They call a kind a group and a group a run."""
+    titles = []
+    monkeypatch.setattr(SubFigure, "suptitle", lambda figure, title, **how: titles.append(title))
+    old = report({"h.0.q": {"group": "q"} | {k: v for k, v in entry("q", b=0.1).items() if k != "kind"}})
+    old["evenness_over_runs_of"] = old.pop("evenness_over_groups_of")
+    (tmp_path / "prune_report.json").write_text(json.dumps(old))
+    draw([read_pruned([str(tmp_path)])], tmp_path / "old.svg")
+    assert len(panels) == 3 and "evenness over groups of 4" in titles
 
 
 # --- picture --------------------------------------------------------------------------------------
@@ -136,16 +171,16 @@ def panels(monkeypatch) -> list:
     return seen
 
 
-def test_two_runs_side_by_side_share_a_scale(two_methods, panels, tmp_path):
+def test_two_runs_side_by_side_share_a_scale(here, panels, tmp_path):
     """Per measure a row per vector, magnitude left of nm; a picture with the colours of three scales comes out."""
     from matplotlib.image import imread
 
-    runs = [read_run([str(two_methods / f"{kind}{j}") for j in "ab"]) for kind in "mp"]
+    runs = [read_pruned([str(here / f"{kind}{j}") for j in "ab"]) for kind in "mp"]
     draw(runs, tmp_path / "two.png")
     order = [(measure, name) for measure in ("overlap", "l2_share", "evenness") for name in ("ma", "pa", "mb", "pb")]
     assert len(panels) == len(order)
     for (measure, name), (values, _) in zip(order, panels, strict=True):
-        for drawn, wanted in zip(values, expected(two_methods / name, measure, PATTERNS), strict=True):
+        for drawn, wanted in zip(values, expected(here / name, measure, PATTERNS), strict=True):
             assert drawn == pytest.approx(wanted, nan_ok=True)
     scales = [{scale for _, scale in panels[i : i + 4]} for i in (0, 4, 8)]
     assert all(len(scale) == 1 for scale in scales)
@@ -157,41 +192,59 @@ def test_two_runs_side_by_side_share_a_scale(two_methods, panels, tmp_path):
 
 
 def test_one_vector_alone_has_no_overlap_to_draw(panels, tmp_path):
-    alone = report({"h.0.q": figures("q", l2_share=None)}) | {"totals": figures("all")}
-    draw([Run((alone,), "x")], tmp_path / "one.svg")
+    alone = report({"h.0.q": entry("q", l2_share=None)}) | {"totals": entry("all")}
+    draw([Pruned((alone,), "x")], tmp_path / "one.svg")
     assert len(panels) == 2
     assert (tmp_path / "one.svg").read_text().startswith("<?xml")
 
 
 def test_deep_models_fit(panels, tmp_path):
-    tensors = {f"model.layers.{i}.{kind}": figures(kind, b=0.1) for i in range(126) for kind in ("q", "k")}
-    draw([Run((report(tensors),), "x")], tmp_path / "deep.png")
+    tensors = {f"model.layers.{i}.{kind}": entry(kind, b=0.1) for i in range(126) for kind in ("q", "k")}
+    draw([Pruned((report(tensors),), "x")], tmp_path / "deep.png")
     assert [len(values) for values, _ in panels] == [126] * 3
 
 
 def test_runs_are_told_apart():
     nm, other = report({}, "v/a"), report({}, "v/b")
-    assert run_labels([Run((nm,), "x"), Run((nm | {"n": 2},), "y")]) == ["CABS 1:4", "CABS 2:4"]
-    assert run_labels([Run((nm,), "x"), Run((other,), "y")]) == ["CABS 1:4\na first", "CABS 1:4\nb first"]
-    assert run_labels([Run((nm,), "p/x"), Run((nm,), "p/y")]) == ["CABS 1:4\nx", "CABS 1:4\ny"]
+    assert side_labels([Pruned((nm,), "x"), Pruned((nm | {"n": 2},), "y")]) == ["CABS 1:4", "CABS 2:4"]
+    assert side_labels([Pruned((nm,), "x"), Pruned((other,), "y")]) == ["CABS 1:4\na first", "CABS 1:4\nb first"]
+    assert side_labels([Pruned((nm,), "p/x"), Pruned((nm,), "p/y")]) == ["CABS 1:4\nx", "CABS 1:4\ny"]
     assert method(report({}, conflict_aware=False)) == "nm 1:4"
+    assert method(report({}, pruning_method="magnitude", density=0.5)).startswith(
+        "magnitude, 50 % kept"
+    )  # as asked for
     assert method(report({}, pruning_method="random", rescale=True)) == "random, 25 % kept\nconflict-aware, rescaled"
 
 
 # --- the script -----------------------------------------------------------------------------------
 
 
-def test_prune_draws_its_own_run_beside_another(two_methods, panels, tmp_path, capsys):
+def test_prune_draws_its_own_run_beside_another(here, panels, tmp_path, capsys):
     outputs = [tmp_path / "b", tmp_path / "a"]
-    beside = ["--plot_path", tmp_path / "p.png", "--plot_with", two_methods / "mb", two_methods / "ma"]
-    prune([two_methods / "vb", two_methods / "va"], outputs, "--n", 1, "--m", 4, *beside)
+    run(
+        "prune",
+        "--task_vector_paths",
+        here / "vb",
+        here / "va",
+        "--save_directories",
+        *outputs,
+        "--n",
+        1,
+        "--m",
+        4,
+        "--plot_path",
+        tmp_path / "p.png",
+        "--plot_with",
+        here / "mb",
+        here / "ma",
+    )
     assert len(panels) == 12
     assert capsys.readouterr().out.endswith(f"wrote {tmp_path / 'p.png'}\n")
 
 
-def test_reports_of_earlier_runs_are_drawn_without_pruning(two_methods, tmp_path, monkeypatch):
+def test_reports_of_earlier_runs_are_drawn_without_pruning(here, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run("prune", "--plot_path", "p.pdf", "--plot_reports", two_methods / "pb", two_methods / "pa" / "prune_report.json")
+    run("prune", "--plot_path", "p.pdf", "--plot_reports", here / "pb", here / "pa" / "prune_report.json")
     assert [path.name for path in tmp_path.iterdir()] == ["p.pdf"]
 
 
@@ -217,15 +270,15 @@ def test_flags_that_contradict_are_usage_errors(capsys, flags, line):
     assert usage_error(capsys, "prune", *flags) == line
 
 
-def test_no_report_is_refused_before_anything_is_pruned(two_methods, tmp_path):
-    line = f"{two_methods / 'va'}: no prune_report.json there; give a directory that prune_task_vector_7b.py wrote"
-    assert refusal("prune", "--plot_path", tmp_path / "p.png", "--plot_reports", two_methods / "va") == line
-    pruning = ["--task_vector_paths", two_methods / "va", "--save_directories", tmp_path / "out"]
-    assert refusal("prune", *pruning, "--plot_path", tmp_path / "p.png", "--plot_with", two_methods / "va") == line
+def test_no_report_is_refused_before_anything_is_pruned(here, tmp_path):
+    line = f"{here / 'va'}: no prune_report.json there; give a directory that prune_task_vector_7b.py wrote"
+    assert refusal("prune", "--plot_path", tmp_path / "p.png", "--plot_reports", here / "va") == line
+    pruning = ["--task_vector_paths", here / "va", "--save_directories", tmp_path / "out"]
+    assert refusal("prune", *pruning, "--plot_path", tmp_path / "p.png", "--plot_with", here / "va") == line
     assert list(tmp_path.iterdir()) == []
 
 
-SOUND = report({"h.0.q": figures("q", b=0.5)})
+GOOD = report({"h.0.q": entry("q", b=0.5)})
 FORGED = [
     {"tensors": []},
     {"tensors": {}},
@@ -233,21 +286,22 @@ FORGED = [
     {"totals": None},
     {"vector": 3},
     {"position": None},
-    {"tensors": {"a": figures("q") | {"l2_share": 1e400}}},
-    {"tensors": {"a": figures("q") | {"numel": "4"}}},
-    {"tensors": {"a": figures("q") | {"overlap": {"b": "0.5"}}}},
-    {"tensors": {"a": {"group": "q"}}},
-    {"tensors": {"a": figures("q") | {"group": ["q"]}}},
-    {"tensors": {"a": figures("q", evenness=NAN)}},
+    {"density": "a quarter"},
+    {"tensors": {"a": entry("q") | {"l2_share": 1e400}}},
+    {"tensors": {"a": entry("q") | {"numel": "4"}}},
+    {"tensors": {"a": entry("q") | {"overlap": {"b": "0.5"}}}},
+    {"tensors": {"a": {"kind": "q"}}},
+    {"tensors": {"a": entry("q") | {"kind": ["q"]}}},
+    {"tensors": {"a": entry("q", evenness=NAN)}},
 ]
 
 
 @pytest.mark.parametrize("change", FORGED)
 def test_a_report_that_is_none_is_refused(tmp_path, change):
     path = tmp_path / "prune_report.json"
-    path.write_text(json.dumps(SOUND))
-    read_run([str(path)])
-    path.write_text(json.dumps(SOUND | change))
+    path.write_text(json.dumps(GOOD))
+    read_pruned([str(path)])
+    path.write_text(json.dumps(GOOD | change))
     assert refusal("prune", "--plot_path", tmp_path / "p.png", "--plot_reports", tmp_path) == (
         f"{path}: not as prune_task_vector_7b.py writes it; prune again"
     )

@@ -335,7 +335,7 @@ def test_report_figures(zoos, tmp_path):
     report = json.loads((tmp_path / "pb" / "prune_report.json").read_text())
     entry = report["tensors"][name]
     assert (report["position"], report["pruning_method"], report["n"], report["m"]) == (2, "nm", 200, 256)
-    assert entry["kept"] == masks[1].sum() and entry["numel"] == masks[1].size and entry["group"] == "up"
+    assert entry["kept"] == masks[1].sum() and entry["numel"] == masks[1].size and entry["kind"] == "up"
     assert entry["density"] == pytest.approx(masks[1].mean(), rel=1e-5)
     overlap = (masks[0] & masks[1]).sum() / (masks[0] | masks[1]).sum()
     assert entry["overlap"] == {str(folder / "va"): pytest.approx(overlap, rel=1e-5)}
@@ -345,7 +345,7 @@ def test_report_figures(zoos, tmp_path):
     assert entry["evenness"] == pytest.approx(counts.sum() ** 2 / (len(counts) * (counts**2).sum()), rel=1e-5)
     parameters = [t for t in report["tensors"].values() if "kept" in t]
     assert report["totals"]["kept"] == sum(t["kept"] for t in parameters)
-    assert sum(group["numel"] for group in report["groups"].values()) == sum(t["numel"] for t in parameters)
+    assert sum(kind["numel"] for kind in report["kinds"].values()) == sum(t["numel"] for t in parameters)
 
 
 def test_overlap_is_zero_while_there_is_room(tmp_path):

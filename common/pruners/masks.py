@@ -80,4 +80,7 @@ class Masks:
                 self._engine.nm_mask(mask, vectors[j], self._dtypes[j], taken, levels, n, m)
             else:
                 self._engine.random_mask(mask, start, self._keys[j], taken, self._limits[j])
+        if self._first.method == "random":  # after the last draw: draws depend on no value, conflicts are among draws
+            for mask, bits, dtype in zip(found, vectors, self._dtypes, strict=True):
+                self._engine.drop_zeros(mask, bits, dtype)
         return found

@@ -1,37 +1,11 @@
 """One tensor of all vectors: read, prune, add, count."""
 
-from dataclasses import asdict
-
-import numpy as np
-
 from common.errors import DataError
 from common.pruners.masks import Masks
 from common.pruners.pruning import Pruning
-from common.pruners.report import Tally
+from common.pruners.tally import new_counts, tallies, to_record
 from common.shards.headers import Tensor
 from common.shards.stream import Task, Worker, new_hash, not_finite
-
-
-class Counts:
-    """Counts of one tensor for all vectors, block by block."""
-
-    def __init__(self, vectors: int):
-        self._runs = np.zeros((vectors, 4), np.int64)
-        self._energy = np.zeros((vectors, 2))
-        self._both = np.zeros((vectors, vectors), np.int64)
-
-    def of(self, j: int) -> tuple:
-        """Where the engine's tally() counts vector j."""
-        return self._runs[j], self._energy[j], self._both[j]
-
-    def tallies(self, numel: int) -> list[Tally]:
-        """What was counted, vector by vector."""
-        kept = self._runs[:, 0] + self._runs[:, 2]
-        both = self._both + self._both.T
-        either = np.add.outer(kept, kept) - both
-        np.fill_diagonal(either, 0)
-        columns = (part.tolist() for part in (kept, both, either, self._energy, self._runs))
-        return [Tally(numel, *figures[:3], *figures[3], figures[4]) for figures in zip(*columns, strict=True)]
 
 
 def prune_tensor(task: Task, worker: Worker, pruning: Pruning, mask_name: str, engine) -> list[dict]:
@@ -42,7 +16,7 @@ def prune_tensor(task: Task, worker: Worker, pruning: Pruning, mask_name: str, e
     count = len(task.slots)
     vectors, writers = task.inputs[-count:], worker.writers(task)
     dtypes, numel = [vector.dtype for vector in vectors], vectors[0].numel
-    masks, counts = Masks([pruning] * count, mask_name, dtypes, numel, engine), Counts(count)
+    masks, counts = Masks([pruning] * count, mask_name, dtypes, numel, engine), new_counts(count)
     readers = [worker.reader(vector, again=masks.in_passes) for vector in vectors]
     base = worker.reader(task.inputs[0]) if len(task.inputs) > count else None
     hashes = [(new_hash(), new_hash()) for _ in vectors]  # of each vector, of each result
@@ -62,7 +36,7 @@ def prune_tensor(task: Task, worker: Worker, pruning: Pruning, mask_name: str, e
             below = engine.load(below)
         for j, (vector_hash, written_hash) in enumerate(hashes):
             vector_hash.update(raw[j])
-            if not engine.tally(bits[j], dtypes[j], kept, j, start, pruning.m, counts.of(j)):
+            if not engine.tally(bits[j], dtypes[j], kept, j, start, pruning.m, counts):
                 raise not_finite(vectors[j])
             out, added = writers[j].room(start, stop), (bits[j], dtypes[j], kept[j], pruning.scale)
             finite = engine.add_kept(out, below, base.dtype, *added) if base else engine.keep_vector(out, *added)
@@ -74,9 +48,9 @@ def prune_tensor(task: Task, worker: Worker, pruning: Pruning, mask_name: str, e
             "base": base_hash.hexdigest(),
             "vector": vector_hash.hexdigest(),
             "written": written_hash.hexdigest(),
-            "tally": asdict(tally),
+            "tally": to_record(tally),
         }
-        for (vector_hash, written_hash), tally in zip(hashes, counts.tallies(numel), strict=True)
+        for (vector_hash, written_hash), tally in zip(hashes, tallies(counts, numel), strict=True)
     ]
 
 
