@@ -13,7 +13,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from common.cli import add_output_flags
+from common.cli import add_output_flags, path, path_or_hub_id
 from common.errors import DataError
 from common.exits import run_and_leave
 from common.shards.checkpoint import Checkpoint, config_with_dtype, copy_companions, open_checkpoint
@@ -30,12 +30,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument(
         "--model_path",
         default="mistralai/Mistral-7B-v0.1",
+        type=path_or_hub_id,
         metavar="DIR|ORG/NAME",
         help="model directory or Hugging Face Hub id (default: %(default)s)",
     )
     parser.add_argument(
         "--save_path",
         default="models/Mistral-7b-v0.1-float16",
+        type=path,
         metavar="DIR",
         help="where the converted model goes (default: %(default)s)",
     )

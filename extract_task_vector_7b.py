@@ -18,7 +18,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from common.cli import add_output_flags
+from common.cli import add_output_flags, path, path_or_hub_id
 from common.errors import DataError
 from common.exits import run_and_leave
 from common.shards.checkpoint import Checkpoint, config_with_dtype, copy_companions, open_checkpoint
@@ -36,16 +36,18 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument(
         "--finetuned_model_path",
         required=True,
+        type=path_or_hub_id,
         metavar="DIR|ORG/NAME",
         help="fine-tuned model: directory or Hugging Face Hub id",
     )
     parser.add_argument(
         "--base_model_path",
         required=True,
+        type=path_or_hub_id,
         metavar="DIR|ORG/NAME",
         help="its base model, in one dtype (see convert_dtype.py)",
     )
-    parser.add_argument("--save_path", required=True, metavar="DIR", help="where the task vector goes")
+    parser.add_argument("--save_path", type=path, required=True, metavar="DIR", help="where the task vector goes")
     parser.add_argument(
         "--dtype",
         choices=sorted(DTYPE_CODES),

@@ -76,18 +76,25 @@ EVAL_DEFAULTS = {"eval_recipe": "recipes/open_llm_leaderboard.yml", "output_path
 def add_pipeline_flags(parser: argparse.ArgumentParser) -> None:
     """What is merged, what is scored, where it goes."""
     add = parser.add_argument_group("merge and evaluate").add_argument
-    add("--recipe", metavar="FILE", help=f"merge recipe for mergekit (default: {MERGE_DEFAULTS['recipe']})")
+    add(
+        "--recipe",
+        type=cli.path,
+        metavar="FILE",
+        help=f"merge recipe for mergekit (default: {MERGE_DEFAULTS['recipe']})",
+    )
     add(
         "--save_path",
+        type=cli.path_or_hub_id,
         metavar="DIR",
         help=f"the merged model; with --eval_only the one to score (default: {MERGE_DEFAULTS['save_path']})",
     )
     add(
         "--eval_recipe",
+        type=cli.path,
         metavar="FILE",
         help=f"what `lm_eval run --config` takes; flags win (default: {EVAL_DEFAULTS['eval_recipe']})",
     )
-    add("--output_path", metavar="FILE", help=f"the results (default: {EVAL_DEFAULTS['output_path']})")
+    add("--output_path", type=cli.path, metavar="FILE", help=f"the results (default: {EVAL_DEFAULTS['output_path']})")
     add("--name", metavar="TEXT", help="row name in tables (default: the recipe's file name without .yml)")
     add("--merge_only", action="store_true", help="merge, do not score")
     add("--eval_only", action="store_true", help="score the model in --save_path, do not merge")
@@ -154,11 +161,12 @@ def add_compare_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("compare results").add_argument
     add(
         "--compare",
+        type=cli.path,
         nargs="+",
         metavar="FILE",
         help="print one Markdown table of these results files, draw it",
     )
-    add("--plot_path", metavar="FILE", help="the picture of --compare (default: results_comparison.png)")
+    add("--plot_path", type=cli.path, metavar="FILE", help="the picture of --compare (default: results_comparison.png)")
     cli.add_verify_flag(parser.add_argument_group("look at what was written"))
 
 
@@ -234,7 +242,7 @@ def merged_model(merge_plan: MergePlan, settings: MergeSettings, name: str, over
 
 def evaluate_only(args: argparse.Namespace) -> None:
     """Score the model in --save_path."""
-    eval_recipe = read_eval_recipe(args.eval_recipe, args.device, args.batch_size)
+    eval_recipe = read_eval_recipe(str(args.eval_recipe), args.device, args.batch_size)
     checkpoint, output_path = open_checkpoint(args.save_path), Path(args.output_path)
     scoring, _ = plan_scorings(eval_recipe, None, None)
     check_tokenizer(eval_recipe, [checkpoint])
@@ -251,12 +259,12 @@ def merge_and_evaluate(args: argparse.Namespace) -> None:
     """Merge by --recipe, for every weight that is asked for, and score what comes out."""
     check_device(args.device)
     settings = MergeSettings(args.max_shard_size, args.device or "cpu", args.seed)
-    merge_plan = plan_merge(read_recipe(args.recipe), args.save_path)
+    merge_plan = plan_merge(read_recipe(str(args.recipe)), args.save_path)
     choices = weight_choices(args.weights, args.weight_grid)
     trials = {weights: with_weights(merge_plan.recipe, weights) for weights in choices}
     name, output_path = args.name or merge_plan.recipe.name, Path(args.output_path)
     if not args.merge_only:
-        eval_recipe = read_eval_recipe(args.eval_recipe, args.device, args.batch_size)
+        eval_recipe = read_eval_recipe(str(args.eval_recipe), args.device, args.batch_size)
         choosing, reporting = plan_scorings(eval_recipe, args.choose_on, args.report_on)
         check_tokenizer(eval_recipe, merge_plan.checkpoints)
     if not args.merge_only and not trials:

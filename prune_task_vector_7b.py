@@ -46,7 +46,7 @@ from common.shards.headers import Tensor
 from common.shards.job import Job, describe, execute, input_files
 from common.shards.layout import Output, plan_shards
 from common.shards.matching import check_floats, mask_names, match
-from common.shards.places import check_places
+from common.shards.places import check_places, whole_path
 from common.shards.stream import Task, Worker, copy_tensor
 from common.shards.task_vector import TaskVector, open_base, open_vectors, write_pruned_vector_json
 from common.shards.verify import verify
@@ -58,13 +58,24 @@ DEFAULTS = {"n": 64, "m": 256, "sparsity_level": 0.75, "seed": 0}
 def add_vector_flags(parser: argparse.ArgumentParser) -> None:
     """What is pruned and where it goes."""
     add = parser.add_argument_group("vectors, in the order they are pruned").add_argument
-    add("--task_vector_path1", metavar="DIR", help="first task vector; pruned as if alone")
-    add("--task_vector_path2", metavar="DIR", help="second task vector")
-    add("--save_directory1", metavar="DIR", help="where base + first pruned vector goes")
-    add("--save_directory2", metavar="DIR", help="where base + second pruned vector goes")
-    add("--task_vector_paths", nargs="+", metavar="DIR", help="any number of vectors instead of 1 and 2")
-    add("--save_directories", nargs="+", metavar="DIR", help="as many outputs, in the same order")
-    add("--base_model_path", metavar="DIR|ORG/NAME", help="default: the base recorded at extraction")
+    add("--task_vector_path1", type=cli.path_or_hub_id, metavar="DIR", help="first task vector; pruned as if alone")
+    add("--task_vector_path2", type=cli.path_or_hub_id, metavar="DIR", help="second task vector")
+    add("--save_directory1", type=cli.path, metavar="DIR", help="where base + first pruned vector goes")
+    add("--save_directory2", type=cli.path, metavar="DIR", help="where base + second pruned vector goes")
+    add(
+        "--task_vector_paths",
+        type=cli.path_or_hub_id,
+        nargs="+",
+        metavar="DIR",
+        help="any number of vectors instead of 1 and 2",
+    )
+    add("--save_directories", type=cli.path, nargs="+", metavar="DIR", help="as many outputs, in the same order")
+    add(
+        "--base_model_path",
+        type=cli.path_or_hub_id,
+        metavar="DIR|ORG/NAME",
+        help="default: the base recorded at extraction",
+    )
 
 
 def add_pruning_flags(parser: argparse.ArgumentParser) -> None:
@@ -217,7 +228,8 @@ def plan(base: Checkpoint | None, vectors: list[TaskVector], args: argparse.Name
         title=f"prune {args.pruning_method}",
         identity={
             "script": "prune_task_vector_7b.py",
-            "parameters": parameters | {"max_shard_size": args.max_shard_size, "outputs": args.save_directories},
+            "parameters": parameters
+            | {"max_shard_size": args.max_shard_size, "outputs": [whole_path(path) for path in args.save_directories]},
             "inputs": input_files([*([base] if base else []), *checkpoints]),
         },
         outputs=[Output(Path(path), tuple(s)) for path, s in zip(args.save_directories, plans, strict=True)],

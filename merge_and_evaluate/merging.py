@@ -20,7 +20,7 @@ from common.shards.matching import match
 from common.shards.places import check_disk, check_places
 from common.shards.staging import staged_directory
 from common.shards.verify import MERGE_REPORT as REPORT_NAME
-from merge_and_evaluate.recipes import Recipe, model_paths, with_paths
+from merge_and_evaluate.recipes import Recipe, explicit_path, model_paths, with_paths
 
 TOKEN_KEYS = ("tokenizer", "tokenizer_source", "chat_template")  # with one of these mergekit makes it
 EXPONENT_BITS = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000, "F64": 0x7FF0000000000000}
@@ -50,10 +50,10 @@ class MergeSettings:
 
 def open_model(recipe: Recipe, path: str) -> Checkpoint:
     """A model of the recipe, its headers read. A missing directory of the chain names the script that makes it."""
-    if "@" in path or "+" in path:
+    if set(path) & set("+@") and not Path(path).is_dir():
         raise DataError(
             f"{recipe.path}: {path!r}: mergekit takes '+' and '@' in a path for a LoRA or a revision; "
-            "rename the directory, or merge the LoRA and download the revision first"
+            "and there is no such directory; fix the path, or merge the LoRA and download the revision first"
         )
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or path.startswith("models/")
     if looks_local and not Path(path).is_dir():
@@ -142,7 +142,7 @@ def already_merged(save_path: Path, identity: str) -> bool:
 def _local_config(merge_plan: MergePlan) -> dict:
     """The recipe's config with directories only: given a Hub id, mergekit would ask the Hub again."""
     models = {model.label: model for model in merge_plan.checkpoints}
-    return with_paths(merge_plan.recipe.config, lambda p: p if Path(p).is_dir() else str(models[p].path))
+    return with_paths(merge_plan.recipe.config, lambda p: explicit_path(p if Path(p).is_dir() else str(models[p].path)))
 
 
 def _run_mergekit(merge_plan: MergePlan, directory: Path, settings: MergeSettings) -> None:

@@ -24,6 +24,11 @@ NEVER = ("consolidated*", "*.py", "*/*")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
+def is_hub_id(text: str) -> bool:
+    """Whether a text can be a Hub id: is_hub_id("org/name") -> True, and False for "./name" and "a/b/c"."""
+    return bool(_HUB_ID.fullmatch(text)) and not text.startswith(".")
+
+
 def download(hub_id: str) -> Path:
     """The local snapshot of a Hub model: weights (.bin only where there is nothing else), configs, tokenizer.
 
@@ -53,7 +58,7 @@ def local_directory(path: str) -> Path:
     """A path that is a directory is that directory; otherwise `org/name` is a Hub id, downloaded."""
     if Path(path).is_dir():
         return Path(path)
-    if _HUB_ID.fullmatch(path) and not path.startswith("."):
+    if is_hub_id(path):
         return download(path)
     if Path(path).exists():
         raise DataError(f"{path}: a file; needed is the directory of a checkpoint")

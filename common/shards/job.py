@@ -14,7 +14,7 @@ from common.shards import publish, sink, stream
 from common.shards.buffers import READ, WRITE
 from common.shards.checkpoint import Checkpoint
 from common.shards.layout import Output
-from common.shards.places import check_disk, existing_parent
+from common.shards.places import check_disk, existing_parent, whole_path
 from common.shards.processes import Group, deal, group, wait_for_everyone
 from common.shards.stream import SHELVES, Task
 
@@ -41,7 +41,7 @@ def input_files(checkpoints: list[Checkpoint]) -> dict[str, list[int]]:
     files = {tensor.path for checkpoint in checkpoints for tensor in checkpoint.tensors.values()}
     beside = (checkpoint.path / name for checkpoint in checkpoints for name in ("config.json", "task_vector.json"))
     files |= {path for path in beside if path.is_file()}
-    stats = {str(path): os.stat(path) for path in sorted(files)}
+    stats = {whole_path(path): os.stat(path) for path in sorted(files)}
     return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
 
 

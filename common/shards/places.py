@@ -7,6 +7,33 @@ from pathlib import Path
 from common.errors import DataError
 
 
+def plain(path: Path) -> Path:
+    """The shortest spelling of the same place: plain(Path("./a/../x/")) -> x, plain(Path("/a//b/.")) -> /a/b.
+
+    `..` behind a symbolic link leads to the parent of what the link points at, so there the link is resolved; behind a
+    directory that is not there yet it leads back, as os.path.normpath has it, and not to an error as the kernel has it.
+    """
+    found = Path(path.anchor)
+    for part in path.parts[1:] if path.anchor else path.parts:
+        if part != "..":
+            found = found / part
+        elif found.is_symlink():
+            found = found.resolve().parent
+        elif found.name not in ("", ".."):
+            found = found.parent
+        elif not found.anchor or found.name:  # above the working directory; / has nothing above it
+            found = found / ".."
+    return found
+
+
+def whole_path(path: Path | str) -> str:
+    """The one spelling that a place has everywhere: absolute, no links in it. Jobs are told apart by it.
+
+    whole_path("./x") == whole_path("y/../x") == whole_path(Path.cwd() / "x")
+    """
+    return str(plain(Path(path)).resolve())
+
+
 def check_places(inputs: list[Path], outputs: list[Path]) -> None:
     """Refuse outputs that are, hold, or lie inside an input or one another, or that are or hold the working directory."""
     places = [path.resolve() for path in outputs]
