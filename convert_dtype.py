@@ -16,7 +16,7 @@ from pathlib import Path
 from common.cli import add_output_flags, path, path_or_hub_id
 from common.errors import DataError
 from common.exits import run_and_leave
-from common.shards.checkpoint import Checkpoint, config_with_dtype, copy_companions, open_checkpoint
+from common.shards.checkpoint import Checkpoint, code_notes, config_with_dtype, copy_companions, open_checkpoint
 from common.shards.headers import DTYPE_CODES
 from common.shards.job import Job, describe, execute, input_files
 from common.shards.layout import Output, plan_shards
@@ -124,6 +124,8 @@ def complete(model: Checkpoint, dtype: str, clamp: bool, output: Output, records
     print(f"{values} values: {changed} changed by rounding, {zeroed} of them became zero")
     if overflowed:
         print(f"clamped: values in {len(overflowed)} tensor(s), the first {overflowed[0]!r}")
+    for note in code_notes(model):
+        print(f"note: {note}")
 
 
 def main(argv=None) -> None:

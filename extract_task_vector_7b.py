@@ -21,7 +21,7 @@ from pathlib import Path
 from common.cli import add_output_flags, path, path_or_hub_id
 from common.errors import DataError
 from common.exits import run_and_leave
-from common.shards.checkpoint import Checkpoint, config_with_dtype, copy_companions, open_checkpoint
+from common.shards.checkpoint import Checkpoint, code_notes, config_with_dtype, copy_companions, open_checkpoint
 from common.shards.headers import DTYPE_CODES, Tensor
 from common.shards.job import Job, describe, execute, input_files
 from common.shards.layout import Output, plan_shards
@@ -139,7 +139,7 @@ def complete(finetuned: Checkpoint, base: Checkpoint, dtype: str, output: Output
     values = sum(tensor.numel for tensor in base.tensors.values() if tensor.is_parameter)
     differs = sum(record.get("differs", 0) for record in records.values())
     print(f"{differs} of {values} values differ from the base ({100 * differs / max(values, 1):.2f} %)")
-    for note in config_notes(finetuned, base):
+    for note in [*config_notes(finetuned, base), *code_notes(finetuned, base)]:
         print(f"note: {note}")
 
 

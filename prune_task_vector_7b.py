@@ -275,8 +275,7 @@ def complete(base, vectors: list[TaskVector], parameters: dict, args, output: Ou
     copy_companions(vector.checkpoint.path, output.part)
     source = base or vector.checkpoint
     dtypes = {source.tensors[name].dtype for name in records if source.tensors[name].is_parameter}
-    config = config_with_dtype(source.config, dtypes.pop()) if len(dtypes) == 1 else None
-    text = config or (source.path / "config.json").read_text(encoding="utf-8")
+    text = config_with_dtype(source.config, dtypes.pop() if len(dtypes) == 1 else None)
     (output.part / "config.json").write_text(text, encoding="utf-8")
     if base is None:
         write_pruned_vector_json(output.part, vector, records)

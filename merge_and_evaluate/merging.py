@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from common.errors import DataError
+from common.errors import DataError, reason_of
 from common.shards.checkpoint import Checkpoint, companion_files, copy_companions, open_checkpoint
+from common.shards.companions import has_tokenizer
 from common.shards.documents import read_json, write_json
 from common.shards.hashing import file_hash, tensor_hashes, text_hash
 from common.shards.headers import DTYPE_CODES, DTYPE_NAMES, FLOAT_DTYPES, Tensor, read_headers
@@ -170,7 +171,7 @@ def _run_mergekit(merge_plan: MergePlan, directory: Path, settings: MergeSetting
     except Exception as error:  # mergekit raises many types, and all mean the same to the user
         if isinstance(error, OSError) and error.errno:  # a full disk and its like have their own line
             raise
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason_of(error)
         raise DataError(f"{recipe.path}: mergekit could not merge: {reason:.300}") from error
     finally:  # mergekit keeps open files and guesses by path for the life of the process
         LoaderCache().loaders.clear()
@@ -216,7 +217,7 @@ def _name_card(directory: Path, name: str) -> None:
 
 def _add_tokenizer(directory: Path, merge_plan: MergePlan) -> None:
     """Tokenizer and generation config of the base, or of the first model that has one, unless mergekit wrote one."""
-    if any(directory.glob("tokenizer*")):
+    if has_tokenizer(directory):
         return
     asked = [key for key in TOKEN_KEYS if merge_plan.recipe.config.get(key)]
     if asked:
@@ -224,7 +225,7 @@ def _add_tokenizer(directory: Path, merge_plan: MergePlan) -> None:
             f"{merge_plan.recipe.path}: mergekit could not make the tokenizer that `{asked[0]}` asks for "
             "(its reason is above); mend the recipe"
         )
-    donor = next((model.path for model in merge_plan.checkpoints if any(model.path.glob("tokenizer*"))), None)
+    donor = next((model.path for model in merge_plan.checkpoints if has_tokenizer(model.path)), None)
     if donor:
         copy_companions(donor, directory)
 

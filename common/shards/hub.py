@@ -4,22 +4,11 @@ import re
 from pathlib import Path
 
 from common.errors import DataError
+from common.shards.companions import COMPANIONS
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 PICKLED_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
-CONFIGS_AND_TOKENIZER = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "task_vector.json",
-)
+CONFIGS_AND_TOKENIZER = ("config.json", "task_vector.json", *COMPANIONS)
 NEVER = ("consolidated*", "*.py", "*/*")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
