@@ -191,7 +191,7 @@ def test_a_merge_that_needs_the_code_says_so(tmp_path, capsys):
         "architectures": ["XForCausalLM"],
     }
     for name in ("base", "ft"):
-        model = write(tmp_path / name, state(name == "ft"), config)
+        model = write(tmp_path / name, state(int(name == "ft")), config)
         (model / "configuration_x.py").write_text("raise SystemExit('it was run')")
     (tmp_path / "r.yml").write_text(
         f"merge_method: task_arithmetic\nbase_model: {tmp_path}/base\ndtype: float32\n"

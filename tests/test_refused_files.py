@@ -205,7 +205,8 @@ INDEXES = {
     "a number": ({"lm_head.weight": 3}, f"{INDEX}: tensor 'lm_head.weight' is mapped to 3, {PLAIN}"),
     "no such file": (
         {"lm_head.weight": "x.safetensors"},
-        "{m}/x.safetensors: missing, though model.safetensors.index.json names it; download the checkpoint again",
+        "{m}/x.safetensors: missing, though model.safetensors.index.json names it (2 of 3 files are there); download the "
+        "rest",
     ),
     "another file": (
         {"lm_head.weight": TWO},
@@ -315,6 +316,8 @@ def test_no_weights_no_config(model):
     (model / "config.json").rename(model.parent / "config.json")
     expect_refused(model, "{m}: no config.json in it; copy it from where the model came from")
     (model / "model.safetensors").unlink()
+    expect_refused(model, "{m}: an empty directory; point at the one that holds the weights")
+    (model / "tokenizer.json").write_text("{}")
     expect_refused(
         model,
         "{m}: no model.safetensors, no model.safetensors.index.json, no pytorch_model.bin in it; "
@@ -323,7 +326,7 @@ def test_no_weights_no_config(model):
     shutil.rmtree(model)
     expect_refused(model, "{m}: no such directory; check the path, or give a Hugging Face Hub id such as org/name")
     model.write_text("")
-    expect_refused(model, "{m}: a file; needed is the directory of a checkpoint")
+    expect_refused(model, f"{{m}}: a file; give the directory that holds it, {model.parent}")
 
 
 @pytest.mark.parametrize(

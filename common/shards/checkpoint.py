@@ -10,6 +10,7 @@ from common.shards.companions import check_companions, code_note, without_code
 from common.shards.companions import companion_files as companion_files  # where scripts look for these two
 from common.shards.companions import copy_companions as copy_companions
 from common.shards.documents import read_json
+from common.shards.findings import not_gathered, what_is_there
 from common.shards.headers import DTYPE_NAMES, Tensor
 from common.shards.hub import local_directory
 
@@ -36,10 +37,9 @@ def open_checkpoint(label: str) -> Checkpoint:
     if tensors is None:
         tensors = bins.read_headers(path)
     if not tensors:
-        raise DataError(
-            f"{label}: no model.safetensors, no model.safetensors.index.json, no pytorch_model.bin in it; "
-            "point at the directory that holds the weights"
-        )
+        raise DataError(f"{label}: {what_is_there(path)}")
+    if reason := not_gathered(tensors):
+        raise DataError(f"{label}: {reason}")
     config = path / "config.json"
     if not config.is_file():
         raise DataError(f"{label}: no config.json in it; copy it from where the model came from")

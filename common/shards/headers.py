@@ -203,7 +203,10 @@ def shard_paths(index: Path, weight_map: dict[str, str]) -> list[Path]:
     paths = [index.parent / file for file in sorted(set(weight_map.values()))]
     for path in paths:
         if not path.is_file():
-            raise DataError(f"{path}: missing, though {index.name} names it; download the checkpoint again")
+            there = sum(other.is_file() for other in paths)
+            raise DataError(
+                f"{path}: missing, though {index.name} names it ({there} of {len(paths)} files are there); download the rest"
+            )
     return paths
 
 

@@ -50,5 +50,5 @@ def local_directory(path: str) -> Path:
     if is_hub_id(path):
         return download(path)
     if Path(path).exists():
-        raise DataError(f"{path}: a file; needed is the directory of a checkpoint")
+        raise DataError(f"{path}: a file; give the directory that holds it, {Path(path).parent}")
     raise DataError(f"{path}: no such directory; check the path, or give a Hugging Face Hub id such as org/name")
