@@ -42,7 +42,7 @@ from pathlib import Path
 from common import cli
 from common.exits import run
 from common.shards.checkpoint import open_checkpoint
-from common.shards.places import refuse_existing
+from common.shards.places import refuse_existing, refuse_existing_file
 from common.shards.verify import verify
 from merge_and_evaluate.comparison import compare
 from merge_and_evaluate.eval_recipes import EvalRecipe, check_device, read_eval_recipe
@@ -246,7 +246,7 @@ def evaluate_only(args: argparse.Namespace) -> None:
     checkpoint, output_path = open_checkpoint(args.save_path), Path(args.output_path)
     scoring, _ = plan_scorings(eval_recipe, None, None)
     check_tokenizer(eval_recipe, [checkpoint])
-    refuse_existing(output_path, args.overwrite)
+    refuse_existing_file(output_path, args.overwrite)
     if args.dry_run:
         print_scoring(eval_recipe, output_path)
         return
@@ -268,7 +268,7 @@ def merge_and_evaluate(args: argparse.Namespace) -> None:
         choosing, reporting = plan_scorings(eval_recipe, args.choose_on, args.report_on)
         check_tokenizer(eval_recipe, merge_plan.checkpoints)
     if not args.merge_only and not trials:
-        refuse_existing(output_path, args.overwrite)
+        refuse_existing_file(output_path, args.overwrite)
     if args.dry_run:
         print_merge(merge_plan, settings, max(len(trials), 1))
         if not args.merge_only:

@@ -153,3 +153,180 @@ def test_prune_takes_any_spelling(tmp_path, monkeypatch, form):
     run("prune", "--task_vector_paths", "va", "vb", "--save_directories", "qa", "qb")
     assert files(Path("pa"))["model.safetensors"] == files(Path("qa"))["model.safetensors"]
     assert json.loads(Path("pb/prune_report.json").read_text())["tensors"]
+
+
+# --- an empty directory that is there already -----------------------------------------------------
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    return write(tmp_path / "m", state())
+
+
+def convert(model: Path, out: Path, *more) -> None:
+    run("convert", "--model_path", model, "--save_path", out, *more)
+
+
+def test_an_empty_directory_is_nothing(model, tmp_path, capsys):
+    """mkdir -p before the command (cases.md D11): accepted, also through a link; anything in it is not."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to("target")
+    convert(model, tmp_path / "out", "--dry_run")
+    assert "refused without --overwrite" not in capsys.readouterr().out
+    convert(model, tmp_path / "out")
+    convert(model, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and files(tmp_path / "target") == files(tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "m", "out", "target"]
+    for place in ("out", "link"):
+        line = refusal("convert", "--model_path", model, "--save_path", tmp_path / place)
+        assert line == f"{tmp_path / place}: already there; give --overwrite to replace it, or write elsewhere"
+    convert(model, tmp_path / "link", "--overwrite", "--dtype", "float32")
+    assert (tmp_path / "link").is_symlink() and files(tmp_path / "target") != files(tmp_path / "out")
+
+
+def test_a_results_file_needs_a_files_name(tmp_path):
+    from common.errors import DataError
+    from common.shards.places import refuse_existing_file
+
+    with pytest.raises(DataError, match="a directory; give a file's name"):
+        refuse_existing_file(tmp_path, True)
+
+
+@pytest.fixture
+def mounted(tmp_path, monkeypatch) -> Path:
+    """A directory that cannot be renamed, as a mount point is one: renaming to or from it fails as there."""
+    from common.shards import places, staging
+
+    out = tmp_path / "disk"
+    (out / "lost+found").mkdir(parents=True)
+    monkeypatch.setattr(places.os.path, "ismount", lambda path: os.path.realpath(path) == str(out))
+    real = os.rename
+
+    def rename(source, target):
+        if str(out) in (str(source), str(target)):
+            raise OSError(16, "Device or resource busy", str(out))
+        inside = [str(path).startswith(f"{out}/") for path in (source, target)]
+        if inside[0] != inside[1]:
+            raise OSError(18, "Invalid cross-device link", str(source))
+        return real(source, target)
+
+    monkeypatch.setattr(staging.os, "rename", rename)
+    return out
+
+
+def test_a_mount_point(model, tmp_path, mounted):
+    """Made within it, and moved up at the end; replaced with --overwrite; refused without."""
+    convert(model, tmp_path / "plain")
+    convert(model, mounted)
+    assert files(mounted) == files(tmp_path / "plain")
+    assert sorted(path.name for path in mounted.iterdir()) == [
+        "config.json",
+        *WRITTEN,
+        "lost+found",
+        "model.safetensors",
+    ]
+    line = refusal("convert", "--model_path", model, "--save_path", mounted)
+    assert line == f"{mounted}: already there; give --overwrite to replace it, or write elsewhere"
+    convert(model, mounted, "--overwrite", "--dtype", "bfloat16", "--max_shard_size", 300)
+    convert(model, tmp_path / "sharded", "--dtype", "bfloat16", "--max_shard_size", 300)
+    assert files(mounted) == files(tmp_path / "sharded")
+
+
+WRITTEN = []
+STEPS = ("rename", "rmdir", "unlink")
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_stopped_at_any_step_of_moving_out(model, tmp_path, mounted, monkeypatch, overwrite):
+    """The same command, without --overwrite too, gets to the end; until then config.json and weights are of one model."""
+    convert(model, tmp_path / "plain", "--max_shard_size", 300)
+    convert(model, tmp_path / "old", "--dtype", "float32")
+    for at in range(1, 100):
+        for path in mounted.iterdir():
+            if path.name != "lost+found":
+                run_quietly(path)
+        if overwrite:
+            convert(model, mounted, "--dtype", "float32")
+        reached = stop_at(at, monkeypatch, lambda: convert(model, mounted, "--max_shard_size", 300, *overwrite))
+        if (mounted / "config.json").exists():
+            whole = {name: data for name, data in files(mounted).items() if not name.startswith(".")}
+            assert whole in (files(tmp_path / "plain"), files(tmp_path / "old"))
+        if not reached:
+            break
+        untouched = overwrite and whole_old(mounted, tmp_path / "old")
+        convert(model, mounted, "--max_shard_size", 300, *(["--overwrite"] if untouched else []))
+        assert files(mounted) == files(tmp_path / "plain")
+        assert not [path for path in mounted.iterdir() if path.name.startswith(".")]
+    assert at > 10
+
+
+def whole_old(place: Path, old: Path) -> bool:
+    return {name: data for name, data in files(place).items() if not name.startswith(".")} == files(old)
+
+
+def run_quietly(path: Path) -> None:
+    import shutil
+
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def stop_at(at: int, monkeypatch, call) -> bool:
+    """Call, and interrupt it before the at-th rename or removal within publishing -> whether it got that far."""
+    from common.shards import publish, staging
+
+    count = [0]
+    real_move = staging.move
+
+    def counted(name, real):
+        def step(*arguments, **options):
+            count[0] += 1
+            if count[0] == at:
+                raise KeyboardInterrupt
+            return real(*arguments, **options)
+
+        return step
+
+    def move(part, final):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "rename", counted("rename", os.rename))
+            patch.setattr(Path, "unlink", counted("unlink", Path.unlink))
+            patch.setattr(Path, "rmdir", counted("rmdir", Path.rmdir))
+            real_move(part, final)
+
+    monkeypatch.setattr(publish, "move", move)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        monkeypatch.setattr(publish, "move", real_move)
+    return False
+
+
+def test_mount_points_are_seen(tmp_path):
+    """The root, /proc, and every line of the kernel's own list; an ordinary directory is none."""
+    from common.shards.places import _mount_points, cannot_be_renamed
+
+    assert cannot_be_renamed(Path("/")) and cannot_be_renamed(Path("/proc"))
+    assert {"/", "/proc"} <= _mount_points()
+    assert not cannot_be_renamed(tmp_path) and not cannot_be_renamed(tmp_path / "no")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0 or os.system("unshare -m true 2>/dev/null") != 0, reason="needs mount")
+def test_a_real_mount_point(model, tmp_path):
+    """A tmpfs, and a directory bound from the same disk (docker -v), which os.path.ismount does not see."""
+    import subprocess
+    import sys
+
+    root = Path(__file__).resolve().parent.parent
+    for name, mount in (("t", "mount -t tmpfs none"), ("b", f"mount --bind {tmp_path}/there")):
+        (tmp_path / "there").mkdir(exist_ok=True)
+        (tmp_path / name).mkdir()
+        command = f"{sys.executable} {root}/convert_dtype.py --model_path {model} --save_path {tmp_path}/{name}"
+        script = f"{mount} {tmp_path}/{name} && {command} && cp -r {tmp_path}/{name} {tmp_path}/{name}-seen"
+        done = subprocess.run(["unshare", "-m", "bash", "-c", script], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        convert(model, tmp_path / f"{name}-plain")
+        assert files(tmp_path / f"{name}-seen") == files(tmp_path / f"{name}-plain")

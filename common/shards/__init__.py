@@ -19,6 +19,7 @@ buffers.py       what a thread holds of its files
 direct.py        between memory and disk, past the page cache
 sink.py          shard files while they are written
 staging.py       files and directories that appear whole or not at all
+systems.py       what a system may lack: stepped down from
 hashing.py       xxh3 of texts, files and tensors
 verify.py        is a directory still what was written
 """

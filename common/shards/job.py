@@ -14,7 +14,7 @@ from common.shards import publish, sink, stream
 from common.shards.buffers import READ, WRITE
 from common.shards.checkpoint import Checkpoint
 from common.shards.layout import Output
-from common.shards.places import check_disk, existing_parent, whole_path
+from common.shards.places import check_disk, existing_parent, is_empty, whole_path
 from common.shards.processes import Group, deal, group, wait_for_everyone
 from common.shards.stream import SHELVES, Task
 
@@ -52,7 +52,7 @@ def describe(job: Job, inputs: list[Checkpoint]) -> str:
         lines.append(f"        vectors are read {job.passes} times (see --help)")
     for output in job.outputs:
         lines.append(f"writes  {output.nbytes / 1e9:8.3f} GB  {output.final} ({len(output.shards)} files)")
-        if output.final.exists():
+        if output.final.exists() and not is_empty(output.final):
             lines.append(f"exists             {output.final}: refused without --overwrite")
     total = sum(output.nbytes for output in job.outputs)
     workers = stream.worker_count()

@@ -22,6 +22,7 @@ from common.shards.direct import File
 from common.shards.headers import DTYPE_BYTES, Tensor
 from common.shards.layout import Slot
 from common.shards.sink import Sink
+from common.shards.systems import cores
 
 _COPY_BLOCK = 1 << 18  # elements
 SHELVES = 512 << 20  # bytes that all workers together keep of what a task reads from disk more than once
@@ -210,4 +211,4 @@ def run(
 
 def worker_count() -> int:
     """Threads to use: two more than the cores this process may run on, for when some wait for the disk; at most 10."""
-    return min(len(os.sched_getaffinity(0)), 8) + 2
+    return min(cores(), 8) + 2
