@@ -10,8 +10,11 @@ Stopped, the same command goes on from the last whole shard.
 """
 
 import argparse
+import sys
 from functools import partial
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which PYTHONSAFEPATH leaves out
 
 from common.cli import add_output_flags, path, path_or_hub_id
 from common.errors import DataError

@@ -15,8 +15,11 @@ cores, 0.5 GB on 8, whatever the size of the model. Stopped, the same command go
 """
 
 import argparse
+import sys
 from functools import partial
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which PYTHONSAFEPATH leaves out
 
 from common.cli import add_output_flags, path, path_or_hub_id
 from common.errors import DataError

@@ -37,7 +37,10 @@ Are these files still what was written? Every tensor against its recorded hash:
 """
 
 import argparse
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which PYTHONSAFEPATH leaves out
 
 from common import cli
 from common.exits import run

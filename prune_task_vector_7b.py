@@ -29,8 +29,11 @@ Later: a picture of two runs side by side, from their reports; and are the files
 
 import argparse
 import os
+import sys
 from functools import partial
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which PYTHONSAFEPATH leaves out
 
 from common import cli
 from common.errors import DataError

@@ -314,7 +314,6 @@ def test_mount_points_are_seen(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.geteuid() != 0 or os.system("unshare -m true 2>/dev/null") != 0, reason="needs mount")
 def test_a_real_mount_point(model, tmp_path):
     """A tmpfs, and a directory bound from the same disk (docker -v), which os.path.ismount does not see."""
     import subprocess
@@ -326,7 +325,9 @@ def test_a_real_mount_point(model, tmp_path):
         (tmp_path / name).mkdir()
         command = f"{sys.executable} {root}/convert_dtype.py --model_path {model} --save_path {tmp_path}/{name}"
         script = f"{mount} {tmp_path}/{name} && {command} && cp -r {tmp_path}/{name} {tmp_path}/{name}-seen"
-        done = subprocess.run(["unshare", "-m", "bash", "-c", script], capture_output=True, text=True)
+        done = subprocess.run(["unshare", "-rm", "bash", "-c", script], capture_output=True, text=True)
+        if "mount:" in done.stderr or "unshare:" in done.stderr:
+            pytest.skip(f"no mounts of one's own here: {done.stderr.strip()}")
         assert done.returncode == 0, done.stderr
         convert(model, tmp_path / f"{name}-plain")
         assert files(tmp_path / f"{name}-seen") == files(tmp_path / f"{name}-plain")

@@ -3,7 +3,6 @@
 import errno
 import os
 import sys
-from functools import cache
 from pathlib import Path
 
 try:
@@ -15,9 +14,14 @@ _UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _NO_LOCKS = _UNSUPPORTED | {errno.ENOLCK}
 
 
-@cache  # once for each file system, and not for each of a thousand shards
-def _warn(_device: int, line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr, flush=True)
+_warned: set[tuple[str, int]] = set()  # (what, file system): one line for each, not one for each of a thousand shards
+
+
+def _warn(what: str, descriptor: int, line: str) -> None:
+    key = what, os.fstat(descriptor).st_dev
+    if key not in _warned:
+        _warned.add(key)
+        print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def make_durable(descriptor: int, path: Path) -> None:
@@ -37,7 +41,8 @@ def make_durable(descriptor: int, path: Path) -> None:
         if error.errno not in _UNSUPPORTED:
             raise
         _warn(
-            os.fstat(descriptor).st_dev,
+            "fsync",
+            descriptor,
             f"{path}: this file system does not confirm that files are on disk ({error.strerror}); after a power cut, check "
             "the output with --verify",
         )
@@ -58,7 +63,8 @@ def try_lock(descriptor: int, path: Path) -> bool:
         if error.errno not in _NO_LOCKS:
             raise
         _warn(
-            os.fstat(descriptor).st_dev,
+            "flock",
+            descriptor,
             f"{path}: this file system has no locks ({error.strerror}), so nothing keeps a second job from writing there; "
             "run one at a time",
         )
