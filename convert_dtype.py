@@ -4,7 +4,7 @@
     python convert_dtype.py --model_path mistralai/Mistral-7B-v0.1 --save_path models/Mistral-7b-v0.1-float16
 
 Every parameter is rounded to --dtype, to nearest even. Integer buffers and rotary inv_freq stay as they are;
-config, tokenizer and chat template are copied. A finite value that would become infinite is an error that names
+config, tokenizer and chat template are copied; convert_report.json has a hash of every tensor, for --verify. A finite value that would become infinite is an error that names
 its tensors, unless --clamp. Streams: 0.2 GB of memory on 2 cores, 0.5 GB on 8, whatever the size of the model.
 Stopped, the same command goes on from the last whole shard.
 """
@@ -26,6 +26,7 @@ from common.shards.layout import Output, plan_shards
 from common.shards.matching import check_floats
 from common.shards.places import check_places
 from common.shards.stream import Task, Worker, blocks, copy_tensor, new_hash, not_finite
+from common.shards.verify import write_convert_report
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -122,6 +123,7 @@ def complete(model: Checkpoint, dtype: str, clamp: bool, output: Output, records
         )
     copy_companions(model.path, output.part)
     (output.part / "config.json").write_text(config_with_dtype(model.config, dtype), encoding="utf-8")
+    write_convert_report(output.part, model, dtype, records)
     values = sum(tensor.numel for tensor in model.tensors.values() if tensor.is_parameter)
     changed, zeroed = (sum(record.get(key, 0) for record in records.values()) for key in ("changed", "zeroed"))
     print(f"{values} values: {changed} changed by rounding, {zeroed} of them became zero")
