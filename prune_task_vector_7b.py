@@ -106,7 +106,7 @@ def add_pruning_flags(parser: argparse.ArgumentParser) -> None:
         default="model",
         help="model: base + pruned vector; task_vector: the pruned vector (default: model)",
     )
-    add("--device", default="cpu", metavar="cpu|cuda|cuda:1", help="where to prune; same bits (default: cpu)")
+    add("--device", default="cpu", metavar="cpu|cuda|cuda:1|mps", help="where to prune; same bits (default: cpu)")
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -195,9 +195,15 @@ def engine_for(device: str):
         from common.pruners import kernels
 
         return kernels
+    from common.pruners.devices import check_bits
     from common.pruners.kernels.torch_engine import engine
 
-    return engine(f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device)
+    arithmetic = engine(
+        f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+    )
+    if not device.startswith("cuda"):  # which the tests cover
+        check_bits(arithmetic, device)
+    return arithmetic
 
 
 def plan(base: Checkpoint | None, vectors: list[TaskVector], args: argparse.Namespace) -> Job:

@@ -134,8 +134,9 @@ def _tally_runs(mask, at, m, runs) -> None:
 def tally(vector, dtype, masks, j, at, m, counts) -> bool:
     """Add one block of vector number j and its mask to `counts`, in numpy (see common.pruners.kernels.arithmetic)."""
     runs, energy, both = counts
-    squares = vector.view(_FLOAT[dtype]).double().square_()
-    energy += [float((squares * masks[j]).sum()), float(squares.sum())]
+    values = vector.view(_FLOAT[dtype])
+    squares = (values.cpu() if values.device.type == "mps" else values).double().square_()  # mps has no float64
+    energy += [float((squares * masks[j].to(squares.device)).sum()), float(squares.sum())]
     for i, mask in enumerate(masks[:j]):
         both[i] += int((mask & masks[j]).sum(dtype=torch.int64))
     _tally_runs(masks[j], at, m, runs)
