@@ -565,6 +565,7 @@ def test_hub_ids(tmp_path, monkeypatch, suffix):
     expect(out, {n: oracle.convert(t, torch.float16) for n, t in state(dtype=torch.float32).items()})
     assert {path.name for path in out.iterdir()} == {
         "config.json",
+        "convert_report.json",
         "model.safetensors",
         "tokenizer.json",
         "tokenizer.model",
