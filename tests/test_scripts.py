@@ -594,4 +594,4 @@ def test_a_directory_wins_over_the_hub(tmp_path, monkeypatch):
     write(tmp_path / "org" / "name", state(shapes=SHAPES))
     monkeypatch.chdir(tmp_path)
     run("convert", "--model_path", "org/name", "--save_path", "out")
-    assert set(files(tmp_path / "out")) == {"config.json", "model.safetensors"}
+    assert set(files(tmp_path / "out")) == {"config.json", "convert_report.json", "model.safetensors"}
