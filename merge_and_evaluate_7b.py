@@ -37,12 +37,15 @@ Are these files still what was written? Every tensor against its recorded hash:
 """
 
 import argparse
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which PYTHONSAFEPATH leaves out
 
 from common import cli
 from common.exits import run
 from common.shards.checkpoint import open_checkpoint
-from common.shards.places import refuse_existing
+from common.shards.places import refuse_existing, refuse_existing_file
 from common.shards.verify import verify
 from merge_and_evaluate.comparison import compare
 from merge_and_evaluate.eval_recipes import EvalRecipe, check_device, read_eval_recipe
@@ -72,18 +75,25 @@ EVAL_DEFAULTS = {"eval_recipe": "recipes/open_llm_leaderboard.yml", "output_path
 def add_pipeline_flags(parser: argparse.ArgumentParser) -> None:
     """What is merged, what is scored, where it goes."""
     add = parser.add_argument_group("merge and evaluate").add_argument
-    add("--recipe", metavar="FILE", help=f"merge recipe for mergekit (default: {MERGE_DEFAULTS['recipe']})")
+    add(
+        "--recipe",
+        type=cli.path,
+        metavar="FILE",
+        help=f"merge recipe for mergekit (default: {MERGE_DEFAULTS['recipe']})",
+    )
     add(
         "--save_path",
+        type=cli.path_or_hub_id,
         metavar="DIR",
         help=f"the merged model; with --eval_only the one to score (default: {MERGE_DEFAULTS['save_path']})",
     )
     add(
         "--eval_recipe",
+        type=cli.path,
         metavar="FILE",
         help=f"what `lm_eval run --config` takes; flags win (default: {EVAL_DEFAULTS['eval_recipe']})",
     )
-    add("--output_path", metavar="FILE", help=f"the results (default: {EVAL_DEFAULTS['output_path']})")
+    add("--output_path", type=cli.path, metavar="FILE", help=f"the results (default: {EVAL_DEFAULTS['output_path']})")
     add("--name", metavar="TEXT", help="row name in tables (default: the recipe's file name without .yml)")
     add("--merge_only", action="store_true", help="merge, do not score")
     add("--eval_only", action="store_true", help="score the model in --save_path, do not merge")
@@ -156,11 +166,12 @@ def add_compare_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("compare results").add_argument
     add(
         "--compare",
+        type=cli.path,
         nargs="+",
         metavar="FILE",
         help="print one Markdown table of these results files, draw it",
     )
-    add("--plot_path", metavar="FILE", help="the picture of --compare (default: results_comparison.png)")
+    add("--plot_path", type=cli.path, metavar="FILE", help="the picture of --compare (default: results_comparison.png)")
     cli.add_verify_flag(parser.add_argument_group("look at what was written"))
 
 
@@ -243,11 +254,11 @@ def merged_model(merge_plan: MergePlan, settings: MergeSettings, name: str, over
 
 def evaluate_only(args: argparse.Namespace) -> None:
     """Score the model in --save_path."""
-    eval_recipe = read_eval_recipe(args.eval_recipe, args.device, args.batch_size)
+    eval_recipe = read_eval_recipe(str(args.eval_recipe), args.device, args.batch_size)
     checkpoint, output_path = open_checkpoint(args.save_path), Path(args.output_path)
     scoring, _ = plan_scorings(eval_recipe, None, None)
     check_tokenizer(eval_recipe, [checkpoint])
-    refuse_existing(output_path, args.overwrite)
+    refuse_existing_file(output_path, args.overwrite)
     if args.dry_run:
         print_scoring(eval_recipe, output_path)
         return
@@ -260,18 +271,18 @@ def merge_and_evaluate(args: argparse.Namespace) -> None:
     """Merge by --recipe, for every weight that is asked for, and score what comes out."""
     check_device(args.device)
     settings = MergeSettings(args.max_shard_size, args.device or "cpu", args.seed, args.engine)
-    merge_plan = plan_merge(read_recipe(args.recipe), args.save_path, settings)
+    merge_plan = plan_merge(read_recipe(str(args.recipe)), args.save_path, settings)
     choices = weight_choices(args.weights, args.weight_grid)
     trials = {weights: with_weights(merge_plan.recipe, weights) for weights in choices}
     name, output_path = args.name or merge_plan.recipe.name, Path(args.output_path)
     if merge_plan.reason or not args.merge_only:
         check_one_process()
     if not args.merge_only:
-        eval_recipe = read_eval_recipe(args.eval_recipe, args.device, args.batch_size)
+        eval_recipe = read_eval_recipe(str(args.eval_recipe), args.device, args.batch_size)
         choosing, reporting = plan_scorings(eval_recipe, args.choose_on, args.report_on)
         check_tokenizer(eval_recipe, merge_plan.checkpoints)
     if not args.merge_only and not trials:
-        refuse_existing(output_path, args.overwrite)
+        refuse_existing_file(output_path, args.overwrite)
     if args.dry_run:
         print_merge(merge_plan, settings, max(len(trials), 1))
         if not args.merge_only:

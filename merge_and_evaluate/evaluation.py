@@ -5,7 +5,7 @@ import os
 from dataclasses import asdict
 from importlib.metadata import version
 
-from common.errors import DataError
+from common.errors import DataError, reason_of
 from common.shards.hashing import file_hash, text_hash
 from merge_and_evaluate.eval_recipes import EvalRecipe, evaluator_config
 from merge_and_evaluate.eval_tasks import Tasks, task_files
@@ -71,7 +71,7 @@ def evaluate(recipe: EvalRecipe, model: str, tasks: Tasks, identity: str) -> dic
     try:
         return _simple_evaluate(recipe, model, tasks, _cache(recipe, identity))
     except Exception as error:  # lm-eval and what it uses raise many types; the user needs the reason
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason_of(error)
         line = f"{recipe.path}: lm-eval could not score {model} on {', '.join(tasks.names)}: {reason:.300}"
         raise DataError(line) from error
 

@@ -71,6 +71,11 @@ class MergePlan:
 
 def open_model(recipe: Recipe, path: str) -> Checkpoint:
     """A model of the recipe, its headers read. A missing directory of the chain names the script that makes it."""
+    if set(path) & set("+@") and not Path(path).is_dir():
+        raise DataError(
+            f"{recipe.path}: {path!r}: mergekit takes '+' and '@' in a path for a LoRA or a revision, and there is no such "
+            "directory; fix the path, or merge the LoRA and download the revision first"
+        )
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or path.startswith("models/")
     if looks_local and not Path(path).is_dir():
         raise DataError(f"{recipe.path}: model {path} is not there; {_maker(path)}")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from common.errors import DataError
 from common.shards.checkpoint import Checkpoint
+from common.shards.companions import has_tokenizer
 from common.shards.documents import read_json
 from merge_and_evaluate.eval_recipes import EvalRecipe
 from merge_and_evaluate.eval_tasks import Tasks
@@ -56,7 +57,7 @@ def finished(scoring: Scoring, model: Model, path: Path) -> dict | None:
 def check_tokenizer(recipe: EvalRecipe, models: list[Checkpoint]) -> None:
     """Without a tokenizer there is nothing to score with; better said before the merge than after it."""
     model_args = recipe.config.get("model_args") or {}
-    if "tokenizer" not in model_args and not any(any(model.path.glob("tokenizer*")) for model in models):
+    if "tokenizer" not in model_args and not any(has_tokenizer(model.path) for model in models):
         raise DataError(
             f"{models[0].label}: no tokenizer in it, scoring needs one; copy tokenizer.json and "
             "tokenizer_config.json there from where the model came from"

@@ -13,7 +13,7 @@ from pathlib import Path
 from common.errors import DataError
 from common.shards.documents import read_json
 from common.shards.hashing import text_hash
-from common.shards.places import refuse_existing
+from common.shards.places import refuse_existing, refuse_existing_file
 from common.shards.staging import move
 from merge_and_evaluate import merging, scoring
 from merge_and_evaluate.comparison import label
@@ -113,12 +113,12 @@ def check_outputs(sweep: Sweep, overwrite: bool) -> None:
     """Refuse whatever lies under an output's name and is not this sweep's own, unless it may be replaced."""
     for candidate in sweep.candidates:
         if not scoring.finished(sweep.choosing, candidate.model(sweep.name), candidate.results_path):
-            refuse_existing(candidate.results_path, overwrite)
+            refuse_existing_file(candidate.results_path, overwrite)
         if not merging.already_merged(candidate.merge.save_path, candidate.identity):
             refuse_existing(candidate.merge.save_path, overwrite)
     if not any(merging.already_merged(sweep.save_path, candidate.identity) for candidate in sweep.candidates):
         refuse_existing(sweep.save_path, overwrite)
-    refuse_existing(sweep.output_path, overwrite)
+    refuse_existing_file(sweep.output_path, overwrite)
 
 
 # --- run ------------------------------------------------------------------------------------------

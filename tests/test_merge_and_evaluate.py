@@ -264,7 +264,7 @@ RECIPE_REFUSALS = [
     ),
     (
         recipe_with(models=models_with(weight=1.0) + [{"model": "./a+b", "parameters": {"weight": 1}}]),
-        "'./a+b': mergekit takes '+' and '@' in a path for a LoRA or a revision; rename the directory, or merge the LoRA "
+        "'./a+b': mergekit takes '+' and '@' in a path for a LoRA or a revision, and there is no such directory; fix the path, or merge the LoRA "
         "and download the revision first",
     ),
     (recipe_with(base_model=None), "merge_method task_arithmetic: Merge method requires a base input; mend the recipe"),

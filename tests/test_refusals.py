@@ -244,7 +244,7 @@ CASES = {
         "{d}/pa: output and {d}/pa overlap; give the output a directory of its own",
     ),
     "taken": (
-        lambda folder: (folder / "out").mkdir(),
+        text("out", "a file"),
         ["convert"],
         "{d}/out: already there; give --overwrite to replace it, or write elsewhere",
     ),

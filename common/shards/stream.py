@@ -23,6 +23,7 @@ from common.shards.buffers import InputBuffer, OutputBuffer, Shelf
 from common.shards.direct import File
 from common.shards.headers import Tensor
 from common.shards.layout import Slot
+from common.shards.systems import cores
 
 _COPY_BLOCK = 1 << 18  # elements
 SHELVES = 512 << 20  # bytes that all workers together keep of what a task reads from disk more than once
@@ -185,4 +186,4 @@ def run(tasks: list[Task], do: Callable[[Task, Worker], list], moved: Callable, 
 
 def worker_count() -> int:
     """Threads to use: two more than the cores this process may run on, for when some wait for the disk; at most 10."""
-    return min(len(os.sched_getaffinity(0)), 8) + 2
+    return min(cores(), 8) + 2

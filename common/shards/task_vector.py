@@ -30,7 +30,7 @@ class TaskVector:
     hashes: dict[str, dict[str, str]]
 
 
-def _whereabouts(checkpoint: Checkpoint) -> str:
+def whereabouts(checkpoint: Checkpoint) -> str:
     """An absolute path, or the Hub id as it was given."""
     return str(Path(checkpoint.label).resolve()) if Path(checkpoint.label).is_dir() else checkpoint.label
 
@@ -38,8 +38,8 @@ def _whereabouts(checkpoint: Checkpoint) -> str:
 def write_task_vector_json(directory: Path, finetuned: Checkpoint, base: Checkpoint, dtype: str, records: dict) -> None:
     """Write task_vector.json from the records of an extraction."""
     content = {
-        "finetuned_model_path": _whereabouts(finetuned),
-        "base_model_path": _whereabouts(base),
+        "finetuned_model_path": whereabouts(finetuned),
+        "base_model_path": whereabouts(base),
         "dtype": DTYPE_NAMES[dtype],
         "hash": HASH,
         "tensors": {name: {"base": r["base"], "vector": r["written"]} for name, r in records.items()},
