@@ -89,16 +89,6 @@ def batch_size(text: str) -> int | str:
     return positive_int(text)
 
 
-def path(text: str) -> Path:
-    """'~/x/' -> Path('/home/me/x'): a shell leaves the ~ of --flag=~/x as it is."""
-    return Path(os.path.expanduser(text))
-
-
-def path_or_hub_id(text: str) -> str:
-    """The same for what may be a Hugging Face Hub id: '~/x' -> '/home/me/x', './x/' -> 'x', 'org/name' as it is."""
-    return str(path(text))
-
-
 def add_output_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that every script that writes checkpoints has."""
     group = parser.add_argument_group("output")
