@@ -4,7 +4,8 @@ import numpy as np
 
 from common.errors import DataError
 from common.pruners import kernels
-from common.pruners.pruning import Pruning, masks_by_block
+from common.pruners.masks import Masks
+from common.pruners.pruning import Pruning
 
 _BITS = {"F16": np.uint16, "BF16": np.uint16, "F32": np.uint32}
 _LARGEST = {"F16": 0x7BFF, "BF16": 0x7F7F, "F32": 0x7F7FFFFF}
@@ -33,10 +34,13 @@ def _results(arithmetic, dtype: str) -> np.ndarray:
         return arithmetic.load(vectors[j][start:stop].copy())
 
     for pruning in _METHODS:
-        blocks = masks_by_block(pruning, "probe", [dtype] * 2, _NUMEL, read, arithmetic)
-        for start, stop, bits, masks in blocks:
+        masks = Masks([pruning] * 2, "probe", [dtype] * 2, _NUMEL, arithmetic)
+        if masks.in_passes:
+            masks.find_thresholds(read, read)
+        for start, stop in masks.blocks():
+            bits = [read(j, start, stop) for j in range(2)]
             below = arithmetic.load(base[start:stop].copy())
-            for j, mask in enumerate(masks):
+            for j, mask in enumerate(masks.of(start, bits)):
                 added, kept = np.empty((2, stop - start), _BITS[dtype])
                 arithmetic.add_kept(added, below, dtype, bits[j], dtype, mask, pruning.scale)
                 arithmetic.keep_vector(kept, bits[j], dtype, mask, pruning.scale)
