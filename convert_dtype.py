@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Convert a model to one dtype, so that base and fine-tuned models are subtracted in the same numbers.
+"""Convert a model to one dtype, so that base and fine-tuned models use the same number format.
 
     python convert_dtype.py --model_path mistralai/Mistral-7B-v0.1 --save_path models/Mistral-7b-v0.1-float16
 

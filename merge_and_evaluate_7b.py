@@ -14,7 +14,7 @@ scored, and how). The model appears under --save_path once it is whole and finit
 tensor in merge_report.json beside it. mergekit buffers one output shard: lower --max_shard_size for
 less memory.
 
-Which weight is best? Try some, choose on one set of tasks, report another; an interrupted sweep goes on
+Which weight is best? Try some, choose on one set of tasks, report another; an interrupted sweep resumes
 where it was, and each weight's scores stay in results_weight_<weight>.json:
 
     python merge_and_evaluate_7b.py --recipe recipes/recipe.yml --weights 0.6 0.9 1.2 \\
@@ -235,7 +235,7 @@ def print_scoring(eval_recipe: EvalRecipe, output_path: Path) -> None:
 
 
 def merged_model(merge_plan: MergePlan, settings: MergeSettings, name: str, overwrite: bool) -> Model:
-    """Merge, unless the output holds this very merge from an earlier run that did not get to scoring."""
+    """Merge, unless the output holds this merge from an earlier run that did not get to scoring."""
     if not (merge_plan.save_path / REPORT_NAME).is_file():
         refuse_existing(merge_plan.save_path, overwrite)
     digests = input_digests(merge_plan)

@@ -139,7 +139,7 @@ def add_plot_flags(group) -> None:
         type=path,
         nargs="+",
         metavar="DIR",
-        help="with --plot_path: the outputs of another run to put beside, as many as this run has",
+        help="with --plot_path: the outputs of another way of pruning to put beside, as many as this one has",
     )
 
 
@@ -148,7 +148,9 @@ def check_plot_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, 
     if (args.plot_reports or args.plot_with) and not args.plot_path:
         parser.error("--plot_reports and --plot_with need --plot_path, where the picture goes")
     if args.plot_with and len(args.plot_with) != len(drawn):
-        parser.error(f"--plot_with names {len(args.plot_with)} outputs of another run, and this run has {len(drawn)}")
+        parser.error(
+            f"--plot_with names {len(args.plot_with)} outputs of another way of pruning, and this job has {len(drawn)}"
+        )
 
 
 def picture(text: str) -> Path:

@@ -12,10 +12,10 @@ from common.errors import DataError
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" while writing {error.filename}" if error.filename else ""
-        return f"the disk is full{where}; free some space and run the same command again: it goes on from there"
+        return f"the disk is full{where}; free some space and run the same command again: it resumes there"
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror or error}; mend that and run the same command again"
+        return f"{where}{error.strerror or error}; fix that and run the same command again"
     return str(error)
 
 
@@ -99,7 +99,7 @@ def _call(main) -> str | int | None:
         return f"error: {_one_line(error)}"
     except (KeyboardInterrupt, Stopped) as stop:
         print(
-            "\ninterrupted; nothing half-written was published. The same command goes on from what is whole.",
+            "\ninterrupted; nothing half-written was published. Run the same command again: it resumes at the last complete shard.",
             file=sys.stderr,
         )
         return 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)

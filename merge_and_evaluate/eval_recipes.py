@@ -61,7 +61,7 @@ def read_eval_recipe(path: str, device: str | None = None, batch_size: int | str
     try:
         evaluator_config(recipe, "model")
     except (ValueError, TypeError, AttributeError, ArithmeticError, OSError) as error:
-        raise DataError(f"{path}: lm-eval refuses it: {' '.join(str(error).split()):.200}; mend the recipe") from None
+        raise DataError(f"{path}: lm-eval refuses it: {' '.join(str(error).split()):.200}; fix the recipe") from None
     return recipe
 
 
@@ -93,7 +93,7 @@ def include_path(recipe_path: str, include: str | None) -> str | None:
     if not beside.is_dir():
         raise DataError(
             f"{recipe_path}: include_path {include} is no directory, seen from here or from the recipe; "
-            "run from the repository's root or mend the path"
+            "run from the repository's root or fix the path"
         )
     return str(beside)
 

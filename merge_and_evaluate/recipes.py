@@ -70,8 +70,7 @@ def model_paths(config: dict) -> list[str]:
 def safe_path(path: str) -> str:
     """'models/x', 'models/x/', '~/x' -> './models/x', … where that is a directory: mergekit's model card looks a path with at most
     one slash up on the Hub, and fails offline before it has copied the tokenizer."""
-    place = plain(Path(os.path.expanduser(path)))
-    if not place.is_dir():
+    if not path or not (place := plain(Path(os.path.expanduser(path)))).is_dir():
         return path
     return str(place) if place.is_absolute() or str(place).startswith(".") else f"./{place}"
 
@@ -137,9 +136,9 @@ def check_keys(path: str, config: dict) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the recipe"
-        raise DataError(f"{path}: {where}: {first['msg']}; mend the recipe") from None
+        raise DataError(f"{path}: {where}: {first['msg']}; fix the recipe") from None
     except RuntimeError as error:
-        raise DataError(f"{path}: {error}; mend the recipe") from None
+        raise DataError(f"{path}: {error}; fix the recipe") from None
 
 
 def _method(path: str, name: str):
@@ -240,7 +239,7 @@ def _check_inputs(path: str, method, config: dict) -> None:
     try:
         method.validate_inputs(models if base is None or base in models else [*models, base], base)
     except ValueError as error:
-        raise DataError(f"{path}: merge_method {method.spec.name}: {error}; mend the recipe") from None
+        raise DataError(f"{path}: merge_method {method.spec.name}: {error}; fix the recipe") from None
 
 
 def check_method(path: str, config: dict) -> None:

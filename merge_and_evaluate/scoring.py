@@ -44,7 +44,7 @@ def check_one_process() -> None:
 
 
 def finished(scoring: Scoring, model: Model, path: Path) -> dict | None:
-    """The document at `path`, if it holds the scores of this very model on these very tasks."""
+    """The document at `path`, if it holds the scores of this model on these tasks."""
     if not path.is_file():
         return None
     document = read_json(path)

@@ -108,7 +108,8 @@ def model_path(model) -> str | None:
 
 
 def _models(config: dict) -> list[dict]:
-    return [entry.get("model") for entry in config.get("models") or [] if isinstance(entry, dict)]
+    listed = config.get("models")
+    return [entry.get("model") for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
 
 
 def summed_models(config: dict) -> list[str]:

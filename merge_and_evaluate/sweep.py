@@ -1,6 +1,6 @@
 """Try several weights (the method's lambda): merge, score, choose, report.
 
-Every weight has a results file of its own, recognised by content, so an interrupted sweep goes on where it
+Every weight has a results file of its own, recognised by content, so an interrupted sweep resumes where it
 was. Of the merged models only the best so far stays on disk.
 """
 
@@ -201,7 +201,7 @@ def chosen_record(sweep: Sweep, documents: dict, winner: Candidate) -> dict:
 
 
 def already_done(sweep: Sweep) -> bool:
-    """Whether the results file and the model are the outcome of this very sweep."""
+    """Whether the results file and the model are the outcome of this sweep."""
     if not sweep.output_path.is_file() or not (sweep.save_path / merging.REPORT_NAME).is_file():
         return False
     return read_json(sweep.output_path).get("summary", {}).get("chosen", {}).get("sweep") == sweep.identity

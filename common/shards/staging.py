@@ -54,7 +54,7 @@ def lock(directory: Path) -> int:
         os.close(descriptor)
         raise
     os.close(descriptor)
-    raise DataError(f"{directory}: another run is writing there; wait for it, or write elsewhere")
+    raise DataError(f"{directory}: another job is writing there; wait for it, or write elsewhere")
 
 
 def _remove(path: Path) -> None:

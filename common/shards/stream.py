@@ -102,7 +102,9 @@ def new_hash():
 
 def not_finite(tensor: Tensor) -> DataError:
     """What to raise for a tensor that holds NaN or infinity."""
-    return DataError(f"tensor {tensor.name!r} in {tensor.path}: holds NaN or infinity; take a sound copy of the model")
+    return DataError(
+        f"tensor {tensor.name!r} in {tensor.path}: holds NaN or infinity; take an undamaged copy of the model"
+    )
 
 
 def copy_tensor(task: Task, worker: Worker) -> list[dict]:

@@ -55,7 +55,7 @@ def write_pruned_vector_json(directory: Path, vector: TaskVector, records: dict)
 
 
 def read_task_vector(checkpoint: Checkpoint) -> TaskVector:
-    """The task vector in a checkpoint. Raises DataError if there is no sound task_vector.json for its tensors."""
+    """The task vector in a checkpoint. Raises DataError if there is no undamaged task_vector.json for its tensors."""
     path = checkpoint.path / NAME
     if not path.is_file():
         raise DataError(
