@@ -157,8 +157,9 @@ def decide(race: Plan, number: int, racing: Sequence[str], values: np.ndarray) -
     scores = np.add.reduceat(values, starts, axis=1) @ (race.weights / counts)
     best = int(np.argmax(scores))
     difference, stderr, stderr_new, freedom = compare(race, number, values - values[best])
-    bound = difference + _quantile(race, number, race.rounds - 1, ALPHA, freedom) * stderr
-    worse = difference + _quantile(race, number, race.rounds, ALPHA / 2, freedom) * stderr_new < 0
+    others = len(race.candidates) - 1
+    bound = difference + _width(number, race.rounds - 1, ALPHA, freedom) * stderr
+    worse = difference + _width(number, race.rounds, ALPHA / 2 / others, freedom) * stderr_new < 0
     leader = racing[best]
     out = [i for i in range(len(racing)) if i != best and bound[i] <= race.margin]
     figures = (difference, stderr, stderr_new, bound)
@@ -197,12 +198,11 @@ def spent(alpha: float, time: float) -> float:
     return float(2 * norm.sf(norm.isf(alpha / 2) / np.sqrt(time))) if time > 0 else 0.0
 
 
-def _quantile(race: Plan, number: int, looks: int, alpha: float, freedom: int) -> float:
-    """How many standard errors a bound of round `number` is wide, alpha being spent over `looks` rounds; 0 after those."""
+def _width(number: int, looks: int, alpha: float, freedom: int) -> float:
+    """How many standard errors wide a bound of round `number` is, alpha being spent over `looks` rounds; 0 after those."""
     if number >= looks:
         return 0.0
-    share = alpha / (len(race.candidates) - 1)
-    spend = spent(share, (number + 1) / looks) - spent(share, number / looks)
+    spend = spent(alpha, (number + 1) / looks) - spent(alpha, number / looks)
     return float(student.isf(spend, max(freedom, 1)))
 
 
