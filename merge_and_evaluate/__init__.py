@@ -11,6 +11,9 @@ scores.py         the figures that people compare
 results.py        results files: put together, written, read
 scoring.py        one model into one results file
 sweep.py          several weights, the best kept
+race_plan.py      which items a race scores when
+race.py           who drops out of a race, when it ends
+search.py         which weights to try next (CMA-ES)
 comparison.py     results side by side
 overview.py       a sweep at a glance
 """

@@ -6,9 +6,9 @@
         trials += [Trial(weights, objective(weights)) for weights in proposal.candidates]
     best(trials).weights
 
-Nothing here reads or writes, and nothing is kept between calls: each replays the search on what was recorded (0.2 s for
-300 trials), so that one that was interrupted proposes what it would have proposed. Values are the caller's, and larger is
-better: a mean score, the mean log-probability of the right answer, or loss_objective().
+Nothing here reads or writes, and nothing is kept between calls: each replays the search on what was recorded (a fraction
+of a second for 300 trials), so that one that was interrupted proposes what it would have proposed. Values are the
+caller's, and larger is better: a mean score, the mean log-probability of the right answer, or loss_objective().
 
 CABS+'s settings are the defaults: λ in [0.1, 2], start 1, σ 0.05, populations of 6 of which 3 are parents, at most 50
 generations, an end after 6 without a significant change, projection on the box, the best of everything tried wins. Differs
