@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import t as student
 
 from benchmarks import simulate_race
 from common.errors import DataError
@@ -228,6 +229,27 @@ def test_whoever_is_worse_is_outside_every_margin(seed, number, gap):
         assert not drop.worse or drop.bound < 0
         assert drop.stderr <= drop.stderr_new
         assert drop.bound >= drop.difference
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_the_bound_is_spent_over_the_rounds_that_can_err_and_worse_over_all_and_all_others(number):
+    race = plan(strata_of(TREE), NAMES, 1e9, 0)
+    values = races._gather(race, number, list(grid(race, 1, (0.9, 0.3, 0.1)).values()))
+    leader, dropped = decide(race, number, NAMES, values)
+    _, _, _, freedom = compare(race, number, values - values[0])
+    assert (leader, [d.candidate for d in dropped]) == ("0.6", ["0.9", "1.2"])
+    spend = [spent(0.05, (number + 1) / 4) - spent(0.05, number / 4)]
+    spend += [spent(0.05 / 4, (number + 1) / 5) - spent(0.05 / 4, number / 5)]  # one side of two, two others
+    wide, wider = (student.isf(s, freedom) for s in spend)
+    for drop in dropped:
+        assert drop.bound == pytest.approx(drop.difference + wide * drop.stderr)
+        assert drop.worse == (drop.difference + wider * drop.stderr_new < 0)
+
+
+def test_strata_of_one_row_are_put_side_by_side():
+    """Variances are pooled over a row's strata, which are taken for neighbours."""
+    law, arc, art = Stratum("law", "mmlu", 9, 0.25), Stratum("arc", "arc", 9, 0.5), Stratum("art", "mmlu", 9, 0.25)
+    assert plan((law, arc, art), NAMES, 0.005, 0).strata == (law, art, arc)
 
 
 # --- the state ------------------------------------------------------------------------------------
