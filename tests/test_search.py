@@ -11,6 +11,7 @@ import pytest
 from mergekit.config import evaluate_setting
 
 from common.errors import DataError
+from merge_and_evaluate import search as searching
 from merge_and_evaluate.search import Search, Trial, best, loss_objective, per_layer, propose
 
 SEARCH = Search(dimensions=2, evaluations=300, seed=0)
@@ -60,6 +61,15 @@ def test_the_start_comes_first_then_populations_of_six():
         [p.candidates for p in (propose(replace(SEARCH, seed=s), [Trial((1.0, 1.0), 0.0)]) for s in range(99))]
     )
     assert spread == pytest.approx(0.05, rel=0.1)  # σ
+
+
+def test_long_steps_count_in_full():
+    """The new mean is the weighted mean of the three best, though projection and rounding made other points of them."""
+    evolution = searching._evolution(SEARCH)
+    evolution.ask()
+    candidates = ((2.0, 2.0), (1.0, 1.1), (0.9, 1.0), (1.0, 1.0), (0.1, 2.0), (1.1, 1.0))
+    searching._tell(evolution, candidates, [6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
+    assert evolution.mean == pytest.approx(evolution.sp.weights.positive_weights @ np.array(candidates[:3]))
 
 
 def test_an_optimum_outside_the_box_is_met_at_its_edge():
@@ -158,6 +168,9 @@ def test_a_record_of_another_search_is_refused():
         "resume with the seed and the settings of the record, or delete it to start anew"
     ):
         propose(SEARCH, [*trials, Trial((1.5, 0.5), 0.0)])
+    ended, _ = run(replace(SEARCH, generations=2))
+    with pytest.raises(DataError, match="^weights 1.5 / 0.5 are in the search's record, but"):
+        propose(replace(SEARCH, generations=2), [*ended, Trial((1.5, 0.5), 0.0)])
     with refused(
         "weights 1 / 1 have two values in the search's record, 0.5 and 0.25; needed: one: "
         "delete the record to start anew"
