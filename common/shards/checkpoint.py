@@ -7,6 +7,7 @@ from pathlib import Path
 
 from common.errors import DataError
 from common.shards import bins, headers
+from common.shards.architecture import with_constants
 from common.shards.documents import read_json
 from common.shards.headers import DTYPE_NAMES, Tensor
 from common.shards.hub import local_directory
@@ -55,7 +56,9 @@ def open_checkpoint(label: str) -> Checkpoint:
     config = path / "config.json"
     if not config.is_file():
         raise DataError(f"{label}: no config.json in it; copy it from where the model came from")
-    return Checkpoint(label, path.resolve(), {tensor.name: tensor for tensor in tensors}, read_json(config))
+    settings = read_json(config)
+    tensors = with_constants(tensors, settings)
+    return Checkpoint(label, path.resolve(), {tensor.name: tensor for tensor in tensors}, settings)
 
 
 def config_with_dtype(config: dict, dtype: str) -> str:
