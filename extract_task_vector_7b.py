@@ -18,17 +18,18 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from common.cli import add_output_flags
+from common.cli import add_output_flags, add_skip_flag
 from common.errors import DataError
 from common.exits import run_and_leave
 from common.shards.checkpoint import Checkpoint, config_with_dtype, copy_companions, open_checkpoint
 from common.shards.headers import DTYPE_CODES, Tensor
 from common.shards.job import Job, describe, execute, input_files
 from common.shards.layout import Output, plan_shards
-from common.shards.matching import check_floats, match, must_be_equal
+from common.shards.matching import Match, check_floats, match
 from common.shards.places import check_places
 from common.shards.stream import Task, Worker, blocks, copy_tensor, new_hash, not_finite, same_bytes
 from common.shards.task_vector import config_notes, write_task_vector_json
+from common.shards.unchanged import zero_tensor
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -52,6 +53,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         default="float16",
         help="dtype both models are rounded to, and the vector's (default: %(default)s)",
     )
+    add_skip_flag(parser)
     add_output_flags(parser)
     return parser.parse_args(argv)
 
@@ -87,22 +89,24 @@ def refuse_difference(finetuned: Tensor, left, base: Tensor, right, dtype: str) 
     )
 
 
-def process(task: Task, worker: Worker, dtype: str, equal: dict[str, tuple[Tensor, Tensor]]) -> list[dict]:
-    if not task.inputs[0].is_parameter:
+def process(task: Task, worker: Worker, dtype: str, equal: dict[str, tuple[Tensor, ...]]) -> list[dict]:
+    own = task.inputs[-1]
+    if not own.is_parameter:
         return copy_tensor(task, worker)
-    if task.name in equal and not same_bytes(worker, *equal[task.name]):
-        head, embedding = equal[task.name]
-        raise DataError(
-            f"tensor {head.name!r} in {head.path} differs from {embedding.name!r}, to which the base ties it; "
-            "take a base that has a head of its own"
-        )
+    if len(task.inputs) == 1:
+        return zero_tensor(task, worker)
+    for extra in equal.get(task.name, ()):
+        if not same_bytes(worker, extra, task.inputs[0]):
+            raise DataError(
+                f"tensor {extra.name!r} in {extra.path} differs from {task.inputs[0].name!r}, to which the base ties it; "
+                f"take a base that has a head of its own, or leave it out with --skip {extra.name!r}"
+            )
     return extract_tensor(task, worker, dtype)
 
 
-def plan(finetuned: Checkpoint, base: Checkpoint, args: argparse.Namespace) -> Job:
-    check_floats(base)
+def plan(finetuned: Checkpoint, base: Checkpoint, matched: Match, args: argparse.Namespace) -> Job:
     check_places([finetuned.path, base.path], [Path(args.save_path)])
-    pairs = match(base, finetuned)
+    pairs = matched.pairs
     target = DTYPE_CODES[args.dtype]
     shards = plan_shards(
         [(t.name, target if t.is_parameter else t.dtype, t.shape) for t in base.tensors.values()],
@@ -114,17 +118,16 @@ def plan(finetuned: Checkpoint, base: Checkpoint, args: argparse.Namespace) -> J
         for slot in shard.slots
         for name in [slot.name]
     ]
-    equal = {embedding.name: (head, embedding) for head, embedding in must_be_equal(base, finetuned)}
     return Job(
         title="extract",
         identity={
             "script": "extract_task_vector_7b.py",
-            "parameters": {"dtype": args.dtype, "max_shard_size": args.max_shard_size},
+            "parameters": {"dtype": args.dtype, "max_shard_size": args.max_shard_size, "skip": args.skip},
             "inputs": input_files([finetuned, base]),
         },
         outputs=[Output(Path(args.save_path), tuple(shards))],
         tasks=tasks,
-        process=partial(process, dtype=target, equal=equal),
+        process=partial(process, dtype=target, equal=matched.equal),
         complete=partial(complete, finetuned, base, target),
     )
 
@@ -144,7 +147,11 @@ def complete(finetuned: Checkpoint, base: Checkpoint, dtype: str, output: Output
 def main(argv=None) -> None:
     args = parse_args(argv)
     finetuned, base = open_checkpoint(args.finetuned_model_path), open_checkpoint(args.base_model_path)
-    job = plan(finetuned, base, args)
+    check_floats(base)
+    matched = match(base, finetuned, tuple(args.skip))
+    job = plan(finetuned, base, matched, args)
+    for note in matched.notes:
+        print(f"note: {note}")
     if args.dry_run:
         print(describe(job, [finetuned, base]))
         return

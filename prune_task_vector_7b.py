@@ -49,6 +49,7 @@ from common.shards.matching import check_floats, mask_names, match
 from common.shards.places import check_places
 from common.shards.stream import Task, Worker, copy_tensor
 from common.shards.task_vector import TaskVector, open_base, open_vectors, write_pruned_vector_json
+from common.shards.unchanged import zero_tensor
 from common.shards.verify import verify
 
 USED_BY = {"n": ["nm"], "m": ["nm"], "sparsity_level": ["random", "magnitude"], "seed": ["random"]}
@@ -65,6 +66,7 @@ def add_vector_flags(parser: argparse.ArgumentParser) -> None:
     add("--task_vector_paths", nargs="+", metavar="DIR", help="any number of vectors instead of 1 and 2")
     add("--save_directories", nargs="+", metavar="DIR", help="as many outputs, in the same order")
     add("--base_model_path", metavar="DIR|ORG/NAME", help="default: the base recorded at extraction")
+    cli.add_skip_flag(parser)
 
 
 def add_pruning_flags(parser: argparse.ArgumentParser) -> None:
@@ -155,21 +157,24 @@ def check_hashes(task: Task, record: dict, want: dict, vector: TaskVector, save_
             f"tensor {task.name!r} in {task.inputs[0].path}: not the base that {vector.checkpoint.label} was extracted from; "
             "give that one as --base_model_path, or extract the vector again"
         )
-    if record["vector"] != want["vector"]:
+    if "vector" in record and record["vector"] != want["vector"]:
         raise DataError(
             f"tensor {task.name!r} in {vector.checkpoint.path}: not the bytes that were extracted; extract the vector again"
         )
 
 
-def process(task: Task, worker: Worker, pruning, names, save_format, engine, vectors) -> list[dict]:
+def process(task: Task, worker: Worker, pruning, names, pairs, save_format, engine, vectors) -> list[dict]:
     """One task, checked against the hashes that extraction recorded."""
-    if task.inputs[0].is_parameter:
+    own = task.inputs[0]
+    if own.is_parameter and not all(task.name in p for p in pairs):  # left out of one vector, so of all
+        records = copy_tensor(task, worker) if save_format == "model" else zero_tensor(task, worker)
+    elif own.is_parameter:
         records = prune_tensor(task, worker, pruning, names[task.name], save_format, engine)
     else:
         records = [record | {"vector": record["base"]} for record in copy_tensor(task, worker)]
-    for record, vector in zip(records, vectors, strict=True):
-        # A tied head may not be spelled out there; a buffer may be in this copy of the base alone.
-        want = vector.hashes.get(task.name) or vector.hashes.get(names[task.name])
+    for record, vector, own in zip(records, vectors, pairs, strict=True):
+        # Another copy of the base may have other names, or spell a tied head out; a buffer may be in it alone.
+        want = vector.hashes.get(own[task.name].name if task.name in own else task.name)
         if want:
             check_hashes(task, record, want, vector, save_format)
     return records
@@ -191,7 +196,10 @@ def plan(base: Checkpoint | None, vectors: list[TaskVector], args: argparse.Name
     checkpoints = [vector.checkpoint for vector in vectors]
     whole = base or checkpoints[0]
     check_floats(whole)
-    pairs = [match(whole, checkpoint) for checkpoint in checkpoints]
+    matches = [match(whole, checkpoint, tuple(args.skip)) for checkpoint in checkpoints]
+    pairs = [matched.pairs for matched in matches]
+    for note in dict.fromkeys(note for matched in matches for note in matched.notes):
+        print(f"note: {note}")
     check_places([c.path for c in [whole, *checkpoints]], [Path(path) for path in args.save_directories])
     pruning = pruning_of(args)
 
@@ -217,7 +225,8 @@ def plan(base: Checkpoint | None, vectors: list[TaskVector], args: argparse.Name
         title=f"prune {args.pruning_method}",
         identity={
             "script": "prune_task_vector_7b.py",
-            "parameters": parameters | {"max_shard_size": args.max_shard_size, "outputs": args.save_directories},
+            "parameters": parameters
+            | {"max_shard_size": args.max_shard_size, "outputs": args.save_directories, "skip": args.skip},
             "inputs": input_files([*([base] if base else []), *checkpoints]),
         },
         outputs=[Output(Path(path), tuple(s)) for path, s in zip(args.save_directories, plans, strict=True)],
@@ -226,6 +235,7 @@ def plan(base: Checkpoint | None, vectors: list[TaskVector], args: argparse.Name
             process,
             pruning=pruning,
             names=mask_names(whole),
+            pairs=pairs,
             save_format=args.save_format,
             engine=engine_for(args.device),
             vectors=vectors,
@@ -237,7 +247,7 @@ def plan(base: Checkpoint | None, vectors: list[TaskVector], args: argparse.Name
 
 def inputs(own: Tensor, base: Checkpoint | None, vectors: list[Tensor | None]) -> tuple[Tensor, ...]:
     """What one task reads: buffers are carried over from `own`; parameters need base (for a model) and vectors."""
-    if not own.is_parameter:
+    if not own.is_parameter or None in vectors:
         return (own,)
     return (own, *vectors) if base else tuple(vectors)
 
@@ -282,7 +292,7 @@ def main(argv=None) -> None:
     if args.plot_reports:
         draw([read_run(args.plot_reports), *beside], Path(args.plot_path))
         return
-    vectors = open_vectors(args.task_vector_paths)
+    vectors = open_vectors(args.task_vector_paths, tuple(args.skip))
     base = open_base(vectors, args.base_model_path) if args.save_format == "model" else None
     job = plan(base, vectors, args)
     if args.dry_run:

@@ -75,12 +75,12 @@ def read_task_vector(checkpoint: Checkpoint) -> TaskVector:
     return TaskVector(checkpoint, base, hashes)
 
 
-def open_vectors(paths: list[str]) -> list[TaskVector]:
+def open_vectors(paths: list[str], skip: tuple[str, ...] = ()) -> list[TaskVector]:
     """The task vectors, all of one base. Raises DataError that names the first tensor that differs."""
     vectors = [read_task_vector(open_checkpoint(path)) for path in paths]
     first = vectors[0]
     for other in vectors[1:]:
-        match(first.checkpoint, other.checkpoint)
+        match(first.checkpoint, other.checkpoint, skip)
         for name, hashes in first.hashes.items():
             if hashes["base"] != other.hashes.get(name, hashes)["base"]:
                 raise DataError(
