@@ -79,7 +79,7 @@ def moved(tensors: dict) -> dict:
         key = tensor.numpy().tobytes()
         if key not in steps:
             steps[key] = tensor + 0.01 * torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
-    return {n: steps[t.numpy().tobytes()] if t.is_floating_point() else t for n, t in tensors.items()}
+    return {n: steps[t.numpy().tobytes()].clone() if t.is_floating_point() else t for n, t in tensors.items()}
 
 
 def spelled_out(kind: str, tensors: dict, ties: dict[str, str]) -> dict:
@@ -111,7 +111,6 @@ def same_vector(vector: dict, base: dict, finetuned: dict, rename=lambda name: n
 
 # --- names ----------------------------------------------------------------------------------------
 
-GPT2_INNER = "transformer."
 WRAPPED = {
     "torch.compile": ("LlamaForCausalLM", lambda n: "_orig_mod." + n),
     "DDP": ("LlamaForCausalLM", lambda n: "module." + n),
@@ -124,10 +123,12 @@ WRAPPED = {
         "BertForMaskedLM",
         lambda n: n.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"),
     ),
-    "Llava before 4.52": (
+    "Llava since 4.52": (  # transformers saves the old names, for others' sake; a state dict has the new ones
         "LlavaForConditionalGeneration",
-        lambda n: n.replace("model.language_model.", "language_model.model.").replace(
-            "model.vision_tower", "vision_tower"
+        lambda n: (
+            "lm_head.weight"
+            if n == "language_model.lm_head.weight"
+            else "model." + n.replace("language_model.model.", "language_model.")
         ),
     ),
 }
