@@ -30,6 +30,7 @@ from common.shards.places import check_places
 from common.shards.stream import Task, Worker, blocks, copy_tensor, new_hash, not_finite, same_bytes
 from common.shards.task_vector import config_notes, write_task_vector_json
 from common.shards.unchanged import zero_tensor
+from common.shards.vocabulary import common_elements, common_vocabulary, pieces
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -53,23 +54,36 @@ def parse_args(argv=None) -> argparse.Namespace:
         default="float16",
         help="dtype both models are rounded to, and the vector's (default: %(default)s)",
     )
+    parser.add_argument(
+        "--vocabulary",
+        choices=["same", "common"],
+        default="same",
+        help="common: of embeddings and output head subtract only rows of tokens that both tokenizers have under the "
+        "same id; the vector then has the base's tokenizer (default: same, both have the same tokens)",
+    )
     add_skip_flag(parser)
     add_output_flags(parser)
     return parser.parse_args(argv)
 
 
-def extract_tensor(task: Task, worker: Worker, dtype: str) -> list[dict]:
-    """Subtract one tensor; its record has the hashes of the base's bytes and of the vector's."""
+def extract_tensor(task: Task, worker: Worker, dtype: str, common: tuple | None = None) -> list[dict]:
+    """Subtract one tensor; its record has the hashes of the base's bytes and of the vector's.
+
+    common: runs of elements that both models have, where they differ in their tokens; +0.0 elsewhere.
+    """
     from common.pruners import kernels
 
     finetuned, base = task.inputs
     base_hash, vector_hash, differs = new_hash(), new_hash(), 0
-    for start, stop in blocks(base.numel, kernels.BLOCK):
-        left, right = worker.read(finetuned, start, stop, 0), worker.read(base, start, stop, 1)
-        out = worker.room(task, 0, start, stop)
-        more_differ, finite = kernels.subtract(left, finetuned.dtype, right, base.dtype, out, dtype)
+    for start, stop, in_both in pieces(blocks(base.numel, kernels.BLOCK), common):
+        right, out = worker.read(base, start, stop, 1), worker.room(task, 0, start, stop)
+        # Where only the base has a row it is subtracted from itself: +0.0, and refused if it is not finite.
+        left = worker.read(finetuned, start, stop, 0) if in_both else right
+        more_differ, finite = kernels.subtract(
+            left, finetuned.dtype if in_both else base.dtype, right, base.dtype, out, dtype
+        )
         if not finite:
-            refuse_difference(finetuned, left, base, right, dtype)
+            refuse_difference(finetuned if in_both else base, left, base, right, dtype)
         differs += more_differ
         base_hash.update(right)
         vector_hash.update(out)
@@ -89,7 +103,7 @@ def refuse_difference(finetuned: Tensor, left, base: Tensor, right, dtype: str) 
     )
 
 
-def process(task: Task, worker: Worker, dtype: str, equal: dict[str, tuple[Tensor, ...]]) -> list[dict]:
+def process(task: Task, worker: Worker, dtype: str, equal: dict, common: dict) -> list[dict]:
     own = task.inputs[-1]
     if not own.is_parameter:
         return copy_tensor(task, worker)
@@ -101,10 +115,10 @@ def process(task: Task, worker: Worker, dtype: str, equal: dict[str, tuple[Tenso
                 f"tensor {extra.name!r} in {extra.path} differs from {task.inputs[0].name!r}, to which the base ties it; "
                 f"take a base that has a head of its own, or leave it out with --skip {extra.name!r}"
             )
-    return extract_tensor(task, worker, dtype)
+    return extract_tensor(task, worker, dtype, common.get(task.name))
 
 
-def plan(finetuned: Checkpoint, base: Checkpoint, matched: Match, args: argparse.Namespace) -> Job:
+def plan(finetuned: Checkpoint, base: Checkpoint, matched: Match, common: dict, args: argparse.Namespace) -> Job:
     check_places([finetuned.path, base.path], [Path(args.save_path)])
     pairs = matched.pairs
     target = DTYPE_CODES[args.dtype]
@@ -122,19 +136,26 @@ def plan(finetuned: Checkpoint, base: Checkpoint, matched: Match, args: argparse
         title="extract",
         identity={
             "script": "extract_task_vector_7b.py",
-            "parameters": {"dtype": args.dtype, "max_shard_size": args.max_shard_size, "skip": args.skip},
+            "parameters": {
+                "dtype": args.dtype,
+                "max_shard_size": args.max_shard_size,
+                "skip": args.skip,
+                "vocabulary": args.vocabulary,
+            },
             "inputs": input_files([finetuned, base]),
         },
         outputs=[Output(Path(args.save_path), tuple(shards))],
         tasks=tasks,
-        process=partial(process, dtype=target, equal=matched.equal),
-        complete=partial(complete, finetuned, base, target),
+        process=partial(process, dtype=target, equal=matched.equal, common=common),
+        complete=partial(complete, finetuned, base, target, args.vocabulary),
     )
 
 
-def complete(finetuned: Checkpoint, base: Checkpoint, dtype: str, output: Output, records: dict) -> None:
-    """Add config, the fine-tuned model's tokenizer and task_vector.json; say how much of the model differs."""
-    copy_companions(finetuned.path, output.part)
+def complete(
+    finetuned: Checkpoint, base: Checkpoint, dtype: str, vocabulary: str, output: Output, records: dict
+) -> None:
+    """Add config, a tokenizer (the base's where only its tokens count, else the fine-tuned model's) and task_vector.json; say how much of the model differs."""
+    copy_companions((base if vocabulary == "common" else finetuned).path, output.part)
     (output.part / "config.json").write_text(config_with_dtype(base.config, dtype), encoding="utf-8")
     write_task_vector_json(output.part, finetuned, base, dtype, records)
     values = sum(tensor.numel for tensor in base.tensors.values() if tensor.is_parameter)
@@ -148,9 +169,14 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     finetuned, base = open_checkpoint(args.finetuned_model_path), open_checkpoint(args.base_model_path)
     check_floats(base)
-    matched = match(base, finetuned, tuple(args.skip))
-    job = plan(finetuned, base, matched, args)
-    for note in matched.notes:
+    matched = match(base, finetuned, tuple(args.skip), free_rows=args.vocabulary == "common")
+    notes, common = list(matched.notes), {}
+    if args.vocabulary == "common":
+        vocabulary = common_vocabulary(base, finetuned)
+        common = common_elements(base, matched.pairs, vocabulary)
+        notes += vocabulary.notes
+    job = plan(finetuned, base, matched, common, args)
+    for note in notes:
         print(f"note: {note}")
     if args.dry_run:
         print(describe(job, [finetuned, base]))

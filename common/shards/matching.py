@@ -150,14 +150,31 @@ def vocabulary_names(base: Checkpoint, names: Iterable[str]) -> set[str]:
     return {name for name in names if known.name_of(name) in known.vocabulary}
 
 
+def row_axis(shape: tuple[int, ...]) -> int:
+    """The axis of a vocabulary's rows, the first longer than 1: 0 of [32000, 4096], 1 of BART's [1, 50265]."""
+    return next((axis for axis, size in enumerate(shape) if size > 1), 0)
+
+
+def _differ_in_rows(mine: Tensor, theirs: Tensor) -> bool:
+    """Whether two shapes differ in their number of rows alone."""
+    axis = row_axis(mine.shape)
+    cut = [tensor.shape[:axis] + tensor.shape[axis + 1 :] for tensor in (mine, theirs)]
+    return cut[0] == cut[1] and len(mine.shape) == len(theirs.shape) > 0
+
+
 def _check_shapes(base: Checkpoint, other: Checkpoint, pairs: dict[str, Tensor], free: Iterable[str]) -> None:
     """Refuse pairs of unequal shape, but for `free`, where the number of rows is settled elsewhere."""
-    unequal = [name for name, theirs in pairs.items() if base.tensors[name].shape != theirs.shape and name not in free]
+    unequal = [
+        name
+        for name, theirs in pairs.items()
+        if base.tensors[name].shape != theirs.shape
+        and not (name in free and _differ_in_rows(base.tensors[name], theirs))
+    ]
     if not unequal:
         return
     mine, theirs = base.tensors[unequal[0]], pairs[unequal[0]]
     line = f"tensor {mine.name!r} is {list(theirs.shape)} in {other.label} but {list(mine.shape)} in {base.label}; "
-    if mine.shape[1:] == theirs.shape[1:] and vocabulary_names(base, [mine.name]):
+    if _differ_in_rows(mine, theirs) and vocabulary_names(base, [mine.name]):
         raise DataError(
             f"{line}the vocabularies differ: extract with --vocabulary common, which subtracts the rows of the tokens "
             f"that both have and keeps {base.label}'s tokenizer, or take a fine-tuned model with {base.label}'s own"
@@ -277,8 +294,7 @@ def match(base: Checkpoint, other: Checkpoint, skip: tuple[str, ...] | None = No
         first = _tied_to(name, names, ties)
         if _skipped(leave, theirs.name):
             left_out.add(theirs.name)
-        elif first is not None and names.mine[first].name in pairs and theirs.shape == names.mine[first].shape:
-            target = names.mine[first].name
+        elif first is not None and (target := names.mine[first].name) in pairs and theirs.shape == pairs[target].shape:
             equal[target] = (*equal.get(target, ()), theirs)
         elif names.known and names.known.drops(name):
             unused.append(theirs.name)
