@@ -8,6 +8,8 @@
 
     task vector = round(round(finetuned) - round(base)), rounding to --dtype, subtracting in float32
 
+A LoRA adapter instead of a model: task vector = round(scale * B * A), +0.0 for tensors that it does not adapt.
+
 Run it once per fine-tuned model, with the same base. The task vector is a checkpoint like any other, with the
 fine-tuned model's tokenizer. task_vector.json beside it records the base and a hash of every tensor, so that
 prune_task_vector_7b.py finds the base and notices a wrong or damaged one. Streams: 0.2 GB of memory on 2
@@ -21,8 +23,16 @@ from pathlib import Path
 from common.cli import add_output_flags, add_skip_flag
 from common.errors import DataError
 from common.exits import run_and_leave
-from common.shards.checkpoint import Checkpoint, config_with_dtype, copy_companions, open_checkpoint
+from common.shards.adapters import Adapter, is_adapter, match_adapter, open_adapter
+from common.shards.checkpoint import (
+    Checkpoint,
+    companion_files,
+    config_with_dtype,
+    copy_companions,
+    open_checkpoint,
+)
 from common.shards.headers import DTYPE_CODES, Tensor
+from common.shards.hub import local_directory
 from common.shards.job import Job, describe, execute, input_files
 from common.shards.layout import Output, plan_shards
 from common.shards.matching import Match, check_floats, match
@@ -39,7 +49,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--finetuned_model_path",
         required=True,
         metavar="DIR|ORG/NAME",
-        help="fine-tuned model: directory or Hugging Face Hub id",
+        help="fine-tuned model, or a LoRA adapter (adapter_config.json): directory or Hugging Face Hub id",
     )
     parser.add_argument(
         "--base_model_path",
@@ -103,8 +113,12 @@ def refuse_difference(finetuned: Tensor, left, base: Tensor, right, dtype: str) 
     )
 
 
-def process(task: Task, worker: Worker, dtype: str, equal: dict, common: dict) -> list[dict]:
+def process(task: Task, worker: Worker, dtype: str, equal: dict, common: dict, products: dict) -> list[dict]:
     own = task.inputs[-1]
+    if task.name in products:
+        from common.pruners.lora_tensor import lora_tensor
+
+        return lora_tensor(task, worker, products[task.name], dtype)
     if not own.is_parameter:
         return copy_tensor(task, worker)
     if len(task.inputs) == 1:
@@ -118,7 +132,7 @@ def process(task: Task, worker: Worker, dtype: str, equal: dict, common: dict) -
     return extract_tensor(task, worker, dtype, common.get(task.name))
 
 
-def plan(finetuned: Checkpoint, base: Checkpoint, matched: Match, common: dict, args: argparse.Namespace) -> Job:
+def plan(finetuned: Checkpoint, base: Checkpoint, matched: Match, adapter: Adapter | None, common: dict, args) -> Job:
     check_places([finetuned.path, base.path], [Path(args.save_path)])
     pairs = matched.pairs
     target = DTYPE_CODES[args.dtype]
@@ -126,12 +140,13 @@ def plan(finetuned: Checkpoint, base: Checkpoint, matched: Match, common: dict, 
         [(t.name, target if t.is_parameter else t.dtype, t.shape) for t in base.tensors.values()],
         args.max_shard_size,
     )
-    tasks = [
-        Task(name, (pairs[name], base.tensors[name]) if name in pairs else (base.tensors[name],), (slot,), i)
-        for i, shard in enumerate(shards)
-        for slot in shard.slots
-        for name in [slot.name]
-    ]
+    products = adapter.products if adapter else {}
+
+    def inputs(name: str) -> tuple[Tensor, ...]:
+        read = products[name].reads if name in products else (pairs[name],) if name in pairs else ()
+        return (*read, base.tensors[name])
+
+    tasks = [Task(slot.name, inputs(slot.name), (slot,), i) for i, shard in enumerate(shards) for slot in shard.slots]
     return Job(
         title="extract",
         identity={
@@ -141,12 +156,13 @@ def plan(finetuned: Checkpoint, base: Checkpoint, matched: Match, common: dict, 
                 "max_shard_size": args.max_shard_size,
                 "skip": args.skip,
                 "vocabulary": args.vocabulary,
+                "adapter": adapter.config if adapter else None,
             },
             "inputs": input_files([finetuned, base]),
         },
         outputs=[Output(Path(args.save_path), tuple(shards))],
         tasks=tasks,
-        process=partial(process, dtype=target, equal=matched.equal, common=common),
+        process=partial(process, dtype=target, equal=matched.equal, common=common, products=products),
         complete=partial(complete, finetuned, base, target, args.vocabulary),
     )
 
@@ -155,7 +171,8 @@ def complete(
     finetuned: Checkpoint, base: Checkpoint, dtype: str, vocabulary: str, output: Output, records: dict
 ) -> None:
     """Add config, a tokenizer (the base's where only its tokens count, else the fine-tuned model's) and task_vector.json; say how much of the model differs."""
-    copy_companions((base if vocabulary == "common" else finetuned).path, output.part)
+    has_tokens = vocabulary == "same" and companion_files(finetuned.path)  # an adapter may come without a tokenizer
+    copy_companions((finetuned if has_tokens else base).path, output.part)
     (output.part / "config.json").write_text(config_with_dtype(base.config, dtype), encoding="utf-8")
     write_task_vector_json(output.part, finetuned, base, dtype, records)
     values = sum(tensor.numel for tensor in base.tensors.values() if tensor.is_parameter)
@@ -167,15 +184,21 @@ def complete(
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    finetuned, base = open_checkpoint(args.finetuned_model_path), open_checkpoint(args.base_model_path)
+    base, free_rows = open_checkpoint(args.base_model_path), args.vocabulary == "common"
     check_floats(base)
-    matched = match(base, finetuned, tuple(args.skip), free_rows=args.vocabulary == "common")
+    directory = local_directory(args.finetuned_model_path)
+    if is_adapter(directory):
+        adapter = open_adapter(args.finetuned_model_path, directory, base, free_rows)
+        finetuned, matched = adapter.checkpoint, match_adapter(base, adapter, tuple(args.skip))
+    else:
+        adapter, finetuned = None, open_checkpoint(args.finetuned_model_path)
+        matched = match(base, finetuned, tuple(args.skip), free_rows)
     notes, common = list(matched.notes), {}
     if args.vocabulary == "common":
         vocabulary = common_vocabulary(base, finetuned)
         common = common_elements(base, matched.pairs, vocabulary)
         notes += vocabulary.notes
-    job = plan(finetuned, base, matched, common, args)
+    job = plan(finetuned, base, matched, adapter, common, args)
     for note in notes:
         print(f"note: {note}")
     if args.dry_run:

@@ -3,6 +3,7 @@
 pruning.py       the ranking rule: scopes, budgets, random limits, masks block by block
 thresholds.py    ranking in a scope that is larger than a block
 prune_tensor.py  one tensor of all vectors: read, prune, add, count
+lora_tensor.py   one tensor of an adapter: read A and B, multiply, round
 kernels/         the arithmetic: numba on the CPU, torch on a GPU, the same bits
 report.py        what pruning did: counts, figures, the printed table
 heatmaps.py      the same as pictures

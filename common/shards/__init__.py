@@ -4,8 +4,12 @@ documents.py     JSON files: read warily, written whole
 headers.py       safetensors headers, every number checked
 bins.py          PyTorch .bin files, described like safetensors
 hub.py           Hugging Face Hub ids to local directories
+architecture.py  what transformers knows of a model: ties, old names, constants
 checkpoint.py    a model directory: tensors, config, companion files
+names.py         two ways to name the same tensors: wrappers, patterns
 matching.py      which tensors of two models belong together; ties
+vocabulary.py    which rows of an embedding two models have in common
+adapters.py      LoRA adapters: what they add to which tensors
 task_vector.py   task_vector.json: its base, its hashes
 layout.py        output files, planned to the last byte
 places.py        is the place free, is there room
@@ -15,6 +19,7 @@ publish.py       the steps of that: claim, resume, publish, discard
 stream.py        blocks of tensors through worker threads
 buffers.py       what a thread holds of its files
 direct.py        between memory and disk, past the page cache
+unchanged.py     tensors that a vector does not change
 sink.py          shard files while they are written
 staging.py       files and directories that appear whole or not at all
 hashing.py       xxh3 of texts, files and tensors

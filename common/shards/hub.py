@@ -6,7 +6,7 @@ from pathlib import Path
 from common.errors import DataError
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-PICKLED_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+PICKLED_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
 CONFIGS_AND_TOKENIZER = (
     "config.json",
     "generation_config.json",
@@ -19,6 +19,7 @@ CONFIGS_AND_TOKENIZER = (
     "*.tiktoken",
     "chat_template*",
     "task_vector.json",
+    "adapter_config.json",
 )
 NEVER = ("consolidated*", "*.py", "*/*")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)

@@ -162,8 +162,9 @@ def _differ_in_rows(mine: Tensor, theirs: Tensor) -> bool:
     return cut[0] == cut[1] and len(mine.shape) == len(theirs.shape) > 0
 
 
-def _check_shapes(base: Checkpoint, other: Checkpoint, pairs: dict[str, Tensor], free: Iterable[str]) -> None:
-    """Refuse pairs of unequal shape, but for `free`, where the number of rows is settled elsewhere."""
+def check_shapes(base: Checkpoint, other: Checkpoint, pairs: dict[str, Tensor], free: Iterable[str]) -> None:
+    """Refuse pairs of unequal shape; the vocabulary's tensors among `free` may differ in their number of rows."""
+    free = vocabulary_names(base, free) if free else ()
     unequal = [
         name
         for name, theirs in pairs.items()
@@ -235,6 +236,17 @@ def _resolve(base: Checkpoint, other: Checkpoint) -> _Names:
     return _Names(found.mine, found.theirs, known, tuple(notes))
 
 
+def names_in(base: Checkpoint, names: list[str]) -> dict[str, str]:
+    """{name: the base's name of the same tensor}, as far as they are found: as they stand, renamed, unwrapped."""
+    if all(name in base.tensors for name in names):
+        return {name: name for name in names}
+    known = architecture(base.config)
+    key = known.name_of if known else str
+    mine = {key(name): name for name in base.tensors}
+    keys, _ = unwrapped(names, key, set(mine))
+    return {name: mine[found] for name, found in keys.items() if found in mine}
+
+
 def _ties(names: _Names, checkpoint: Checkpoint, own: dict[str, Tensor]) -> dict[str, str]:
     """{name: first of its tie group} as `checkpoint` has them, over the names that agree."""
     known = architecture(checkpoint.config) if names.known else None
@@ -302,7 +314,7 @@ def match(base: Checkpoint, other: Checkpoint, skip: tuple[str, ...] | None = No
             only_theirs.append(theirs.name)
     _refuse_left_over(base, other, pairs, (only_mine, only_theirs), skip)
     _check_skip(base, other, leave)
-    _check_shapes(base, other, pairs, vocabulary_names(base, pairs) if free_rows else ())
+    check_shapes(base, other, pairs, pairs if free_rows else ())
     if unused:
         what, _ = left_over(unused, [*pairs, *(t.name for t in pairs.values())])
         notes.append(f"{names.known.name} makes no use of {what}: left as in {base.label}")
