@@ -20,6 +20,8 @@ import argparse
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from common.cli import add_output_flags, add_skip_flag
 from common.errors import DataError
 from common.exits import run_and_leave
@@ -37,8 +39,9 @@ from common.shards.job import Job, describe, execute, input_files
 from common.shards.layout import Output, plan_shards
 from common.shards.matching import Match, check_floats, match
 from common.shards.places import check_places
+from common.shards.settings import config_notes
 from common.shards.stream import Task, Worker, blocks, copy_tensor, new_hash, not_finite, same_bytes
-from common.shards.task_vector import config_notes, write_task_vector_json
+from common.shards.task_vector import write_task_vector_json
 from common.shards.unchanged import zero_tensor
 from common.shards.vocabulary import common_elements, common_vocabulary, pieces
 
@@ -84,7 +87,7 @@ def extract_tensor(task: Task, worker: Worker, dtype: str, common: tuple | None 
     from common.pruners import kernels
 
     finetuned, base = task.inputs
-    base_hash, vector_hash, differs = new_hash(), new_hash(), 0
+    base_hash, vector_hash, differs, energy = new_hash(), new_hash(), 0, [0.0, 0.0]
     for start, stop, in_both in pieces(blocks(base.numel, kernels.BLOCK), common):
         right, out = worker.read(base, start, stop, 1), worker.room(task, 0, start, stop)
         # Where only the base has a row it is subtracted from itself: +0.0, and refused if it is not finite.
@@ -95,9 +98,20 @@ def extract_tensor(task: Task, worker: Worker, dtype: str, common: tuple | None 
         if not finite:
             refuse_difference(finetuned if in_both else base, left, base, right, dtype)
         differs += more_differ
+        energy = [energy[0] + sampled_energy(out, dtype), energy[1] + sampled_energy(right, base.dtype)]
         base_hash.update(right)
         vector_hash.update(out)
-    return [{"base": base_hash.hexdigest(), "written": vector_hash.hexdigest(), "differs": differs}]
+    return [{"base": base_hash.hexdigest(), "written": vector_hash.hexdigest(), "differs": differs, "energy": energy}]
+
+
+def sampled_energy(bits, dtype: str) -> float:
+    """The sum of squares of every 64th value: good enough to tell a fine-tuned model from an unrelated one."""
+    from common.pruners import kernels
+
+    sample = np.ascontiguousarray(bits[::64])
+    values = np.empty(sample.size, np.uint32)
+    kernels.convert(sample, dtype, values, "F32")
+    return float(np.square(values.view(np.float32), dtype=np.float64).sum())
 
 
 def refuse_difference(finetuned: Tensor, left, base: Tensor, right, dtype: str) -> None:
@@ -178,7 +192,14 @@ def complete(
     values = sum(tensor.numel for tensor in base.tensors.values() if tensor.is_parameter)
     differs = sum(record.get("differs", 0) for record in records.values())
     print(f"{differs} of {values} values differ from the base ({100 * differs / max(values, 1):.2f} %)")
-    for note in config_notes(finetuned, base):
+    vector, own = (sum(record.get("energy", (0, 0))[i] for record in records.values()) for i in (0, 1))
+    notes = config_notes(finetuned, base)
+    if vector > own:
+        notes.append(
+            f"the vector's norm is {(vector / own) ** 0.5 if own else float('inf'):.1f} times the base's (by every 64th value); "
+            f"fine-tuning changes a few percent: is {finetuned.label} a fine-tuned model of {base.label}?"
+        )
+    for note in notes:
         print(f"note: {note}")
 
 

@@ -10,6 +10,7 @@ names.py         two ways to name the same tensors: wrappers, patterns
 matching.py      which tensors of two models belong together; ties
 vocabulary.py    which rows of an embedding two models have in common
 adapters.py      LoRA adapters: what they add to which tensors
+settings.py      settings that change what weights do
 task_vector.py   task_vector.json: its base, its hashes
 layout.py        output files, planned to the last byte
 places.py        is the place free, is there room

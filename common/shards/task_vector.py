@@ -11,14 +11,6 @@ from common.shards.matching import match
 
 NAME = "task_vector.json"
 HASH = "xxh3_128"
-CONFIG_THAT_COUNTS = (
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-    "sliding_window",
-    "hidden_act",
-    "rms_norm_eps",
-)
 
 
 @dataclass(frozen=True)
@@ -101,13 +93,3 @@ def open_base(vectors: list[TaskVector], path: str | None) -> Checkpoint:
         raise DataError(
             f"{error} (recorded in {vectors[0].checkpoint.label}; say where it is now with --base_model_path)"
         ) from None
-
-
-def config_notes(finetuned: Checkpoint, base: Checkpoint) -> list[str]:
-    """Settings that change what weights do and differ between the models; a merge takes the base's."""
-    return [
-        f"config.json has {key} {finetuned.config.get(key)!r:.80} in {finetuned.label} but {base.config.get(key)!r:.80} "
-        f"in {base.label}; merged models use the base's"
-        for key in CONFIG_THAT_COUNTS
-        if key in finetuned.config and key in base.config and finetuned.config[key] != base.config[key]
-    ]
