@@ -16,12 +16,13 @@ from pathlib import Path
 from common.cli import add_output_flags
 from common.errors import DataError
 from common.exits import run_and_leave
-from common.shards.checkpoint import Checkpoint, config_with_dtype, copy_companions, open_checkpoint
+from common.shards.checkpoint import Checkpoint, config_with_dtype, copy_companions
 from common.shards.headers import DTYPE_CODES
 from common.shards.job import Job, describe, execute, input_files
 from common.shards.layout import Output, plan_shards
 from common.shards.matching import check_floats
 from common.shards.places import check_places
+from common.shards.remote import describe_checkpoint, fetch
 from common.shards.stream import Task, Worker, blocks, copy_tensor, new_hash, not_finite
 
 
@@ -126,11 +127,14 @@ def complete(model: Checkpoint, dtype: str, clamp: bool, output: Output, records
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    model = open_checkpoint(args.model_path)
+    model = describe_checkpoint(args.model_path)
     job = plan(model, args)
     if args.dry_run:
         print(describe(job, [model]))
         return
+    if model.is_remote:
+        model = fetch(model)
+        job = plan(model, args)
     if execute(job, args.overwrite):
         print(f"wrote {args.save_path} ({job.outputs[0].nbytes / 1e9:.3f} GB, {args.dtype})")
 

@@ -39,6 +39,7 @@ from common.shards.job import Job, describe, execute, input_files
 from common.shards.layout import Output, plan_shards
 from common.shards.matching import Match, check_floats, match
 from common.shards.places import check_places
+from common.shards.remote import describe_checkpoint, described, fetch
 from common.shards.settings import config_notes
 from common.shards.stream import Task, Worker, blocks, copy_tensor, new_hash, not_finite, same_bytes
 from common.shards.task_vector import write_task_vector_json
@@ -203,28 +204,45 @@ def complete(
         print(f"note: {note}")
 
 
-def main(argv=None) -> None:
-    args = parse_args(argv)
-    base, free_rows = open_checkpoint(args.base_model_path), args.vocabulary == "common"
-    check_floats(base)
-    directory = local_directory(args.finetuned_model_path)
-    if is_adapter(directory):
-        adapter = open_adapter(args.finetuned_model_path, directory, base, free_rows)
-        finetuned, matched = adapter.checkpoint, match_adapter(base, adapter, tuple(args.skip))
+def open_finetuned(label: str, base: Checkpoint, free_rows: bool) -> tuple[Checkpoint, Adapter | None]:
+    """The fine-tuned side, its weights still on the Hub where they are; and the adapter, where it is one."""
+    remote = described(label)
+    directory = remote.path if remote else local_directory(label)
+    if not remote and is_adapter(directory):
+        adapter = open_adapter(label, directory, base, free_rows)
+        return adapter.checkpoint, adapter
+    return remote or open_checkpoint(label), None
+
+
+def compare(finetuned: Checkpoint, base: Checkpoint, adapter: Adapter | None, args) -> tuple[Job, list[str]]:
+    """(what is to be done, notes): every decision and refusal, from headers, configs and tokenizers."""
+    skip, common = tuple(args.skip), {}
+    if adapter:
+        matched = match_adapter(base, adapter, skip)
     else:
-        adapter, finetuned = None, open_checkpoint(args.finetuned_model_path)
-        matched = match(base, finetuned, tuple(args.skip), free_rows)
-    notes, common = list(matched.notes), {}
+        matched = match(base, finetuned, skip, free_rows=args.vocabulary == "common")
+    notes = list(matched.notes)
     if args.vocabulary == "common":
         vocabulary = common_vocabulary(base, finetuned)
         common = common_elements(base, matched.pairs, vocabulary)
         notes += vocabulary.notes
-    job = plan(finetuned, base, matched, adapter, common, args)
+    return plan(finetuned, base, matched, adapter, common, args), notes
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    base = describe_checkpoint(args.base_model_path)
+    check_floats(base)
+    finetuned, adapter = open_finetuned(args.finetuned_model_path, base, args.vocabulary == "common")
+    job, notes = compare(finetuned, base, adapter, args)
     for note in notes:
         print(f"note: {note}")
     if args.dry_run:
         print(describe(job, [finetuned, base]))
         return
+    if finetuned.is_remote or base.is_remote:
+        finetuned, base = fetch(finetuned), fetch(base)
+        job, _ = compare(finetuned, base, adapter, args)
     if execute(job, args.overwrite):
         print(f"wrote {args.save_path} ({job.outputs[0].nbytes / 1e9:.3f} GB, {args.dtype})")
 

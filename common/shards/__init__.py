@@ -6,6 +6,7 @@ bins.py          PyTorch .bin files, described like safetensors
 hub.py           Hugging Face Hub ids to local directories
 architecture.py  what transformers knows of a model: ties, old names, constants
 checkpoint.py    a model directory: tensors, config, companion files
+remote.py        Hub ids described before they are downloaded
 names.py         two ways to name the same tensors: wrappers, patterns
 matching.py      which tensors of two models belong together; ties
 vocabulary.py    which rows of an embedding two models have in common

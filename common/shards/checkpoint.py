@@ -35,6 +35,7 @@ class Checkpoint:
     path: Path
     tensors: dict[str, Tensor]
     config: dict
+    is_remote: bool = False  # its weights are still on the Hub: see remote.py
 
     @property
     def nbytes(self) -> int:

@@ -50,11 +50,16 @@ def download(hub_id: str) -> Path:
     )
 
 
+def is_hub_id(path: str) -> bool:
+    """Whether a path is no directory and could be a Hub id: 'org/name'."""
+    return not Path(path).is_dir() and bool(_HUB_ID.fullmatch(path)) and not path.startswith(".")
+
+
 def local_directory(path: str) -> Path:
     """A path that is a directory is that directory; otherwise `org/name` is a Hub id, downloaded."""
     if Path(path).is_dir():
         return Path(path)
-    if _HUB_ID.fullmatch(path) and not path.startswith("."):
+    if is_hub_id(path):
         return download(path)
     if Path(path).exists():
         raise DataError(f"{path}: a file; needed is the directory of a checkpoint")
