@@ -75,7 +75,12 @@ def _check_match(recipe: Recipe, checkpoints: tuple[Checkpoint, ...]) -> None:
     """Same tensors, same shapes in all models, where the recipe neither cuts layers nor remaps tokens."""
     reshaping = {"slices", "modules", "tokenizer", "tokenizer_source"} & recipe.config.keys()
     for other in checkpoints[1:] if not reshaping else ():
-        match(checkpoints[0], other)
+        for name, theirs in match(checkpoints[0], other).pairs.items():
+            if theirs.name != name and theirs.name not in checkpoints[0].tensors:  # renamed, not tied
+                raise DataError(
+                    f"{recipe.path}: tensor {name!r} of {checkpoints[0].label} is called {theirs.name!r} in {other.label}, and "
+                    "mergekit matches by name; extract and prune it first (the outputs have the base's names)"
+                )
 
 
 def _output_bytes(recipe: Recipe, model: Checkpoint) -> int:

@@ -14,7 +14,8 @@ from common.shards import bins, headers
 from common.shards.checkpoint import Checkpoint
 from common.shards.documents import read_json
 from common.shards.headers import FLOAT_DTYPES, Tensor
-from common.shards.matching import Match, check_shapes, names_in
+from common.shards.matching import Match, check_shapes
+from common.shards.resolving import names_in
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -208,4 +209,4 @@ def match_adapter(base: Checkpoint, adapter: Adapter, skip: tuple[str, ...]) -> 
     notes = [f"{adapter.checkpoint.label}: a LoRA adapter that changes {len(adapter.products)} tensors of {base.label}"]
     if pairs:
         notes.append(f"it replaces {len(pairs)} more as a whole: {', '.join(sorted(pairs)[:4])}")
-    return Match(pairs, tuple(notes), {})
+    return Match(pairs, tuple(notes))

@@ -2,14 +2,15 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, field
 
 from common.errors import DataError
-from common.shards.architecture import Architecture, architecture
+from common.shards.architecture import architecture
 from common.shards.checkpoint import Checkpoint
 from common.shards.headers import FLOAT_DTYPES, Tensor
-from common.shards.names import left_over, unwrapped
+from common.shards.leftover import check_skip, refuse_left_over, skipped
+from common.shards.names import left_over
+from common.shards.resolving import Names, resolve
 
 # Of models that transformers does not know, or that need not be asked about.
 EMBEDDING_ENDINGS = (
@@ -32,7 +33,7 @@ class Match:
     pairs: dict[str, Tensor]  # {base's name: the other's tensor}
     notes: tuple[str, ...] = ()  # what was resolved or left out, for people
     # {base's name: tensors that the other spells out as tied to it}: dropped, if their bytes are those of its pair
-    equal: dict[str, tuple[Tensor, ...]] | None = None
+    equal: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
 
 # --- ties -----------------------------------------------------------------------------------------
@@ -186,86 +187,70 @@ def check_shapes(base: Checkpoint, other: Checkpoint, pairs: dict[str, Tensor], 
 # --- pairs ----------------------------------------------------------------------------------------
 
 
-def _skipped(skip: tuple[str, ...], *names: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in skip for name in names)
-
-
-@dataclass(frozen=True)
-class _Names:
-    """Both models' tensors under names that agree: {name: base's tensor}, {name: other's}, and who said so."""
-
-    mine: dict[str, Tensor]
-    theirs: dict[str, Tensor]
-    known: Architecture | None
-    notes: tuple[str, ...] = ()
-
-
-def _by_key(tensors: dict[str, Tensor], keys: dict[str, str]) -> dict[str, Tensor]:
-    """{key: tensor}; of several tensors of one key the one that is called so, or else all under their own names."""
-    count = Counter(keys.values())
-    return {(keys[name] if count[keys[name]] == 1 else name): tensor for name, tensor in tensors.items()}
-
-
-def _agree(base: Checkpoint, other: Checkpoint) -> bool:
-    """Whether every parameter of each is one of the other by its name as it stands."""
-    mine, theirs = ({n for n, t in c.tensors.items() if t.is_parameter} for c in (base, other))
-    return mine <= other.tensors.keys() and theirs <= base.tensors.keys()
-
-
-def _resolve(base: Checkpoint, other: Checkpoint) -> _Names:
-    """Names that agree as far as they can: as the architecture has them now, without what wraps either model."""
-    if _agree(base, other):
-        return _Names(base.tensors, other.tensors, None)
-    known = architecture(base.config) or architecture(other.config)
-    key = known.name_of if known else str
-    notes, keys = [], {name: key(name) for name in base.tensors}
-    theirs, wrapper = unwrapped(other.tensors, key, set(keys.values()))
-    if wrapper:
-        notes.append(f"{other.label}: {wrapper!r} was taken off its tensors' names")
-    keys, own = unwrapped(base.tensors, key, set(theirs.values()))
-    if own:
-        notes.append(f"{base.label}: {own!r} was taken off its tensors' names to compare them; outputs keep it")
-    found = _Names(_by_key(base.tensors, keys), _by_key(other.tensors, theirs), known)
-    renamed = [n for n in found.mine.keys() & found.theirs if found.mine[n].name != found.theirs[n].name]
-    if renamed and not wrapper and not own:
-        pair = min((found.mine[n].name, found.theirs[n].name) for n in renamed)
-        notes.append(
-            f"{len(renamed)} tensors have other names in {other.label}, the same to {known.name}: "
-            f"{pair[1]} is {pair[0]} in {base.label}"
-        )
-    return _Names(found.mine, found.theirs, known, tuple(notes))
-
-
-def names_in(base: Checkpoint, names: list[str]) -> dict[str, str]:
-    """{name: the base's name of the same tensor}, as far as they are found: as they stand, renamed, unwrapped."""
-    if all(name in base.tensors for name in names):
-        return {name: name for name in names}
-    known = architecture(base.config)
-    key = known.name_of if known else str
-    mine = {key(name): name for name in base.tensors}
-    keys, _ = unwrapped(names, key, set(mine))
-    return {name: mine[found] for name, found in keys.items() if found in mine}
-
-
-def _ties(names: _Names, checkpoint: Checkpoint, own: dict[str, Tensor]) -> dict[str, str]:
+def _ties(names: Names, checkpoint: Checkpoint, own: dict[str, Tensor]) -> dict[str, str]:
     """{name: first of its tie group} as `checkpoint` has them, over the names that agree."""
     known = architecture(checkpoint.config) if names.known else None
     return known.ties if known else _ties_by_name(checkpoint, [*own, *(n for n in names.mine if n not in own)])
 
 
-def _stand_in(name: str, names: _Names, ties: dict[str, str]) -> Tensor | None:
+def _stand_in(name: str, names: Names, ties: dict[str, str]) -> Tensor | None:
     """The tensor of the other model to which it ties `name`, which it does not spell out."""
     group = (n for n, first in ties.items() if n != name and first == ties.get(name))
     return next((names.theirs[n] for n in group if n in names.theirs), None)
 
 
-def _tied_to(name: str, names: _Names, ties: list[dict[str, str]]) -> str | None:
+def _tied_to(name: str, names: Names, ties: list[dict[str, str]]) -> str | None:
     """The name, among the base's, of the tensor to which `name`, which only the other model spells out, is tied."""
     for groups in ties:
         same = [n for n, first in groups.items() if first == groups.get(name) and n in names.mine]
         if name in groups and same:
             return same[0]
     return None
+
+
+@dataclass(frozen=True)
+class _Sorted:
+    """Where each tensor went, filled by the two functions below; lists of names are the tensors' own."""
+
+    pairs: dict[str, Tensor] = field(default_factory=dict)
+    equal: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    left_out: set[str] = field(default_factory=set)
+    unused: list[str] = field(default_factory=list)
+    only_base: list[str] = field(default_factory=list)
+    only_other: list[str] = field(default_factory=list)
+
+
+def _pair_parameters(names: Names, other: Checkpoint, skip: tuple[str, ...], to: _Sorted) -> None:
+    """The base's parameters: paired by name, or with the tensor to which the other model ties what it does not store."""
+    missing = any(tensor.is_parameter and name not in names.theirs for name, tensor in names.mine.items())
+    ties = _ties(names, other, names.theirs) if missing else {}
+    for name, mine in names.mine.items():
+        if not mine.is_parameter:
+            continue
+        theirs = names.theirs.get(name)
+        if skipped(skip, mine.name, *([theirs.name] if theirs else [])):
+            to.left_out.add(mine.name)
+        elif theirs := theirs or _stand_in(name, names, ties):
+            to.pairs[mine.name] = theirs
+        else:
+            drops = names.known and names.known.drops(name)
+            (to.unused if drops else to.only_base).append(mine.name)
+
+
+def _sort_extra(names: Names, base: Checkpoint, other: Checkpoint, skip: tuple[str, ...], to: _Sorted) -> None:
+    """Parameters that the other model alone stores: tied to one of the base's, left out, of no use, or too many."""
+    extra = [name for name, tensor in names.theirs.items() if tensor.is_parameter and name not in names.mine]
+    ties = [_ties(names, base, names.mine), _ties(names, other, names.theirs)] if extra else []
+    for name in extra:
+        theirs, first = names.theirs[name], _tied_to(name, names, ties)
+        target = names.mine[first].name if first else None
+        if skipped(skip, theirs.name):
+            to.left_out.add(theirs.name)
+        elif target in to.pairs and theirs.shape == to.pairs[target].shape:
+            to.equal[target] = (*to.equal.get(target, ()), theirs)
+        else:
+            drops = names.known and names.known.drops(name)
+            (to.unused if drops else to.only_other).append(theirs.name)
 
 
 def match(base: Checkpoint, other: Checkpoint, skip: tuple[str, ...] | None = None, free_rows: bool = False) -> Match:
@@ -277,50 +262,20 @@ def match(base: Checkpoint, other: Checkpoint, skip: tuple[str, ...] | None = No
     """
     check_floats(other)
     _check_kinds(base, other)
-    names = _resolve(base, other)
-    notes, leave = list(names.notes), skip or ()
-    theirs_tied = None
-    pairs, only_mine, only_theirs, unused = {}, [], [], []
-    equal: dict[str, tuple[Tensor, ...]] = {}
-    left_out = set()
-    for name, mine in names.mine.items():
-        if not mine.is_parameter:
-            continue
-        theirs = names.theirs.get(name)
-        if _skipped(leave, mine.name, *([theirs.name] if theirs else [])):
-            left_out.add(mine.name)
-            continue
-        if theirs is None:
-            theirs_tied = _ties(names, other, names.theirs) if theirs_tied is None else theirs_tied
-            theirs = _stand_in(name, names, theirs_tied)
-        if theirs is not None:
-            pairs[mine.name] = theirs
-        elif names.known and names.known.drops(name):
-            unused.append(mine.name)
-        else:
-            only_mine.append(mine.name)
-    extra = [name for name, t in names.theirs.items() if t.is_parameter and name not in names.mine]
-    ties = [_ties(names, base, names.mine), _ties(names, other, names.theirs)] if extra else []
-    for name in extra:
-        theirs = names.theirs[name]
-        first = _tied_to(name, names, ties)
-        if _skipped(leave, theirs.name):
-            left_out.add(theirs.name)
-        elif first is not None and (target := names.mine[first].name) in pairs and theirs.shape == pairs[target].shape:
-            equal[target] = (*equal.get(target, ()), theirs)
-        elif names.known and names.known.drops(name):
-            unused.append(theirs.name)
-        else:
-            only_theirs.append(theirs.name)
-    _refuse_left_over(base, other, pairs, (only_mine, only_theirs), skip)
-    _check_skip(base, other, leave)
-    check_shapes(base, other, pairs, pairs if free_rows else ())
-    if unused:
-        what, _ = left_over(unused, [*pairs, *(t.name for t in pairs.values())])
+    names, found = resolve(base, other), _Sorted()
+    _pair_parameters(names, other, skip or (), found)
+    _sort_extra(names, base, other, skip or (), found)
+    refuse_left_over(base, other, found.pairs, (found.only_base, found.only_other), skip)
+    check_skip(base, other, skip or ())
+    check_shapes(base, other, found.pairs, found.pairs if free_rows else ())
+    notes = list(names.notes)
+    if found.unused:
+        what, _ = left_over(found.unused, [*found.pairs, *(t.name for t in found.pairs.values())])
         notes.append(f"{names.known.name} makes no use of {what}: left as in {base.label}")
-    if left_out:
-        notes.append(f"left out by --skip: {len(left_out)} tensors; {base.label}'s keep their bits")
-    return Match(pairs, (*notes, *_tie_notes(base, other, equal), *_constant_notes(base, other)), equal)
+    if found.left_out:
+        notes.append(f"left out by --skip: {len(found.left_out)} tensors; {base.label}'s keep their bits")
+    notes += [*_tie_notes(base, other, found.equal), *_constant_notes(base, other)]
+    return Match(found.pairs, tuple(notes), found.equal)
 
 
 def _tie_notes(base: Checkpoint, other: Checkpoint, equal: dict[str, tuple[Tensor, ...]]) -> list[str]:
@@ -340,31 +295,3 @@ def _constant_notes(base: Checkpoint, other: Checkpoint) -> list[str]:
             what, _ = left_over(sorted(names), [n for n, t in one.tensors.items() if t.is_parameter])
             notes.append(f"constants, no weights, in {one.label} alone: {what}; outputs have the base's")
     return notes
-
-
-def _check_skip(base: Checkpoint, other: Checkpoint, skip: tuple[str, ...]) -> None:
-    """Refuse a pattern that matches nothing: it is a typing error."""
-    for pattern in skip:
-        if not any(fnmatchcase(name, pattern) for name in [*base.tensors, *other.tensors]):
-            raise DataError(
-                f"--skip {pattern!r}: no tensor of {other.label} or {base.label} has such a name; correct it"
-            )
-
-
-def _refuse_left_over(base, other, pairs: dict[str, Tensor], only: tuple[list[str], list[str]], skip) -> None:
-    """DataError for parameters that only one model has: how many agree, the rest by pattern, and what to do."""
-    if not any(only):
-        return
-    said, advice = [], []
-    for checkpoint, names, kept in zip(
-        (base, other), only, (pairs.keys(), {t.name for t in pairs.values()}), strict=True
-    ):
-        if names:
-            what, found = left_over(names, kept)
-            said.insert(0, f"only in {checkpoint.label}: {what}")
-            advice = [*found, *advice]
-    total = len(pairs) + len(only[0]) + len(only[1])
-    line = f"{len(pairs)} of {total} tensors agree; {'; '.join(said)}; "
-    if 2 * len(pairs) < total or skip is None or len(advice) > 8:
-        raise DataError(f"{line}is {other.label} a fine-tuned model of {base.label}?")
-    raise DataError(f"{line}leave them out with --skip {' '.join(repr(pattern) for pattern in advice)}")
