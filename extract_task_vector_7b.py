@@ -8,7 +8,12 @@
 
     task vector = round(round(finetuned) - round(base)), rounding to --dtype, subtracting in float32
 
-A LoRA adapter instead of a model: task vector = round(scale * B * A), +0.0 for tensors that it does not adapt.
+A LoRA adapter is taken like a model: task vector = round(scale * B * A), +0.0 for tensors that it does not adapt.
+Models are matched by name, with transformers' help where one of them has other names, ties spelled out or constants;
+what was resolved is printed. What only one of them has is left out with --skip, other tokens with --vocabulary common:
+
+    python extract_task_vector_7b.py --finetuned_model_path models/with-value-head --skip 'v_head.*' ...
+    python extract_task_vector_7b.py --finetuned_model_path models/with-two-more-tokens --vocabulary common ...
 
 Run it once per fine-tuned model, with the same base. The task vector is a checkpoint like any other, with the
 fine-tuned model's tokenizer. task_vector.json beside it records the base and a hash of every tensor, so that
@@ -25,7 +30,7 @@ import numpy as np
 from common.cli import add_output_flags, add_skip_flag
 from common.errors import DataError
 from common.exits import run_and_leave
-from common.shards.adapters import Adapter, is_adapter, match_adapter, open_adapter
+from common.shards.adapters import Adapter, is_adapter, match_adapter, open_adapter, without
 from common.shards.checkpoint import (
     Checkpoint,
     companion_files,
@@ -204,23 +209,24 @@ def complete(
         print(f"note: {note}")
 
 
-def open_finetuned(label: str, base: Checkpoint, free_rows: bool) -> tuple[Checkpoint, Adapter | None]:
+def open_finetuned(args: argparse.Namespace, base: Checkpoint) -> tuple[Checkpoint, Adapter | None]:
     """The fine-tuned side, its weights still on the Hub where they are; and the adapter, where it is one."""
+    label = args.finetuned_model_path
     remote = described(label)
     directory = remote.path if remote else local_directory(label)
     if not remote and is_adapter(directory):
-        adapter = open_adapter(label, directory, base, free_rows)
-        return adapter.checkpoint, adapter
+        adapter = open_adapter(label, directory, base, free_rows=args.vocabulary == "common")
+        return adapter.checkpoint, without(adapter, base, tuple(args.skip))
     return remote or open_checkpoint(label), None
 
 
 def compare(finetuned: Checkpoint, base: Checkpoint, adapter: Adapter | None, args) -> tuple[Job, list[str]]:
     """(what is to be done, notes): every decision and refusal, from headers, configs and tokenizers."""
-    skip, common = tuple(args.skip), {}
+    common = {}
     if adapter:
-        matched = match_adapter(base, adapter, skip)
+        matched = match_adapter(base, adapter)
     else:
-        matched = match(base, finetuned, skip, free_rows=args.vocabulary == "common")
+        matched = match(base, finetuned, tuple(args.skip), free_rows=args.vocabulary == "common")
     notes = list(matched.notes)
     if args.vocabulary == "common":
         vocabulary = common_vocabulary(base, finetuned)
@@ -233,7 +239,7 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     base = describe_checkpoint(args.base_model_path)
     check_floats(base)
-    finetuned, adapter = open_finetuned(args.finetuned_model_path, base, args.vocabulary == "common")
+    finetuned, adapter = open_finetuned(args, base)
     job, notes = compare(finetuned, base, adapter, args)
     for note in notes:
         print(f"note: {note}")

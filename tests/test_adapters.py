@@ -233,3 +233,23 @@ def test_a_copy_of_the_base_that_differs(tmp_path):
         f"tensor '{name}' in {path}: an adapted tensor's own copy of 'model.embed_tokens.weight', and not the same as in "
         f"{tmp_path}/base/model.safetensors; {MERGE}"
     )
+
+
+def test_skip(tmp_path):
+    """Products and whole tensors are left out by the base's names; a pattern that matches nothing is refused."""
+    adapted(tmp_path, "llama", ADAPTERS["modules to save"][1])
+    vector = extract(tmp_path, "--skip", "lm_head.*", "*.layers.0.*")
+    rest = {f"model.layers.1.{n}.weight" for n in ("self_attn.o_proj", "input_layernorm", "post_attention_layernorm")}
+    assert {n for n, t in vector.items() if t.any()} == rest | {"model.norm.weight"}  # peft goes by the ends of names
+    got = refusal(
+        "extract",
+        "--finetuned_model_path",
+        tmp_path / "lora",
+        "--base_model_path",
+        tmp_path / "base",
+        "--save_path",
+        tmp_path / "w",
+        "--skip",
+        "head",
+    )
+    assert got == f"--skip 'head': no tensor of {tmp_path}/lora or {tmp_path}/base has such a name; correct it"

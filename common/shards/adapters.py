@@ -5,8 +5,7 @@ W + scale · B·A. Whatever else is in it replaces a tensor of the base whole (m
 """
 
 import re
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import DataError
@@ -14,6 +13,7 @@ from common.shards import bins, headers
 from common.shards.checkpoint import Checkpoint
 from common.shards.documents import read_json
 from common.shards.headers import FLOAT_DTYPES, Tensor
+from common.shards.leftover import check_skip, skipped
 from common.shards.matching import Match, check_shapes
 from common.shards.resolving import names_in
 
@@ -194,19 +194,19 @@ def open_adapter(label: str, directory: Path, base: Checkpoint, free_rows: bool 
     return Adapter(found, config, products, replaced)
 
 
-def match_adapter(base: Checkpoint, adapter: Adapter, skip: tuple[str, ...]) -> Match:
-    """What match() gives for a model: pairs of what the adapter replaces whole; products that are skipped are taken out.
+def without(adapter: Adapter, base: Checkpoint, skip: tuple[str, ...]) -> Adapter:
+    """The adapter less what it does to tensors of the base of these names (fnmatch).
 
-    Raises DataError for a pattern that matches nothing, and for a head that the base ties and the adapter changes.
+    Raises DataError for a pattern that matches no tensor of the base.
     """
-    for pattern in skip:
-        if not any(fnmatchcase(name, pattern) for name in base.tensors):
-            raise DataError(f"--skip {pattern!r}: no tensor of {base.label} has such a name; correct it")
-    left_out = {name for name in base.tensors if any(fnmatchcase(name, pattern) for pattern in skip)}
-    for name in left_out:
-        adapter.products.pop(name, None)
-    pairs = {name: tensor for name, tensor in adapter.whole.items() if name not in left_out}
+    check_skip(base, adapter.checkpoint, skip)
+    left = [{n: t for n, t in part.items() if not skipped(skip, n)} for part in (adapter.products, adapter.whole)]
+    return replace(adapter, products=left[0], whole=left[1])
+
+
+def match_adapter(base: Checkpoint, adapter: Adapter) -> Match:
+    """What match() gives for a model, of the tensors that the adapter replaces whole."""
     notes = [f"{adapter.checkpoint.label}: a LoRA adapter that changes {len(adapter.products)} tensors of {base.label}"]
-    if pairs:
-        notes.append(f"it replaces {len(pairs)} more as a whole: {', '.join(sorted(pairs)[:4])}")
-    return Match(pairs, tuple(notes))
+    if adapter.whole:
+        notes.append(f"it replaces {len(adapter.whole)} more as a whole: {', '.join(sorted(adapter.whole)[:4])}")
+    return Match(adapter.whole, tuple(notes))
