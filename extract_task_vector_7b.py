@@ -8,32 +8,55 @@
 
     task vector = round(round(finetuned) - round(base)), rounding to --dtype, subtracting in float32
 
+A LoRA adapter is taken like a model: task vector = round(scale * B * A), +0.0 for tensors that it does not adapt.
+Models are matched by name, with transformers' help where one of them has other names, ties spelled out or constants;
+what was resolved is printed. What only one of them has is left out with --skip, other tokens with --vocabulary common:
+
+    python extract_task_vector_7b.py --finetuned_model_path models/with-value-head --skip 'v_head.*' ...
+    python extract_task_vector_7b.py --finetuned_model_path models/with-two-more-tokens --vocabulary common ...
+
 Run it once per fine-tuned model, with the same base. The task vector is a checkpoint like any other, with the
 fine-tuned model's tokenizer. task_vector.json beside it records the base and a hash of every tensor, so that
 prune_task_vector_7b.py finds the base and notices a wrong or damaged one. Streams: 0.2 GB of memory on 2
-cores, 0.5 GB on 8, whatever the size of the model. If it is stopped,
-run the same command again: it resumes at the last complete shard.
+cores, 0.5 GB on 8, whatever the size of the model. If it is stopped, run the same command again: it resumes at the last
+complete shard.
 """
 
 import argparse
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # which PYTHONSAFEPATH leaves out
 
 from common import cli
 from common.errors import DataError
 from common.exits import run_and_leave
+from common.shards.adapters import Adapter, is_adapter, match_adapter, open_adapter, without
 from common.shards.blocks import blocks
-from common.shards.checkpoint import Checkpoint, code_notes, config_with_dtype, copy_companions, open_checkpoint
-from common.shards.headers import DTYPE_CODES, DTYPE_NAMES, Tensor
+from common.shards.checkpoint import (
+    Checkpoint,
+    code_notes,
+    companion_files,
+    config_with_dtype,
+    copy_companions,
+    open_checkpoint,
+)
+from common.shards.headers import DTYPE_CODES, Tensor
+from common.shards.hub import local_directory
 from common.shards.job import Job, begin, describe, identity
 from common.shards.layout import Output, plan_shards, slots_of
-from common.shards.matching import check_floats, match, must_be_equal
+from common.shards.matching import check_floats, match
 from common.shards.places import check_places
+from common.shards.remote import describe_checkpoint, described, fetch
+from common.shards.settings import config_notes
 from common.shards.stream import Task, Worker, copy_tensor, new_hash, not_finite, same_bytes
-from common.shards.task_vector import config_notes, write_task_vector_json
+from common.shards.task_vector import write_task_vector_json
+from common.shards.unchanged import zero_tensor
+from common.shards.vocabulary import common_elements, common_vocabulary, pieces
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -43,7 +66,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         type=cli.path_or_hub_id,
         required=True,
         metavar="DIR|ORG/NAME",
-        help="fine-tuned model: directory or Hugging Face Hub id",
+        help="fine-tuned model, or a LoRA adapter (adapter_config.json): directory or Hugging Face Hub id",
     )
     parser.add_argument(
         "--base_model_path",
@@ -59,40 +82,89 @@ def parse_args(argv=None) -> argparse.Namespace:
         default="float16",
         help="dtype both models are rounded to, and the vector's (default: %(default)s)",
     )
+    parser.add_argument(
+        "--vocabulary",
+        choices=["same", "common"],
+        default="same",
+        help="common: of embeddings and output head subtract only rows of tokens that both tokenizers have under the "
+        "same id; the vector then has the base's tokenizer (default: same, both have the same tokens)",
+    )
+    cli.add_skip_flag(parser)
     cli.add_output_flags(parser)
     return parser.parse_args(argv)
 
 
-def extract_tensor(task: Task, worker: Worker, dtype: str, equal: dict[str, tuple[Tensor, Tensor]]) -> list[dict]:
+# --- one tensor -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What is decided of every tensor: `dtype` as in headers, e.g. "F16".
+
+    pairs: {base's name: the fine-tuned model's tensor}. equal: tied tensors that must hold the same bytes. common: runs
+    of elements that both have, where they differ in their tokens. products: B·A of a LoRA adapter.
+    """
+
+    dtype: str
+    pairs: dict[str, Tensor]
+    equal: dict[str, tuple[Tensor, ...]]
+    common: dict[str, tuple]
+    products: dict[str, object]
+
+    def inputs(self, base: Tensor) -> tuple[Tensor, ...]:
+        """What is read for one tensor of the base; the base's own comes last."""
+        if base.name in self.products:
+            return (*self.products[base.name].reads, base)
+        return (self.pairs[base.name], base) if base.name in self.pairs else (base,)
+
+
+def extract_tensor(task: Task, worker: Worker, by: Extraction) -> list[dict]:
+    """One tensor of the vector: a difference, a product, +0.0, or, for a buffer, the base's own bytes."""
+    if task.name in by.products:
+        from common.pruners.lora_tensor import lora_tensor
+
+        return lora_tensor(task, worker, by.products[task.name], by.dtype)
+    if not task.inputs[-1].is_parameter:
+        return copy_tensor(task, worker)
+    if len(task.inputs) == 1:
+        return zero_tensor(task, worker)
+    for extra in by.equal.get(task.name, ()):
+        if not same_bytes(worker, extra, task.inputs[0]):
+            refuse_untied(extra, task.inputs[0])
+    return subtract_tensor(task, worker, by.dtype, by.common.get(task.name))
+
+
+def subtract_tensor(task: Task, worker: Worker, dtype: str, common: tuple | None) -> list[dict]:
     """Subtract one tensor; its record has the hashes of the base's bytes and of the vector's.
 
-    `equal`: for tensors that the fine-tuned model spells out though they are tied, the pair that must hold the same bytes.
+    common: runs of elements that both models have, where they differ in their tokens; +0.0 elsewhere.
     """
     from common.pruners import kernels
 
-    if not task.inputs[0].is_parameter:
-        return copy_tensor(task, worker)
-    if task.name in equal and not same_bytes(worker, *equal[task.name]):
-        refuse_untied(*equal[task.name])
-    finetuned, base = (worker.reader(tensor) for tensor in task.inputs)
-    (writer,), base_hash, vector_hash, differs = worker.writers(task), new_hash(), new_hash(), 0
-    for start, stop in blocks(base.numel, kernels.BLOCK):
-        left, right, out = finetuned.read(start, stop), base.read(start, stop), writer.room(start, stop)
-        more_differ, finite = kernels.subtract(left, finetuned.dtype, right, base.dtype, out, dtype)
+    (finetuned, base), (writer,) = (worker.reader(tensor) for tensor in task.inputs), worker.writers(task)
+    base_hash, vector_hash, differs, energy = new_hash(), new_hash(), 0, [0.0, 0.0]
+    for start, stop, in_both in pieces(blocks(base.numel, kernels.BLOCK), common):
+        right, out = base.read(start, stop), writer.room(start, stop)
+        # Where only the base has a row it is subtracted from itself: +0.0, and refused if it is not finite.
+        left, left_dtype = (finetuned.read(start, stop), finetuned.dtype) if in_both else (right, base.dtype)
+        more_differ, finite = kernels.subtract(left, left_dtype, right, base.dtype, out, dtype)
         if not finite:
-            refuse_difference(finetuned.tensor, left, base.tensor, right, dtype)
+            refuse_difference(finetuned.tensor if in_both else base.tensor, left, base.tensor, right, dtype)
         differs += more_differ
+        energy = [energy[0] + sampled_energy(out, dtype), energy[1] + sampled_energy(right, base.dtype)]
         base_hash.update(right)
         vector_hash.update(out)
-    return [{"base": base_hash.hexdigest(), "written": vector_hash.hexdigest(), "differs": differs}]
+    return [{"base": base_hash.hexdigest(), "written": vector_hash.hexdigest(), "differs": differs, "energy": energy}]
 
 
-def refuse_untied(head: Tensor, embedding: Tensor) -> None:
-    """Raise DataError for a spelled-out head that is not what the base ties it to."""
-    raise DataError(
-        f"tensor {head.name!r} in {head.path} differs from {embedding.name!r}, to which the base ties it; "
-        "take a base that has a head of its own"
-    )
+def sampled_energy(bits: np.ndarray, dtype: str) -> float:
+    """The sum of squares of every 64th value: good enough to tell a fine-tuned model from an unrelated one."""
+    from common.pruners import kernels
+
+    sample = np.ascontiguousarray(bits[::64])
+    values = np.empty(sample.size, np.uint32)
+    kernels.convert(sample, dtype, values, "F32")
+    return float(np.square(values.view(np.float32), dtype=np.float64).sum())
 
 
 def refuse_difference(finetuned: Tensor, left, base: Tensor, right, dtype: str) -> None:
@@ -108,45 +180,97 @@ def refuse_difference(finetuned: Tensor, left, base: Tensor, right, dtype: str) 
     )
 
 
-def plan(finetuned: Checkpoint, base: Checkpoint, save_path: Path, dtype: str, max_shard_size: int) -> Job:
-    """Everything that is decided before a weight is read: `dtype` as in headers, e.g. "F16"."""
-    check_floats(base)
+def refuse_untied(extra: Tensor, tied: Tensor) -> None:
+    """Raise DataError for a spelled-out tensor that is not what the base ties it to."""
+    raise DataError(
+        f"tensor {extra.name!r} in {extra.path} differs from {tied.name!r}, to which the base ties it; "
+        f"take a base that has a head of its own, or leave it out with --skip {extra.name!r}"
+    )
+
+
+# --- the plan -------------------------------------------------------------------------------------
+
+
+def open_finetuned(label: str, base: Checkpoint, skip: tuple, vocabulary: str) -> tuple[Checkpoint, Adapter | None]:
+    """The fine-tuned side, its weights still on the Hub where they are; and the adapter, where it is one."""
+    remote = described(label)
+    directory = remote.path if remote else local_directory(label)
+    if not remote and is_adapter(directory):
+        adapter = open_adapter(label, directory, base, free_rows=vocabulary == "common")
+        return adapter.checkpoint, without(adapter, base, skip)
+    return remote or open_checkpoint(label), None
+
+
+def compare(
+    finetuned: Checkpoint, base: Checkpoint, adapter: Adapter | None, how: argparse.Namespace
+) -> tuple[Extraction, list[str]]:
+    """(what is done with every tensor, notes): all that headers, configs and tokenizers decide. how: skip, vocabulary, dtype."""
+    free_rows, common = how.vocabulary == "common", {}
+    matched = match_adapter(base, adapter) if adapter else match(base, finetuned, tuple(how.skip), free_rows)
+    notes = list(matched.notes)
+    if free_rows:
+        vocabulary = common_vocabulary(base, finetuned)
+        common = common_elements(base, matched.pairs, vocabulary)
+        notes += vocabulary.notes
+    products = adapter.products if adapter else {}
+    return Extraction(DTYPE_CODES[how.dtype], matched.pairs, matched.equal, common, products), notes
+
+
+def plan(finetuned: Checkpoint, base: Checkpoint, by: Extraction, save_path: Path, parameters: dict) -> Job:
+    """The job, before a weight is read."""
     check_places([finetuned.path, base.path], [save_path])
-    pairs = match(base, finetuned)
-    described = [(t.name, dtype if t.is_parameter else t.dtype, t.shape) for t in base.tensors.values()]
-    shards = plan_shards(described, max_shard_size)
-
-    def inputs(name: str) -> tuple[Tensor, ...]:
-        own = base.tensors[name]
-        return (pairs[name], own) if name in pairs else (own,)
-
-    parameters = {"dtype": DTYPE_NAMES[dtype], "max_shard_size": max_shard_size}
+    described = [(t.name, by.dtype if t.is_parameter else t.dtype, t.shape) for t in base.tensors.values()]
+    shards = plan_shards(described, parameters["max_shard_size"])
     return Job(
         title="extract",
         identity=identity("extract_task_vector_7b.py", parameters, [finetuned, base], [save_path]),
         outputs=[Output(save_path, tuple(shards))],
-        tasks=[Task(slot.name, inputs(slot.name), (slot,), i) for i, slot in slots_of(shards)],
+        tasks=[Task(slot.name, by.inputs(base.tensors[slot.name]), (slot,), i) for i, slot in slots_of(shards)],
     )
+
+
+def size_note(finetuned: Checkpoint, base: Checkpoint, records: dict[str, dict]) -> list[str]:
+    """A remark where the vector is larger than the base: fine-tuning changes a few percent."""
+    vector, own = (sum(record.get("energy", (0, 0))[i] for record in records.values()) for i in (0, 1))
+    if vector <= own:
+        return []
+    times = (vector / own) ** 0.5 if own else float("inf")
+    return [
+        f"the vector's norm is {times:.1f} times the base's (by every 64th value); fine-tuning changes a few percent: "
+        f"is {finetuned.label} a fine-tuned model of {base.label}?"
+    ]
 
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    dtype = DTYPE_CODES[args.dtype]
-    finetuned, base = open_checkpoint(args.finetuned_model_path), open_checkpoint(args.base_model_path)
-    job = plan(finetuned, base, args.save_path, dtype, args.max_shard_size)
-    equal = {embedding.name: (head, embedding) for head, embedding in must_be_equal(base, finetuned)}
+    base = describe_checkpoint(args.base_model_path)
+    check_floats(base)
+    finetuned, adapter = open_finetuned(args.finetuned_model_path, base, tuple(args.skip), args.vocabulary)
+    parameters = {name: getattr(args, name) for name in ("dtype", "max_shard_size", "skip", "vocabulary")}
+    parameters |= {"adapter": adapter.config if adapter else None}
+    by, notes = compare(finetuned, base, adapter, args)
+    job = plan(finetuned, base, by, args.save_path, parameters)
+    for note in notes:
+        print(f"note: {note}")
     if args.dry_run:
         print(describe(job, [finetuned, base]))
         return
+    if finetuned.is_remote or base.is_remote:  # only now that everything fits are they downloaded
+        finetuned, base = fetch(finetuned), fetch(base)
+        by, _ = compare(finetuned, base, adapter, args)
+        job = plan(finetuned, base, by, args.save_path, parameters)
     with begin(job, args.overwrite) as running:
-        running.stream(partial(extract_tensor, dtype=dtype, equal=equal))
+        running.stream(partial(extract_tensor, by=by))
         for _, part, records in running.whole():
-            copy_companions(finetuned.path, part)
-            (part / "config.json").write_text(config_with_dtype(base.config, dtype), encoding="utf-8")
-            write_task_vector_json(part, finetuned, base, dtype, records)
+            has_tokens = args.vocabulary == "same" and companion_files(finetuned.path)  # an adapter may come without
+            copy_companions((finetuned if has_tokens else base).path, part)
+            (part / "config.json").write_text(config_with_dtype(base.config, by.dtype), encoding="utf-8")
+            write_task_vector_json(part, finetuned, base, by.dtype, records)
             values = sum(tensor.numel for tensor in base.tensors.values() if tensor.is_parameter)
             differs = sum(record.get("differs", 0) for record in records.values())
             print(f"{differs} of {values} values differ from the base ({100 * differs / max(values, 1):.2f} %)")
+            for note in size_note(finetuned, base, records):
+                print(f"note: {note}")
     if running.is_main:
         for note in [*config_notes(finetuned, base), *code_notes(finetuned, base)]:
             print(f"note: {note}")

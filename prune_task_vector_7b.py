@@ -32,7 +32,7 @@ Later: a picture of two ways of pruning side by side, from their reports; and ar
 import argparse
 import os
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -55,6 +55,7 @@ from common.shards.matching import check_floats, mask_names, match
 from common.shards.places import check_places
 from common.shards.stream import Task, Worker, copy_tensor
 from common.shards.task_vector import TaskVector, open_base, open_vectors, write_pruned_vector_json
+from common.shards.unchanged import zero_tensor
 from common.shards.verify import verify
 
 USED_BY = {"n": ["nm"], "m": ["nm"], "sparsity_level": ["random", "magnitude"], "seed": ["random"]}
@@ -82,6 +83,7 @@ def add_vector_flags(parser: argparse.ArgumentParser) -> None:
         metavar="DIR|ORG/NAME",
         help="default: the base recorded at extraction",
     )
+    cli.add_skip_flag(parser)
 
 
 def add_pruning_flags(parser: argparse.ArgumentParser) -> None:
@@ -194,34 +196,35 @@ def engine_for(device: str):
 def plan(
     base: Checkpoint | None,
     vectors: list[TaskVector],
+    pairs: list[dict],
     save_directories: list[Path],
     parameters: dict,
-    max_shard_size: int,
 ) -> Job:
-    """Everything decided before a weight is read. `base` is None when only vectors are written."""
+    """Everything decided before a weight is read; pairs: for each vector {tensor's name in the base: the vector's tensor}.
+
+    `base` is None when only vectors are written.
+    """
     checkpoints = [vector.checkpoint for vector in vectors]
     whole = base or checkpoints[0]
     check_floats(whole)
-    pairs = [match(whole, checkpoint) for checkpoint in checkpoints]
     check_places([c.path for c in [whole, *checkpoints]], save_directories)
     typed = [whole.tensors if base else checkpoint.tensors for checkpoint in checkpoints]
-    shards = [plan_shards([(n, own[n].dtype, own[n].shape) for n in whole.tensors], max_shard_size) for own in typed]
+    described = [[(name, own[name].dtype, own[name].shape) for name in whole.tensors] for own in typed]
+    shards = [plan_shards(each, parameters["max_shard_size"]) for each in described]
     if len({tuple(slot.name for _, slot in slots_of(each)) for each in shards}) > 1:
         raise DataError("the task vectors differ in dtype; extract them with the same --dtype")
 
     def inputs(name: str) -> tuple[Tensor, ...]:
         own = whole.tensors[name]
-        if not own.is_parameter:  # a buffer is carried over from the base
+        if not own.is_parameter or not all(name in each for each in pairs):  # a buffer; left out with --skip
             return (own,)
-        return ((own,) if base else ()) + tuple(p[name] for p in pairs)
+        return ((own,) if base else ()) + tuple(each[name] for each in pairs)
 
     together = zip(*(slots_of(each) for each in shards), strict=True)  # each tensor's slot in every output
     inputs_of_job = [*([base] if base else []), *checkpoints]
     return Job(
         title=f"prune {parameters['pruning_method']}",
-        identity=identity(
-            "prune_task_vector_7b.py", parameters | {"max_shard_size": max_shard_size}, inputs_of_job, save_directories
-        ),
+        identity=identity("prune_task_vector_7b.py", parameters, inputs_of_job, save_directories),
         outputs=[Output(path, tuple(each)) for path, each in zip(save_directories, shards, strict=True)],
         tasks=[
             Task(slots[0][1].name, inputs(slots[0][1].name), tuple(slot for _, slot in slots), slots[0][0])
@@ -233,29 +236,42 @@ def plan(
 # --- one tensor -----------------------------------------------------------------------------------
 
 
-def prune_and_check(task: Task, worker: Worker, pruning: Pruning, names: dict, engine, vectors: list[TaskVector]):
+@dataclass(frozen=True)
+class Prune:
+    """What every tensor is pruned by: the rule, the names masks are drawn under, what does the arithmetic, the vectors."""
+
+    pruning: Pruning
+    names: dict[str, str]
+    engine: object
+    vectors: list[TaskVector]
+    pairs: list[dict[str, Tensor]]
+    adds_to_base: bool
+
+
+def prune_and_check(task: Task, worker: Worker, by: Prune) -> list[dict]:
     """One tensor of every vector, its bytes held against the hashes that extraction recorded."""
-    if task.inputs[0].is_parameter:
-        records = prune_tensor(task, worker, pruning, names[task.name], engine)
-    else:
+    if not task.inputs[0].is_parameter:
         records = [record | {"vector": record["base"]} for record in copy_tensor(task, worker)]
-    for record, vector in zip(records, vectors, strict=True):
-        # A tied head may not be spelled out there; a buffer may be in this copy of the base alone.
-        want = vector.hashes.get(task.name) or vector.hashes.get(names[task.name])
+    elif not all(task.name in each for each in by.pairs):  # left out of one vector, so of all
+        records = copy_tensor(task, worker) if by.adds_to_base else zero_tensor(task, worker)
+    else:
+        records = prune_tensor(task, worker, by.pruning, by.names[task.name], by.engine)
+    for record, vector, own in zip(records, by.vectors, by.pairs, strict=True):
+        # Another copy of the base may have other names, or spell a tied head out; a buffer may be in it alone.
+        want = vector.hashes.get(own[task.name].name if task.name in own else task.name)
         if want:
-            check_hashes(task, record, want, vector)
+            check_hashes(task, record, want, vector, by.adds_to_base)
     return records
 
 
-def check_hashes(task: Task, record: dict, want: dict, vector: TaskVector) -> None:
+def check_hashes(task: Task, record: dict, want: dict, vector: TaskVector, adds_to_base: bool) -> None:
     """Refuse bytes that are not those that extraction recorded (`want`), of the base or of the vector."""
-    is_added_to_base = len(task.inputs) > len(task.slots) or not task.inputs[0].is_parameter
-    if is_added_to_base and record["base"] != want["base"]:
+    if adds_to_base and record["base"] != want["base"]:
         raise DataError(
             f"tensor {task.name!r} in {task.inputs[0].path}: not the base that {vector.checkpoint.label} was extracted "
             "from; give that one as --base_model_path, or extract the vector again"
         )
-    if record["vector"] != want["vector"]:
+    if "vector" in record and record["vector"] != want["vector"]:
         raise DataError(
             f"tensor {task.name!r} in {vector.checkpoint.path}: not the bytes that were extracted; "
             "extract the vector again"
@@ -289,19 +305,25 @@ def main(argv=None) -> None:
     if look(args):
         return
     beside = [read_pruned(args.plot_with)] if args.plot_with else []
-    pruning, engine = pruning_of(args), engine_for(args.device)
+    pruning, engine, skip = pruning_of(args), engine_for(args.device), tuple(args.skip)
     parameters = parameters_of(args, pruning)
-    vectors = open_vectors(args.task_vector_paths)
+    vectors = open_vectors(args.task_vector_paths, skip)
     base = open_base(vectors, args.base_model_path) if args.save_format == "model" else None
-    job = plan(base, vectors, args.save_directories, parameters, args.max_shard_size)
+    whole = base or vectors[0].checkpoint
+    matches = [match(whole, vector.checkpoint, skip) for vector in vectors]
+    pairs = [matched.pairs for matched in matches]
+    hidden = {"max_shard_size": args.max_shard_size, "skip": args.skip}  # part of what a job is, not of its report
+    job = plan(base, vectors, pairs, args.save_directories, parameters | hidden)
     job = replace(job, passes=2 if in_passes(pruning, engine.BLOCK) else 1)
-    names = mask_names(base or vectors[0].checkpoint)
+    for note in dict.fromkeys(note for matched in matches for note in matched.notes):
+        print(f"note: {note}")
     if args.dry_run:
         print(describe(job, [*([base] if base else []), *(vector.checkpoint for vector in vectors)]))
         return
     labels = [vector.checkpoint.label for vector in vectors]
     with begin(job, args.overwrite) as running:
-        running.stream(partial(prune_and_check, pruning=pruning, names=names, engine=engine, vectors=vectors))
+        by = Prune(pruning, mask_names(whole), engine, vectors, pairs, base is not None)
+        running.stream(partial(prune_and_check, by=by))
         for own, part, records in running.whole():
             report = build(parameters | {"hash": "xxh3_128"}, labels, own, records)
             finish(part, base, vectors[own], report, records)

@@ -107,6 +107,17 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_skip_flag(group) -> None:
+    """--skip, of the scripts that match the tensors of two models."""
+    group.add_argument(
+        "--skip",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="leave out fine-tuned tensors of these names, e.g. 'v_head.*' 'score.*'; the base's keep their bits",
+    )
+
+
 def add_verify_flag(group) -> None:
     """--verify, of the scripts at the end of the chain; see common.shards.verify."""
     group.add_argument(

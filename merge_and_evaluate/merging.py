@@ -101,6 +101,18 @@ def mergekit_reason(recipe: Recipe, engine: str) -> str | None:
     return "--engine mergekit" if engine == "mergekit" and not reason else reason
 
 
+def check_names(recipe: Recipe, checkpoints: tuple[Checkpoint, ...]) -> None:
+    """Refuse models that fit together only under other names: mergekit matches by name."""
+    whole = checkpoints[0]
+    for other in checkpoints[1:]:
+        for name, theirs in match(whole, other).pairs.items():
+            if theirs.name != name and theirs.name not in whole.tensors:  # renamed, not tied
+                raise DataError(
+                    f"{recipe.path}: tensor {name!r} of {whole.label} is called {theirs.name!r} in {other.label}, and "
+                    "mergekit matches by name; extract and prune it first (the outputs have the base's names)"
+                )
+
+
 def plan_merge(recipe: Recipe, save_path: str | Path, settings: MergeSettings = MergeSettings()) -> MergePlan:
     """Open and compare all inputs from their headers. Raises DataError before a weight is read."""
     reason = mergekit_reason(recipe, settings.engine)
@@ -110,8 +122,8 @@ def plan_merge(recipe: Recipe, save_path: str | Path, settings: MergeSettings = 
     if reason is None:
         merge_plan = MergePlan(recipe, checkpoints, output, 0)
         return replace(merge_plan, nbytes=merge_plan.streamed(settings).job.outputs[0].nbytes)
-    for other in checkpoints[1:] if not mergekit_engine.RESHAPING_KEYS & recipe.config.keys() else ():
-        match(checkpoints[0], other)
+    if not mergekit_engine.RESHAPING_KEYS & recipe.config.keys():
+        check_names(recipe, checkpoints)
     return MergePlan(recipe, checkpoints, output, mergekit_engine.output_bytes(recipe, checkpoints), reason)
 
 

@@ -18,7 +18,7 @@ from common.shards.hashing import text_hash
 from common.shards.headers import Tensor
 from common.shards.job import Job, begin, identity
 from common.shards.layout import Output, plan_shards, slots_of
-from common.shards.matching import check_floats, mask_names, match, must_be_equal
+from common.shards.matching import check_floats, mask_names, match
 from common.shards.stream import Task, Worker, same_bytes
 from common.shards.verify import MERGE_REPORT, recorded_hashes_of
 from merge_and_evaluate.card import write_card
@@ -42,6 +42,7 @@ class StreamedMerge:
     how: dict[str, TensorMerge | None]
     equal: dict[str, list[tuple[Tensor, Tensor]]]
     recorded: dict[str, dict[str, str]]  # {label of a model: {tensor: hash}}, where an earlier step left them
+    notes: tuple[str, ...]  # what was resolved: other names, ties, constants
 
     def sources(self, task: Task) -> list[Checkpoint]:
         """The model that each input of a task is from."""
@@ -57,7 +58,8 @@ def plan_streamed(recipe: Recipe, checkpoints: tuple[Checkpoint, ...], save_path
     base = model_path(recipe.config.get("base_model"))
     whole = by_name[base] if base else models[0]
     check_floats(whole)
-    pairs = [match(whole, model) for model in models]
+    matches = [match(whole, model) for model in models]
+    pairs = [matched.pairs for matched in matches]
     names = [tensor.name for tensor in whole.tensors.values() if tensor.is_parameter]
     is_linear, mask_name = recipe.config["merge_method"] == "linear", mask_names(whole)
 
@@ -87,10 +89,12 @@ def plan_streamed(recipe: Recipe, checkpoints: tuple[Checkpoint, ...], save_path
         passes=2 if any(each.reads_twice for each in how.values()) else 1,
     )
     equal: dict[str, list] = {}
-    for model in models:
-        for head, embedding in must_be_equal(whole, model):
-            equal.setdefault(embedding.name, []).append((head, embedding))
-    return StreamedMerge(job, whole, models, how, equal, {c.label: recorded_hashes_of(c) for c in checkpoints})
+    for matched in matches:
+        for name, extras in matched.equal.items():
+            equal.setdefault(name, []).extend((extra, matched.pairs[name]) for extra in extras)
+    notes = tuple(dict.fromkeys(note for matched in matches for note in matched.notes))
+    recorded = {checkpoint.label: recorded_hashes_of(checkpoint) for checkpoint in checkpoints}
+    return StreamedMerge(job, whole, models, how, equal, recorded, notes)
 
 
 def check_groups(recipe: Recipe, how: dict[str, TensorMerge]) -> None:

@@ -81,6 +81,7 @@ def arguments(script: str, folder: Path, *more: str) -> list:
 
 
 RELATED = "is {d}/a a fine-tuned model of {d}/base?"
+ONLY = "5 of 6 tensors agree; only in {{d}}/{0}: {1} (1 tensor); leave them out with --skip '{1}'"
 BEYOND = "convert to bfloat16 or float32, or accept the nearest finite value with --clamp"
 FLOATING = "take versions of both models in floating point"
 CASES = {
@@ -88,8 +89,9 @@ CASES = {
     "vocabulary": (
         together(replace("a", HEAD, torch.ones(13, 7)), replace("a", EMBED, torch.ones(13, 7))),
         ["extract"],
-        f"tensor '{HEAD}' is [13, 7] in {{d}}/a but [11, 7] in {{d}}/base; the vocabularies differ: bring {{d}}/a to 11 "
-        "rows with transformers' resize_token_embeddings(11) and save it, or take another model",
+        f"tensor '{HEAD}' is [13, 7] in {{d}}/a but [11, 7] in {{d}}/base; the vocabularies differ: extract with "
+        "--vocabulary common, which subtracts the rows of the tokens that both have and keeps {d}/base's tokenizer, or take "
+        "a fine-tuned model with {d}/base's own",
     ),
     "shape": (
         replace("a", Q, torch.ones(7, 8)),
@@ -101,16 +103,16 @@ CASES = {
         ["extract"],
         f"tensor '{Q}' is [49] in {{d}}/a but [7, 7] in {{d}}/base; {RELATED}",
     ),
-    "missing": (replace("a", Q, None), ["extract"], f"tensor '{Q}' is in {{d}}/base but not in {{d}}/a; {RELATED}"),
+    "missing": (replace("a", Q, None), ["extract"], ONLY.format("base", Q)),
     "missing in the base": (
         replace("base", Q, None),
         ["extract"],
-        f"tensor '{Q}' is in {{d}}/a but not in {{d}}/base; {RELATED}",
+        ONLY.format("a", Q),
     ),
     "a head that is not tied": (
         replace("a", HEAD, None),
         ["extract"],
-        f"tensor '{HEAD}' is in {{d}}/base but not in {{d}}/a; {RELATED}",
+        ONLY.format("base", HEAD),
     ),
     "integers": (
         replace("a", Q, torch.ones(7, 7, dtype=torch.int32)),
@@ -130,7 +132,7 @@ CASES = {
         ),
         ["extract"],
         f"tensor '{HEAD}' in {{d}}/a/model.safetensors differs from '{EMBED}', to which the base ties it; "
-        "take a base that has a head of its own",
+        f"take a base that has a head of its own, or leave it out with --skip '{HEAD}'",
     ),
     # numbers
     **{

@@ -7,16 +7,26 @@ hub.py           Hugging Face Hub ids to local directories
 companions.py    tokenizer, processors: what goes along
 findings.py      what a directory without weights holds
 checkpoint.py    a model directory: tensors, config, companion files
+remote.py        Hub ids described before they are downloaded
+architecture.py  what transformers knows of a model: ties, old names, constants
+names.py         two ways to name the same tensors: wrappers, patterns
+resolving.py     names of two models made to agree
+leftover.py      what two models do not have in common: --skip, or refused
 matching.py      which tensors of two models belong together; ties
+vocabulary.py    which rows of an embedding two models have in common
+adapters.py      LoRA adapters: what they add to which tensors
+settings.py      settings that change what weights do
 task_vector.py   task_vector.json: its base, its hashes
 layout.py        output files, planned to the last byte
 places.py        is the place free, is there room
 processes.py     several processes of one job
 job.py           one job: claim or resume, stream, publish
 publish.py       the steps of that: claim, resume, publish, discard
-stream.py        blocks of tensors through worker threads
-buffers.py       what a thread holds of its files
+stream.py        tensors through worker threads
+blocks.py        a reader for each input tensor, a writer for each output slot
+buffers.py       what a thread holds of its files, in memory it reuses
 direct.py        between memory and disk, past the page cache
+unchanged.py     tensors that a vector does not change
 sink.py          shard files while they are written
 staging.py       files and directories that appear whole or not at all
 systems.py       what a system may lack: stepped down from

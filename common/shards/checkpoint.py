@@ -6,6 +6,7 @@ from pathlib import Path
 
 from common.errors import DataError
 from common.shards import bins, headers
+from common.shards.architecture import with_constants
 from common.shards.companions import check_companions, code_note, without_code
 from common.shards.companions import companion_files as companion_files  # where scripts look for these two
 from common.shards.companions import copy_companions as copy_companions
@@ -23,6 +24,7 @@ class Checkpoint:
     path: Path
     tensors: dict[str, Tensor]
     config: dict
+    is_remote: bool = False  # its weights are still on the Hub: see remote.py
 
     @property
     def nbytes(self) -> int:
@@ -44,8 +46,9 @@ def open_checkpoint(label: str) -> Checkpoint:
     if not config.is_file():
         raise DataError(f"{label}: no config.json in it; copy it from where the model came from")
     check_companions(path)
-    described = {tensor.name: tensor for tensor in tensors}
-    return Checkpoint(label, path.resolve(), described, read_json(config, strict=False))
+    settings = read_json(config, strict=False)
+    described = {tensor.name: tensor for tensor in with_constants(tensors, settings)}
+    return Checkpoint(label, path.resolve(), described, settings)
 
 
 def config_with_dtype(config: dict, dtype: str | None) -> str:

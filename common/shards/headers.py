@@ -51,6 +51,7 @@ class Tensor:
     path: Path
     offset: int
     nbytes: int
+    is_constant: bool = False  # says the architecture (architecture.py), not the header
 
     @property
     def numel(self) -> int:
@@ -59,8 +60,9 @@ class Tensor:
 
     @property
     def is_parameter(self) -> bool:
-        """False for what pruning and converting leave alone: integer buffers, rotary inv_freq."""
-        return self.dtype[0] in "FB" and self.dtype != "BOOL" and not self.name.endswith("inv_freq")
+        """False for what pruning and converting leave alone: integer buffers, rotary inv_freq, constants."""
+        is_float = self.dtype[0] in "FB" and self.dtype != "BOOL"
+        return is_float and not self.is_constant and not self.name.endswith("inv_freq")
 
 
 def _is_size(value) -> bool:

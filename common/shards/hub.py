@@ -7,15 +7,15 @@ from common.errors import DataError
 from common.shards.companions import COMPANIONS
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-PICKLED_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
-CONFIGS_AND_TOKENIZER = ("config.json", "task_vector.json", *COMPANIONS)
+PICKLED_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
+CONFIGS_AND_TOKENIZER = ("config.json", "task_vector.json", "adapter_config.json", *COMPANIONS)
 NEVER = ("consolidated*", "*.py", "*/*")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
-def is_hub_id(text: str) -> bool:
-    """Whether a text can be a Hub id: is_hub_id("org/name") -> True, and False for "./name" and "a/b/c"."""
-    return bool(_HUB_ID.fullmatch(text)) and not text.startswith(".")
+def is_hub_id(path: str) -> bool:
+    """Whether a path is no directory and could be a Hub id: 'org/name'."""
+    return not Path(path).is_dir() and bool(_HUB_ID.fullmatch(path)) and not path.startswith(".")
 
 
 def download(hub_id: str) -> Path:

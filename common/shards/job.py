@@ -50,7 +50,8 @@ def identity(script: str, parameters: dict, inputs: list[Checkpoint], outputs: l
 
 def input_files(checkpoints: list[Checkpoint]) -> dict[str, list[int]]:
     """{file: [bytes, time of last change in ns]} of everything that decides what is written."""
-    files = {tensor.path for checkpoint in checkpoints for tensor in checkpoint.tensors.values()}
+    here = [checkpoint for checkpoint in checkpoints if not checkpoint.is_remote]
+    files = {tensor.path for checkpoint in here for tensor in checkpoint.tensors.values()}
     beside = (checkpoint.path / name for checkpoint in checkpoints for name in ("config.json", "task_vector.json"))
     files |= {path for path in beside if path.is_file()}
     stats = {whole_path(path): os.stat(path) for path in sorted(files)}
@@ -62,7 +63,10 @@ def input_files(checkpoints: list[Checkpoint]) -> dict[str, list[int]]:
 
 def describe(job: Job, inputs: list[Checkpoint]) -> str:
     """The plan as --dry_run prints it."""
-    lines = [f"reads   {c.nbytes / 1e9:8.3f} GB  {c.label} ({len(c.tensors)} tensors)" for c in inputs]
+    lines = [
+        f"reads   {c.nbytes / 1e9:8.3f} GB  {c.label} ({len(c.tensors)} tensors{', to be downloaded' * c.is_remote})"
+        for c in inputs
+    ]
     if job.passes > 1:
         lines.append(f"        vectors are read {job.passes} times (see --help)")
     for output in job.outputs:

@@ -11,14 +11,6 @@ from common.shards.matching import match
 
 NAME = "task_vector.json"
 HASH = "xxh3_128"
-CONFIG_THAT_COUNTS = (
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-    "sliding_window",
-    "hidden_act",
-    "rms_norm_eps",
-)
 
 
 @dataclass(frozen=True)
@@ -75,12 +67,12 @@ def read_task_vector(checkpoint: Checkpoint) -> TaskVector:
     return TaskVector(checkpoint, base, hashes)
 
 
-def open_vectors(paths: list[str]) -> list[TaskVector]:
+def open_vectors(paths: list[str], skip: tuple[str, ...] = ()) -> list[TaskVector]:
     """The task vectors, all of one base. Raises DataError that names the first tensor that differs."""
     vectors = [read_task_vector(open_checkpoint(path)) for path in paths]
     first = vectors[0]
     for other in vectors[1:]:
-        match(first.checkpoint, other.checkpoint)
+        match(first.checkpoint, other.checkpoint, skip)
         for name, hashes in first.hashes.items():
             if hashes["base"] != other.hashes.get(name, hashes)["base"]:
                 raise DataError(
@@ -101,13 +93,3 @@ def open_base(vectors: list[TaskVector], path: str | None) -> Checkpoint:
         raise DataError(
             f"{error} (recorded in {vectors[0].checkpoint.label}; say where it is now with --base_model_path)"
         ) from None
-
-
-def config_notes(finetuned: Checkpoint, base: Checkpoint) -> list[str]:
-    """Settings that change what weights do and differ between the models; a merge takes the base's."""
-    return [
-        f"config.json has {key} {finetuned.config.get(key)!r:.80} in {finetuned.label} but {base.config.get(key)!r:.80} "
-        f"in {base.label}; merged models use the base's"
-        for key in CONFIG_THAT_COUNTS
-        if key in finetuned.config and key in base.config and finetuned.config[key] != base.config[key]
-    ]

@@ -1,0 +1,40 @@
+"""What two models do not have in common: left out with --skip, or refused by pattern."""
+
+from fnmatch import fnmatchcase
+
+from common.errors import DataError
+from common.shards.checkpoint import Checkpoint
+from common.shards.headers import Tensor
+from common.shards.names import left_over
+
+
+def skipped(skip: tuple[str, ...], *names: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in skip for name in names)
+
+
+def check_skip(base: Checkpoint, other: Checkpoint, skip: tuple[str, ...]) -> None:
+    """Refuse a pattern that matches nothing: it is a typing error."""
+    for pattern in skip:
+        if not any(fnmatchcase(name, pattern) for name in [*base.tensors, *other.tensors]):
+            raise DataError(
+                f"--skip {pattern!r}: no tensor of {other.label} or {base.label} has such a name; correct it"
+            )
+
+
+def refuse_left_over(base, other, pairs: dict[str, Tensor], only: tuple[list[str], list[str]], skip) -> None:
+    """DataError for parameters that only one model has: how many agree, the rest by pattern, and what to do."""
+    if not any(only):
+        return
+    said, advice = [], []
+    for checkpoint, names, kept in zip(
+        (base, other), only, (pairs.keys(), {t.name for t in pairs.values()}), strict=True
+    ):
+        if names:
+            what, found = left_over(names, kept)
+            said.insert(0, f"only in {checkpoint.label}: {what}")
+            advice = [*found, *advice]
+    total = len(pairs) + len(only[0]) + len(only[1])
+    line = f"{len(pairs)} of {total} tensors agree; {'; '.join(said)}; "
+    if 2 * len(pairs) < total or skip is None or len(advice) > 8:
+        raise DataError(f"{line}is {other.label} a fine-tuned model of {base.label}?")
+    raise DataError(f"{line}leave them out with --skip {' '.join(repr(pattern) for pattern in advice)}")

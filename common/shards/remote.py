@@ -1,0 +1,88 @@
+"""Models on the Hugging Face Hub, described before they are downloaded.
+
+Config, tokenizer and index are small and downloaded first; of each safetensors file only the header is read, by a range
+request. What does not fit is refused then, and --dry_run ends there. Files of the older .bin format have no such header
+and are downloaded as they were.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from common.errors import DataError
+from common.shards.architecture import with_constants
+from common.shards.checkpoint import Checkpoint, open_checkpoint
+from common.shards.documents import read_json
+from common.shards.headers import DTYPE_BYTES, INDEX_NAME, SINGLE_NAME, Tensor, check_index, read_index
+from common.shards.hub import CONFIGS_AND_TOKENIZER, NEVER, is_hub_id
+from common.shards.layout import tensor_bytes
+from common.shards.places import check_disk
+
+
+def _remote_tensors(hub_id: str, revision: str, path: Path) -> list[Tensor]:
+    """The tensors of one file as its header on the Hub describes them; `path` is where the file will lie.
+
+    Offsets count from the end of the header, which is enough for a plan; the downloaded file's own are checked as any.
+    """
+    from huggingface_hub import HfApi
+
+    found = HfApi().parse_safetensors_file_metadata(hub_id, path.name, revision=revision)
+    tensors = []
+    for name, info in found.tensors.items():
+        shape = tuple(info.shape)
+        sizes = all(type(size) is int and size >= 0 for size in shape)
+        if info.dtype not in DTYPE_BYTES or not sizes:
+            raise DataError(
+                f"tensor {name!r:.200} in {hub_id}/{path.name}: {info.dtype!r:.40} {shape!r:.60} is not known here"
+            )
+        tensors.append(Tensor(name, info.dtype, shape, path, info.data_offsets[0], tensor_bytes(info.dtype, shape)))
+    return sorted(tensors, key=lambda tensor: tensor.offset)
+
+
+def described(hub_id: str) -> Checkpoint | None:
+    """A checkpoint from remote headers; None for what is no Hub id, is here already, or has no headers to be read first."""
+    if not is_hub_id(hub_id):
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, SafetensorsParsingError
+
+    small = [*CONFIGS_AND_TOKENIZER, "*.safetensors.index.json"]
+    try:
+        folder = Path(snapshot_download(hub_id, allow_patterns=small, ignore_patterns=[*NEVER]))
+        index, config = folder / INDEX_NAME, folder / "config.json"
+        if not config.is_file():
+            return None
+        weight_map = read_index(index, ".safetensors") if index.is_file() else {}
+        paths = [folder / name for name in sorted(set(weight_map.values()) or {SINGLE_NAME})]
+        if all(path.is_file() for path in paths):
+            return None
+        tensors = [tensor for path in paths for tensor in _remote_tensors(hub_id, folder.name, path)]
+    except (OfflineModeIsEnabled, HfHubHTTPError, SafetensorsParsingError, OSError, ValueError):
+        return None  # the download that follows says what is wrong, or brings what has no such header
+    if weight_map:
+        check_index(index, weight_map, tensors)
+    settings = read_json(config)
+    tensors = with_constants(tensors, settings)
+    return Checkpoint(hub_id, folder, {tensor.name: tensor for tensor in tensors}, settings, is_remote=True)
+
+
+def describe_checkpoint(label: str) -> Checkpoint:
+    """open_checkpoint(), but the weights of a Hub id stay there until fetch(): `is_remote` says so."""
+    return described(label) or open_checkpoint(label)
+
+
+def fetch(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with its weights on this machine: downloaded if they are still on the Hub.
+
+    Raises DataError if what came is not what the headers said (the model was changed in between).
+    """
+    if not checkpoint.is_remote:
+        return checkpoint
+    check_disk({checkpoint.path: checkpoint.nbytes})
+    local = open_checkpoint(checkpoint.label)
+
+    def seen(one: Checkpoint) -> set:
+        return {replace(tensor, path=Path(tensor.path.name), offset=0) for tensor in one.tensors.values()}
+
+    if seen(local) != seen(checkpoint):
+        raise DataError(f"{checkpoint.label}: changed on the Hub while it was being downloaded; run the command again")
+    return local

@@ -1,0 +1,146 @@
+"""Hub ids against a stand-in for the Hub on 127.0.0.1 that counts the bytes it sends."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import load, write
+from conftest import ROOT
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+CONFIG = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "tie_word_embeddings": False}
+SIDE = 700  # two tensors of about a megabyte each
+
+
+class Standing(BaseHTTPRequestHandler):
+    """model info, HEAD and GET (with ranges) of files under server.root/org/name."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def _answer(self, code: int, body: bytes, headers: dict, send: bool = True) -> None:
+        self.send_response(code)
+        for name, value in {"Content-Length": len(body), **headers}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if send:
+            self.server.sent += len(body)
+            self.wfile.write(body)
+
+    def _file(self, send: bool) -> None:
+        org, name, _, _, file = self.path.strip("/").split("?")[0].split("/", 4)
+        path = self.server.root / org / name / file
+        if not path.is_file():
+            headers = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": SHA}
+            return self._answer(404, b"", headers, send)
+        body = path.read_bytes()
+        headers = {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": SHA, "Accept-Ranges": "bytes"}
+        span = self.headers.get("Range") or self.headers.get("range")
+        if not span:
+            return self._answer(200, body, headers, send)
+        first, last = (int(n) if n else None for n in span.removeprefix("bytes=").split("-"))
+        part = body[first : None if last is None else last + 1]
+        headers["Content-Range"] = f"bytes {first}-{first + len(part) - 1}/{len(body)}"
+        return self._answer(206, part, headers, send)
+
+    def do_HEAD(self):
+        self._file(False)
+
+    def do_GET(self):
+        if not self.path.startswith("/api/models/"):
+            return self._file(True)
+        org, name = self.path.split("?")[0].split("/")[3:5]
+        files = sorted(path for path in (self.server.root / org / name).glob("*") if path.is_file())
+        if not files:
+            return self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+        if "/tree/" in self.path:
+            listed = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": SHA} for f in files]
+        else:
+            listed = {"id": f"{org}/{name}", "sha": SHA, "siblings": [{"rfilename": f.name} for f in files]}
+        return self._answer(200, json.dumps(listed).encode(), {"Content-Type": "application/json"})
+
+
+@pytest.fixture
+def hub(tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Standing)
+    server.root, server.sent = tmp_path / "hub", 0
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def tensors(rows: int = SIDE, extra: dict | None = None) -> dict:
+    made = {"model.embed_tokens.weight": torch.ones(rows, SIDE), "model.norm.weight": torch.ones(SIDE, SIDE)}
+    return {name: tensor.half() for name, tensor in (made | (extra or {})).items()}
+
+
+def call(hub, tmp_path: Path, script: str, *arguments) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")} | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_address[1]}",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    command = [sys.executable, ROOT / script, *map(str, arguments)]
+    return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("files", [1, 2])
+def test_a_dry_run_downloads_no_weights(hub, tmp_path, files):
+    """Sizes and counts as of the model itself, for a few kilobytes; then the job downloads and does it."""
+    model = write(hub.root / "org" / "base", tensors(), CONFIG, files)
+    arguments = ["--model_path", "org/base", "--save_path", "out", "--dtype", "float32"]
+    done = call(hub, tmp_path, "convert_dtype.py", *arguments, "--dry_run")
+    assert done.returncode == 0, done.stderr
+    assert "0.002 GB  org/base (2 tensors, to be downloaded)" in done.stdout
+    assert hub.sent < 300_000, "a header costs 100 kB at most"
+    done = call(hub, tmp_path, "convert_dtype.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert {n: t.half() for n, t in load(tmp_path / "out").items()}.keys() == load(model).keys()
+    assert hub.sent > 1_900_000
+    before = hub.sent
+    done = call(hub, tmp_path, "convert_dtype.py", *arguments, "--dry_run")
+    assert "(2 tensors)" in done.stdout and hub.sent - before < 50_000, "now it is here"
+
+
+MISFITS = {
+    "another vocabulary": (tensors(rows=SIDE + 2), "the vocabularies differ: extract with --vocabulary common"),
+    "a value head": (
+        tensors(extra={"v_head.w": torch.ones(1)}),
+        "2 of 3 tensors agree; only in org/ft: v_head.w (1 tensor)",
+    ),
+    "another dtype": ({n: t.double() for n, t in tensors().items()}, "is F64 in org/ft; needed is float16"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("finetuned, line", MISFITS.values(), ids=MISFITS)
+def test_what_does_not_fit_is_refused_before_the_download(hub, tmp_path, finetuned, line):
+    """One line, and of the weights only headers were sent."""
+    write(hub.root / "org" / "base", tensors(), CONFIG)
+    write(hub.root / "org" / "ft", finetuned, CONFIG)
+    done = call(
+        hub,
+        tmp_path,
+        "extract_task_vector_7b.py",
+        "--finetuned_model_path",
+        "org/ft",
+        "--base_model_path",
+        "org/base",
+        "--save_path",
+        "v",
+    )
+    assert done.returncode == 1 and line in done.stderr and done.stderr.count("error: ") == 1, done.stderr
+    assert hub.sent < 400_000
