@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # which PYTHONSAFEPATH
 from common import cli
 from common.errors import DataError
 from common.exits import run_and_leave
+from common.pruners.unchanged import zero_tensor
 from common.shards.adapters import Adapter, is_adapter, match_adapter, open_adapter, without
 from common.shards.blocks import blocks
 from common.shards.checkpoint import (
@@ -55,7 +56,6 @@ from common.shards.remote import describe_checkpoint, described, fetch
 from common.shards.settings import config_notes
 from common.shards.stream import Task, Worker, copy_tensor, new_hash, not_finite, same_bytes
 from common.shards.task_vector import write_task_vector_json
-from common.shards.unchanged import zero_tensor
 from common.shards.vocabulary import common_elements, common_vocabulary, pieces
 
 

@@ -46,6 +46,7 @@ from common.pruners.prune_tensor import prune_tensor
 from common.pruners.pruning import Pruning, in_passes
 from common.pruners.report import NAME as REPORT
 from common.pruners.report import build, table
+from common.pruners.unchanged import zero_tensor
 from common.shards.checkpoint import Checkpoint, config_with_dtype, copy_companions
 from common.shards.documents import read_json, write_json
 from common.shards.headers import Tensor
@@ -55,7 +56,6 @@ from common.shards.matching import check_floats, mask_names, match
 from common.shards.places import check_places
 from common.shards.stream import Task, Worker, copy_tensor
 from common.shards.task_vector import TaskVector, open_base, open_vectors, write_pruned_vector_json
-from common.shards.unchanged import zero_tensor
 from common.shards.verify import verify
 
 USED_BY = {"n": ["nm"], "m": ["nm"], "sparsity_level": ["random", "magnitude"], "seed": ["random"]}

@@ -15,7 +15,7 @@ from common.shards.documents import write_json
 from common.shards.hashing import tensor_hashes
 from common.shards.headers import DTYPE_CODES, DTYPE_NAMES, FLOAT_DTYPES, Tensor, read_headers
 from common.shards.layout import tensor_bytes
-from common.shards.matching import tied_embedding
+from common.shards.matching import mask_names
 from common.shards.places import check_disk
 from common.shards.staging import staged_directory
 from common.shards.verify import MERGE_REPORT
@@ -141,11 +141,12 @@ def check_complete(directory: Path, merge_plan) -> None:
     whole, written = merge_plan.checkpoints[0], {tensor.name: tensor for tensor in read_headers(directory)}
     if RESHAPING_KEYS & merge_plan.recipe.config.keys():
         return
+    tied = mask_names(whole)
     missing = [
         tensor.name
         for tensor in whole.tensors.values()
         if tensor.is_parameter
-        and not tied_embedding(whole, tensor.name)
+        and tied[tensor.name] == tensor.name
         and (tensor.name not in written or written[tensor.name].shape != tensor.shape)
     ]
     if missing:

@@ -26,7 +26,6 @@ stream.py        tensors through worker threads
 blocks.py        a reader for each input tensor, a writer for each output slot
 buffers.py       what a thread holds of its files, in memory it reuses
 direct.py        between memory and disk, past the page cache
-unchanged.py     tensors that a vector does not change
 sink.py          shard files while they are written
 staging.py       files and directories that appear whole or not at all
 systems.py       what a system may lack: stepped down from
