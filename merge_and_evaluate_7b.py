@@ -64,6 +64,7 @@ from merge_and_evaluate.scoring import Model, check_one_process, check_tokenizer
 from merge_and_evaluate.sweep import Sweep, plan_candidates, plan_scorings, weight_choices
 from merge_and_evaluate.sweep import run as run_sweep
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 MERGE_DEFAULTS = {
     "recipe": "recipes/recipe.yml",
     "save_path": "./models/merged",
@@ -102,6 +103,13 @@ def add_pipeline_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="sequences scored at once, or auto (default: the eval recipe's, else 1)",
     )
+    add(
+        "--dtype",
+        choices=DTYPES,
+        help="score in this dtype (default: the model's; float32 for float16 models on a CPU)",
+    )
+    add("--limit", type=cli.limit, metavar="N", help="score only the first N items of each task, or a share below 1")
+    add("--model_args", metavar="K=V,…", help="more arguments for lm-eval's model: trust_remote_code=True")
     add(
         "--max_shard_size",
         type=cli.byte_size,
@@ -229,12 +237,17 @@ def merged_model(merge_plan: MergePlan, settings: MergeSettings, name: str, over
     return Model(str(merge_plan.save_path), name, identity, origin(merge_plan.recipe, digests, settings))
 
 
+def eval_flags(args: argparse.Namespace) -> dict:
+    """The flags that win over the eval recipe."""
+    return {name: getattr(args, name) for name in ("device", "batch_size", "dtype", "limit", "model_args")}
+
+
 # In each of the two below, recipes, headers and tasks come first: every refusal, before anything is written.
 
 
 def evaluate_only(args: argparse.Namespace) -> None:
     """Score the model in --save_path."""
-    eval_recipe = read_eval_recipe(args.eval_recipe, args.device, args.batch_size)
+    eval_recipe = read_eval_recipe(args.eval_recipe, **eval_flags(args))
     checkpoint, output_path = open_checkpoint(args.save_path), Path(args.output_path)
     scoring, _ = plan_scorings(eval_recipe, None, None)
     check_tokenizer(eval_recipe, [checkpoint])
@@ -256,7 +269,7 @@ def merge_and_evaluate(args: argparse.Namespace) -> None:
     trials = {weights: with_weights(merge_plan.recipe, weights) for weights in choices}
     name, output_path = args.name or merge_plan.recipe.name, Path(args.output_path)
     if not args.merge_only:
-        eval_recipe = read_eval_recipe(args.eval_recipe, args.device, args.batch_size)
+        eval_recipe = read_eval_recipe(args.eval_recipe, **eval_flags(args))
         choosing, reporting = plan_scorings(eval_recipe, args.choose_on, args.report_on)
         check_tokenizer(eval_recipe, merge_plan.checkpoints)
     if not args.merge_only and not trials:

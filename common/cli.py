@@ -2,6 +2,8 @@
 
 import argparse
 import math
+import os
+from pathlib import Path
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -15,6 +17,16 @@ def positive_int(text: str) -> int:
     if not 1 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return value
+
+
+def path(text: str) -> Path:
+    """'x/', './x', '~/x' -> the same directory as 'x' and as $HOME/x: a shell expands no ~ after --flag=."""
+    return Path(os.path.expanduser(text))
+
+
+def path_or_hub_id(text: str) -> str:
+    """A path as `path` has it, or a Hub id such as org/name, which stays as it is; './x' stays './x'."""
+    return os.path.expanduser(text)
 
 
 def sparsity(text: str) -> float:
@@ -50,6 +62,14 @@ def finite_float(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
     return value
+
+
+def limit(text: str) -> int | float:
+    """'100' -> 100 items of each task, '0.1' -> a tenth of them."""
+    value = finite_float(text)
+    if value <= 0 or (value >= 1 and not value.is_integer()):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of items nor a share between 0 and 1")
+    return value if value < 1 else int(value)
 
 
 def batch_size(text: str) -> int | str:

@@ -1,7 +1,7 @@
 """Results files: put together, write, read, print.
 
 A results file is lm-eval's own document, so `lm_eval.utils.make_table` reads it, plus `summary` (what
-people compare) and `provenance` (what was scored, and how).
+people compare), `provenance` (what was scored, and how) and `items` (every question's score; see items.py).
 """
 
 import sys
@@ -28,6 +28,8 @@ def provenance(model: str, identity: str, eval_recipe: EvalRecipe, tasks: list[s
         "tasks": tasks,
         "batch_size": eval_recipe.config.get("batch_size", 1),
         "device": eval_recipe.config.get("device"),
+        "limit": eval_recipe.config.get("limit"),
+        "model_args": eval_recipe.model_args,
         "command": sys.argv,
         "versions": {name: version(name) for name in PACKAGES},
     }

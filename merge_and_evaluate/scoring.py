@@ -7,6 +7,8 @@ from pathlib import Path
 from common.errors import DataError
 from common.shards.checkpoint import Checkpoint
 from common.shards.documents import read_json
+from merge_and_evaluate.eval_log import logged_to
+from merge_and_evaluate.eval_machine import on_this_machine
 from merge_and_evaluate.eval_recipes import EvalRecipe
 from merge_and_evaluate.eval_tasks import Tasks
 from merge_and_evaluate.evaluation import eval_identity, evaluate
@@ -31,6 +33,7 @@ class Scoring:
 
     recipe: EvalRecipe
     tasks: Tasks
+    log: Path | None = None  # lm-eval's messages; None: beside the results file
 
 
 def check_one_process() -> None:
@@ -69,11 +72,12 @@ def score(scoring: Scoring, model: Model, path: Path, **chosen) -> dict | None:
     `chosen` goes into the summary: which weight was chosen on what.
     """
     recipe, tasks = scoring.recipe, scoring.tasks
-    document = evaluate(recipe, model.path, tasks, model.identity)
+    with logged_to(scoring.log or path.with_suffix(".log")):
+        document = evaluate(recipe, model.path, tasks, model.identity)
     if document is None:
         return None
     identity = eval_identity(recipe, tasks, model.identity)
-    origin = provenance(model.path, identity, recipe, tasks.names, **model.origin)
+    origin = provenance(model.path, identity, on_this_machine(recipe, model.path), tasks.names, **model.origin)
     result = with_summary(document, model.name, origin)
     result["summary"].update(chosen)
     if recipe.config.get("log_samples"):

@@ -59,8 +59,8 @@ def load(directory) -> dict[str, np.ndarray]:
 
 
 def left_over(folder) -> set[str]:
-    """What is there beside the inputs."""
-    return {path.name for path in folder.iterdir()} - {
+    """What is there beside the inputs and lm-eval's log."""
+    return {path.name for path in folder.iterdir() if path.suffix != ".log"} - {
         "base",
         "wild",
         "west",
@@ -411,9 +411,16 @@ EVAL_REFUSALS = [
     ({**EVAL, "include_path": 5}, "eval.yml: include_path is 5, needed is text"),
     (
         {**EVAL, "seed": "x"},
-        "eval.yml: lm-eval refuses it: seed values must be integers or None, got 'x'; mend the recipe",
+        "eval.yml: lm-eval refuses it: seed values must be integers or None, got 'x'; fix the recipe",
     ),
-    ({**EVAL, "model": "hff"}, "eval.yml: lm-eval could not score"),
+    (
+        {**EVAL, "model": "hff"},
+        "eval.yml: model 'hff' is none that lm-eval knows; hf is transformers, vllm is vLLM",
+    ),
+    (
+        {**EVAL, "model": "vllm"},
+        "eval.yml: model 'vllm' needs the package vllm, which is not installed; install it, or use model: hf",
+    ),
 ]
 
 

@@ -53,7 +53,7 @@ def sweep(*flags: str) -> None:
 
 
 def there(folder) -> set[str]:
-    return {path.name for path in folder.iterdir()} - {
+    return {path.name for path in folder.iterdir() if path.suffix != ".log"} - {
         "base",
         "wild",
         "west",
