@@ -166,6 +166,11 @@ def add_compare_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="print one Markdown table of these results files, draw it",
     )
+    add(
+        "--against",
+        metavar="ROW",
+        help="the row that the others are compared with, by its name or file (default: the first)",
+    )
     add("--plot_path", metavar="FILE", help="the picture of --compare (default: results_comparison.png)")
     cli.add_verify_flag(parser.add_argument_group("look at what was written"))
 
@@ -175,7 +180,7 @@ def check_combination(parser: argparse.ArgumentParser, given: set[str]) -> None:
     sweep = {"weights", "weight_grid", "choose_on", "report_on", "keep_models"}
     refusals = [
         ("verify", given - {"verify"}),
-        ("compare", given - {"compare", "plot_path"}),
+        ("compare", given - {"compare", "plot_path", "against"}),
         ("eval_only", given & ({"merge_only", "recipe", "max_shard_size", "seed"} | sweep)),
         ("merge_only", given & ({"eval_recipe", "output_path", "batch_size", "name"} | sweep)),
         ("weights", given & {"weight_grid"}),
@@ -188,6 +193,7 @@ def check_combination(parser: argparse.ArgumentParser, given: set[str]) -> None:
         ("keep_models", {"weights", "weight_grid"}),
         ("report_on", {"choose_on"}),
         ("plot_path", {"compare"}),
+        ("against", {"compare"}),
     ]:
         if flag in given and not given & needed:
             parser.error(f"--{flag} needs {' or '.join('--' + name for name in sorted(needed, reverse=True))}")
@@ -294,7 +300,7 @@ def merge_and_evaluate(args: argparse.Namespace) -> None:
 def main(argv=None) -> None:
     args = parse_args(argv)
     if args.compare:
-        compare(args.compare, Path(args.plot_path))
+        compare(args.compare, Path(args.plot_path), args.against)
     elif args.verify:
         verify(args.verify)
     elif args.eval_only:

@@ -1,6 +1,7 @@
 """What lm-eval and its libraries say while they score: all of it to a file, what matters to the screen as well."""
 
 import logging
+import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ class _Once(logging.Filter):
         self.seen = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        text = str(record.msg)
+        text = re.sub(r"\d+", "#", record.getMessage())
         if not record.name.startswith("lm_eval") or text in self.seen or any(part in text for part in HARMLESS):
             return False
         self.seen.add(text)
