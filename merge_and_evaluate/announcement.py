@@ -2,6 +2,8 @@
 
 from merge_and_evaluate.eval_machine import device_of, dtype_is_raised, stored_dtype
 from merge_and_evaluate.eval_recipes import EvalRecipe
+from merge_and_evaluate.eval_settings import children
+from merge_and_evaluate.eval_tasks import Tasks
 
 
 def _documents(task):
@@ -57,6 +59,23 @@ def leaves_below(loaded: dict, name: str) -> list[str]:
     if name in loaded["tasks"]:
         return [name]
     return [leaf for child in loaded["group_map"].get(name, []) for leaf in leaves_below(loaded, child)]
+
+
+def planned(tasks: Tasks, given: int | None) -> str:
+    """Tasks with their shots from the task files alone, no data read: "arc_challenge 25-shot, mmlu 5-shot (57 tasks)"."""
+    index, shots = tasks.manager.task_index, tasks.shots(given)
+    waiting, parts = list(tasks.names), []
+    while waiting:
+        name = waiting.pop(0)
+        below = children(index, name) if name in index else []
+        if below and not (index[name].cfg or {}).get("aggregate_metric_list"):
+            waiting = below + waiting
+            continue
+        leaves = tasks.only([name]).leaves if name in index else [name]
+        numbers = sorted({shots[leaf] for leaf in leaves if shots.get(leaf) is not None})
+        size = f" ({len(leaves)} tasks)" if len(leaves) > 1 else ""
+        parts.append(f"{name} {'/'.join(map(str, numbers))}-shot{size}" if numbers else name)
+    return ", ".join(parts)
 
 
 def sorted_rows(loaded: dict) -> list[str]:

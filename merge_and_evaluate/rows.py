@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from merge_and_evaluate.items import Items, read_items
-from merge_and_evaluate.results import read_results
+from merge_and_evaluate.results import limit_of, marked, read_results
 from merge_and_evaluate.scores import leaves_of, mean_stderr
 
 AVERAGE = "average"
@@ -31,17 +31,6 @@ class Row:
     def label(self) -> str:
         """The name as tables show it: a row scored on a part of the items says so."""
         return marked(self.name, self.settings.get("limit")).replace("|", "\\|")
-
-
-def marked(name: str, limit) -> str:
-    """("TA", 100) -> 'TA (limit 100)'; ("TA", None) -> 'TA'."""
-    return f"{name} (limit {limit:g})" if isinstance(limit, (int, float)) else name
-
-
-def limit_of(document: dict):
-    """The `limit` that a document was scored with, None for all items."""
-    limit = (document.get("config") or {}).get("limit")
-    return limit if limit is not None else (document.get("provenance") or {}).get("limit")
 
 
 def settings_of(document: dict) -> dict:
