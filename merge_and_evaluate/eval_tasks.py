@@ -109,6 +109,24 @@ def find_tasks(recipe: EvalRecipe, names: list[str]) -> Tasks:
     )
 
 
+def check_task_code(recipe: EvalRecipe, tasks: Tasks) -> None:
+    """DataError for a task whose own Python needs a package that is not installed (MATH, IFEval): lm-eval would find out
+    once the model is merged."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    index = tasks.manager.task_index
+    for name in tasks.leaves:
+        path = index[name].yaml_path if name in index else None
+        try:
+            if path:
+                load_yaml(path, resolve_func=True)
+        except ImportError as error:
+            reason = " ".join(str(error).split())
+            raise DataError(
+                f"{recipe.path}: task {name!r} needs a package that is not installed: {reason:.160}"
+            ) from None
+
+
 # --- local files ----------------------------------------------------------------------------------
 
 

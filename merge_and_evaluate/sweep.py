@@ -19,7 +19,7 @@ from merge_and_evaluate import merging, scoring
 from merge_and_evaluate.comparison import label
 from merge_and_evaluate.eval_recipes import EvalRecipe
 from merge_and_evaluate.eval_settings import children
-from merge_and_evaluate.eval_tasks import Tasks, check_data_files, find_tasks
+from merge_and_evaluate.eval_tasks import Tasks, check_data_files, check_task_code, find_tasks
 from merge_and_evaluate.evaluation import eval_identity
 from merge_and_evaluate.merging import MergePlan, MergeSettings
 from merge_and_evaluate.overview import write_overview
@@ -106,13 +106,19 @@ def _others(tasks: Tasks, names: list[str], chosen: set[str]) -> list[str]:
     return left
 
 
+def check_tasks(recipe: EvalRecipe, tasks: Tasks) -> None:
+    """Refuse tasks whose local data or code is not there: better said before the merge than after it."""
+    check_data_files(recipe, tasks)
+    check_task_code(recipe, tasks)
+
+
 def plan_scorings(
     recipe: EvalRecipe, choose_on: list[str] | None, report_on: list[str] | None
 ) -> tuple[Scoring, Scoring | None]:
     """(what decides, what is reported; None for the same). Raises DataError if a task would be in both."""
     if not choose_on:
         tasks = find_tasks(recipe, recipe.tasks)
-        check_data_files(recipe, tasks)
+        check_tasks(recipe, tasks)
         return Scoring(recipe, tasks), None
     tasks = find_tasks(recipe, [*choose_on, *(report_on or recipe.tasks)])
     report_on = report_on or _others(tasks, recipe.tasks, set(tasks.only(choose_on).leaves))
@@ -120,7 +126,7 @@ def plan_scorings(
         raise DataError(f"{recipe.path}: all its tasks are in --choose_on; name others with --report_on")
     choosing, reporting = Scoring(recipe, tasks.only(choose_on)), Scoring(recipe, tasks.only(report_on))
     for scoring_of in (choosing, reporting):
-        check_data_files(recipe, scoring_of.tasks)
+        check_tasks(recipe, scoring_of.tasks)
     both = set(choosing.tasks.leaves) & set(reporting.tasks.leaves)
     if both:
         raise DataError(

@@ -129,3 +129,101 @@ def shots_in(prompt: str, task: str) -> int:
     """Demonstrations before the question itself: every other item in the prompt."""
     mark = DEMONSTRATIONS["mmlu" if task.startswith("mmlu") else task]
     return prompt.count(mark) - 1
+
+
+# --- metabench ------------------------------------------------------------------------------------
+
+
+def metabench_rows() -> dict[str, dict]:
+    """One document of each metabench config: the item and, spread over its columns, the demonstrations."""
+
+    def spread(prefix: str, shots: int, columns) -> dict:
+        return {f"{prefix}_{name}_shot_{i}": value for i in range(1, shots + 1) for name, value in columns(i).items()}
+
+    arc_shots = spread(
+        "arc",
+        25,
+        lambda i: {
+            k: arc(i)[v]
+            for k, v in dict(question="question", answerKey="answerKey", choices="choices", idx="id").items()
+        },
+    )
+    names = ("ctx_a", "ctx_b", "ctx", "endings", "label", "ind", "source_id", "split", "split_type")
+    hellaswag_shots = spread(
+        "hellaswag", 10, lambda i: {**{k: hellaswag(i)[k] for k in names}, "activity_labels": "Cooking"}
+    )
+    mmlu_shots = spread("mmlu", 5, lambda i: {"question": f"q{i}", "choices": list("wxyz"), "answers": i % 4, "ind": i})
+    winogrande_shots = spread(
+        "winogrande",
+        5,
+        lambda i: {"prompt": winogrande(i)["sentence"], "answer": "1", "option1": "Ann", "option2": "Bea", "idx": i},
+    )
+    gsm8k_shots = spread("gsm8k", 5, lambda i: {"prompt": gsm8k(i)["question"], "answer": gsm8k(i)["answer"], "idx": i})
+    return {
+        "ARC": lambda i: {**arc(i), **arc_shots, "alltwentyfiveshot_longprompt": ""},
+        "HellaSwag": lambda i: {**hellaswag(i), **hellaswag_shots, "alltenshot_longprompt": ""},
+        "MMLU": lambda i: {**mmlu(i, "anatomy"), **mmlu_shots, "allfiveshot_longprompt": ""},
+        "TruthfulQA": lambda i: truthfulqa(i),
+        "Winogrande": lambda i: {**winogrande(i), **winogrande_shots, "allfiveshot_longprompt": ""},
+        "GSM8K": lambda i: {**gsm8k(i), **gsm8k_shots, "allfiveshot_longprompt": ""},
+    }
+
+
+def write_metabench(root: Path) -> Path:
+    """HCAI/metabench under `root`: three items in each set."""
+    rows = metabench_rows()
+    configs = {
+        name: {"primary": [make(i) for i in range(3)], "secondary": [make(10 + i) for i in range(3)]}
+        for name, make in rows.items()
+    }
+    write_data_set(root, "HCAI/metabench", configs)
+    return root
+
+
+# --- leaderboard v2 -------------------------------------------------------------------------------
+
+
+def write_leaderboard_v2(root: Path) -> Path:
+    """The data sets of BBH, GPQA, MuSR and MMLU-Pro under `root` (MATH and IFEval need packages that are not pinned)."""
+    import lm_eval.tasks
+
+    parts = {}
+    for path in (Path(lm_eval.tasks.__file__).parent / "leaderboard" / "bbh_mc").glob("*.yaml"):
+        config = yaml.safe_load(path.read_text())
+        if "dataset_name" in config:
+            choices = [str(choice) for choice in config["doc_to_choice"]]
+            parts[config["dataset_name"]] = [
+                {"input": f"Puzzle {i}", "target": choices[i % len(choices)]} for i in range(3)
+            ]
+    write_data_set(root, "SaylorTwift/bbh", {name: {"test": rows} for name, rows in parts.items()})
+    answers = {f"Incorrect Answer {n}": f"wrong {n}" for n in (1, 2, 3)} | {"Correct Answer": "right"}
+    gpqa = [{"Question": f"Why {i}?", **answers} for i in range(3)]
+    write_data_set(
+        root, "Idavidrein/gpqa", {f"gpqa_{part}": {"train": gpqa} for part in ("main", "diamond", "extended")}
+    )
+    musr = {
+        split: [
+            {
+                "narrative": "Once.",
+                "question": f"Who {i}?",
+                "choices": str([f"{split} {c}" for c in range(count)]),
+                "answer_index": i % count,
+                "answer_choice": f"{split} {i % count}",
+            }
+            for i in range(3)
+        ]
+        for split, count in (("murder_mysteries", 2), ("object_placements", 5), ("team_allocation", 3))
+    }
+    write_data_set(root, "TAUR-Lab/MuSR", {"default": musr})
+    pro = [
+        {
+            "question_id": i,
+            "question": f"Pick {i}",
+            "options": [f"o{c}" for c in range(10)],
+            "answer": "ABCDEFGHIJ"[i],
+            "answer_index": i,
+        }
+        for i in range(8)
+    ]
+    write_data_set(root, "TIGER-Lab/MMLU-Pro", {"default": {"test": pro[:3], "validation": pro[3:]}})
+    return root
