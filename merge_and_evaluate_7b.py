@@ -268,7 +268,7 @@ def print_scoring(choosing: Scoring, reporting: Scoring | None, files: list[Path
     recipe = choosing.recipe
     given, limit = recipe.config.get("num_fewshot"), recipe.config.get("limit")
     part = f" (limit {limit:g})" if limit is not None else ""
-    print(f"score   {recipe.path}{part}")
+    print(f"score   {recipe.path}: {', '.join(recipe.tasks)}{part}")
     if reporting:
         print(f"choose  on {planned(choosing.tasks, given)}")
         print(f"report  on {planned(reporting.tasks, given)}")

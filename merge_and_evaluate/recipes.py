@@ -73,7 +73,7 @@ def safe_path(path: str) -> str:
     """'models/x' -> './models/x' where that is a directory: mergekit's model card looks a path with at most
     one slash up on the Hub, and fails offline before it has copied the tokenizer."""
     expanded = os.path.normpath(os.path.expanduser(path))  # one spelling each: it decides whether a merge is resumed
-    if not os.path.isdir(expanded):
+    if not path or not os.path.isdir(expanded):
         return path
     return expanded if os.path.isabs(expanded) or expanded.startswith("..") else f"./{expanded}"
 
