@@ -1,16 +1,26 @@
 """What merge_and_evaluate_7b.py alone uses, in reading order.
 
-yaml_files.py     YAML files, read warily
-recipes.py        merge recipes: read, checked, weights set
-merging.py        merge by recipe with mergekit, check, publish
-merge_methods.py  our masks as merge methods of mergekit
-eval_recipes.py   eval recipes: read, checked
-eval_tasks.py     the tasks they name
-evaluation.py     score a model with lm-eval
-scores.py         the figures that people compare
-results.py        results files: put together, written, read
-scoring.py        one model into one results file
-sweep.py          several weights, the best kept
-comparison.py     results side by side
-overview.py       a sweep at a glance
+yaml_files.py      YAML files, read warily
+recipes.py         merge recipes: read, checked, weights and paths set
+merging.py         merge by recipe with mergekit, check, publish
+merge_methods.py   our masks as merge methods of mergekit
+eval_recipes.py    eval recipes: read, checked
+eval_settings.py   what their groups say about members
+eval_tasks.py      the tasks they name
+eval_machine.py    which device, which dtype
+announcement.py    one line before a model is scored
+eval_log.py        what lm-eval says, to a file
+evaluation.py      score a model with lm-eval
+items.py           every question's score
+scores.py          the figures that people compare
+leaderboard_v2.py  the second leaderboard's own figures
+results.py         results files: put together, written, read
+scoring.py         one model into one results file
+sweep.py           several weights, the best kept
+rows.py            results files as rows to compare
+statistics.py      paired differences and their p-values
+verdicts.py        which row is better, in words
+scores_picture.py  scores and differences, drawn
+comparison.py      results side by side
+overview.py        a sweep at a glance
 """

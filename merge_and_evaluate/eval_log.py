@@ -65,19 +65,24 @@ def logged_to(path: Path):
 
 @contextmanager
 def _one_bar():
-    """Without lm-eval's bar for every task's prompts (62 on the leaderboard) and the libraries' for files and maps."""
+    """Without lm-eval's bars for every task's prompts (62 on the leaderboard) and for tokenizing, and the libraries' for
+    files and maps. The bar of the requests, which knows the time left, is in another module and stays."""
     import datasets
+    import lm_eval.api.model
     import lm_eval.api.task
     from transformers.utils import logging as of_transformers
 
-    bar = lm_eval.api.task.tqdm
-    lm_eval.api.task.tqdm = lambda items, **_: items
+    places = (lm_eval.api.task, lm_eval.api.model)
+    bars = [place.tqdm for place in places]
+    for place in places:
+        place.tqdm = lambda items, **_: items
     datasets.disable_progress_bars()
     of_transformers.disable_progress_bar()
     try:
         yield
     finally:
-        lm_eval.api.task.tqdm = bar
+        for place, bar in zip(places, bars, strict=True):
+            place.tqdm = bar
         datasets.enable_progress_bars()
         of_transformers.enable_progress_bar()
 

@@ -135,6 +135,8 @@ def score_or_reuse(scoring: Scoring, model: Model, path: Path, overwrite: bool) 
         refuse_existing(path, overwrite)
         score_and_show(scoring, model, path)
         return
+    if int(os.environ.get("RANK", "0")):  # one process of `accelerate launch` writes
+        return
     write_results(path, before)
     print_results(before)
     print(f"wrote {path}")
