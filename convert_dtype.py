@@ -6,35 +6,39 @@
 Every parameter is rounded to --dtype, to nearest even. Integer buffers and rotary inv_freq stay as they are;
 config, tokenizer and chat template are copied. A finite value that would become infinite is an error that names
 its tensors, unless --clamp. Streams: 0.2 GB of memory on 2 cores, 0.5 GB on 8, whatever the size of the model.
-Stopped, the same command goes on from the last whole shard.
+If it is stopped,
+run the same command again: it resumes at the last complete shard.
 """
 
 import argparse
 from functools import partial
 from pathlib import Path
 
-from common.cli import add_output_flags
+from common import cli
 from common.errors import DataError
 from common.exits import run_and_leave
+from common.shards.blocks import blocks
 from common.shards.checkpoint import Checkpoint, config_with_dtype, copy_companions, open_checkpoint
-from common.shards.headers import DTYPE_CODES
-from common.shards.job import Job, describe, execute, input_files
-from common.shards.layout import Output, plan_shards
+from common.shards.headers import DTYPE_CODES, DTYPE_NAMES
+from common.shards.job import Job, begin, describe, identity
+from common.shards.layout import Output, plan_shards, slots_of
 from common.shards.matching import check_floats
 from common.shards.places import check_places
-from common.shards.stream import Task, Worker, blocks, copy_tensor, new_hash, not_finite
+from common.shards.stream import Task, Worker, copy_tensor, new_hash, not_finite
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model_path",
+        type=cli.path_or_hub_id,
         default="mistralai/Mistral-7B-v0.1",
         metavar="DIR|ORG/NAME",
         help="model directory or Hugging Face Hub id (default: %(default)s)",
     )
     parser.add_argument(
         "--save_path",
+        type=cli.path,
         default="models/Mistral-7b-v0.1-float16",
         metavar="DIR",
         help="where the converted model goes (default: %(default)s)",
@@ -50,26 +54,27 @@ def parse_args(argv=None) -> argparse.Namespace:
         action="store_true",
         help="a value too large for the dtype becomes its largest finite one instead of an error",
     )
-    add_output_flags(parser)
+    cli.add_output_flags(parser)
     return parser.parse_args(argv)
 
 
 def convert_tensor(task: Task, worker: Worker, dtype: str) -> list[dict]:
     """Round one tensor to `dtype`; its record counts the values changed and zeroed.
 
-    What overflows is clamped here, and refused in complete() unless that was asked for.
+    What overflows is clamped here, and refused in refuse_overflow() unless that was asked for: then all are named.
     """
     from common.pruners import kernels
 
-    source, digest = task.inputs[0], new_hash()
-    changed = zeroed = 0
-    overflow = False
+    if not task.inputs[0].is_parameter:
+        return copy_tensor(task, worker)
+    source, (writer,), digest = worker.reader(task.inputs[0]), worker.writers(task), new_hash()
+    changed, zeroed, overflow = 0, 0, False
     for start, stop in blocks(source.numel, kernels.BLOCK):
-        bits, out = worker.read(source, start, stop), worker.room(task, 0, start, stop)
+        bits, out = source.read(start, stop), writer.room(start, stop)
         more_changed, more_zeroed, finite = kernels.convert(bits, source.dtype, out, dtype)
         if not finite:
             if not kernels.all_finite(bits, source.dtype):
-                raise not_finite(source)
+                raise not_finite(source.tensor)
             overflow = True
             kernels.clamp(out, dtype)
         digest.update(out)
@@ -77,61 +82,57 @@ def convert_tensor(task: Task, worker: Worker, dtype: str) -> list[dict]:
     return [{"changed": changed, "zeroed": zeroed, "overflow": overflow, "written": digest.hexdigest()}]
 
 
-def plan(model: Checkpoint, args: argparse.Namespace) -> Job:
+def plan(model: Checkpoint, save_path: Path, dtype: str, clamp: bool, max_shard_size: int) -> Job:
+    """Everything that is decided before a weight is read: `dtype` as in headers, e.g. "F16"."""
     check_floats(model)
-    check_places([model.path], [Path(args.save_path)])
-    target = DTYPE_CODES[args.dtype]
-    shards = plan_shards(
-        [(t.name, target if t.is_parameter else t.dtype, t.shape) for t in model.tensors.values()],
-        args.max_shard_size,
-    )
-    tasks = [Task(slot.name, (model.tensors[slot.name],), (slot,), i) for i, s in enumerate(shards) for slot in s.slots]
+    check_places([model.path], [save_path])
+    described = [(t.name, dtype if t.is_parameter else t.dtype, t.shape) for t in model.tensors.values()]
+    shards = plan_shards(described, max_shard_size)
+    parameters = {"dtype": DTYPE_NAMES[dtype], "clamp": clamp, "max_shard_size": max_shard_size}
     return Job(
         title="convert",
-        identity={
-            "script": "convert_dtype.py",
-            "parameters": {"dtype": args.dtype, "clamp": args.clamp, "max_shard_size": args.max_shard_size},
-            "inputs": input_files([model]),
-        },
-        outputs=[Output(Path(args.save_path), tuple(shards))],
-        tasks=tasks,
-        process=partial(process, dtype=target),
-        complete=partial(complete, model, target, args.clamp),
+        identity=identity("convert_dtype.py", parameters, [model], [save_path]),
+        outputs=[Output(save_path, tuple(shards))],
+        tasks=[Task(slot.name, (model.tensors[slot.name],), (slot,), i) for i, slot in slots_of(shards)],
     )
 
 
-def process(task: Task, worker: Worker, dtype: str) -> list[dict]:
-    if task.inputs[0].is_parameter:
-        return convert_tensor(task, worker, dtype)
-    return copy_tensor(task, worker)
+def refuse_overflow(model: Checkpoint, dtype: str, overflowed: list[str]) -> None:
+    """Raise DataError for tensors with values that `dtype` cannot hold."""
+    names = ", ".join(repr(name) for name in overflowed[:8]) + (" and more" if len(overflowed) > 8 else "")
+    raise DataError(
+        f"{len(overflowed)} tensor(s) of {model.label} hold values beyond the largest {dtype}: {names}; "
+        "convert to bfloat16 or float32, or accept the nearest finite value with --clamp"
+    )
 
 
-def complete(model: Checkpoint, dtype: str, clamp: bool, output: Output, records: dict) -> None:
-    """Refuse what overflowed, name by name; otherwise add config and tokenizer and say what changed."""
-    overflowed = [name for name, record in records.items() if record.get("overflow")]
-    if overflowed and not clamp:
-        names = ", ".join(repr(name) for name in overflowed[:8]) + (" and more" if len(overflowed) > 8 else "")
-        raise DataError(
-            f"{len(overflowed)} tensor(s) of {model.label} hold values beyond the largest {dtype}: {names}; "
-            "convert to bfloat16 or float32, or accept the nearest finite value with --clamp"
-        )
-    copy_companions(model.path, output.part)
-    (output.part / "config.json").write_text(config_with_dtype(model.config, dtype), encoding="utf-8")
+def print_changes(model: Checkpoint, records: dict[str, dict]) -> None:
+    """Say what rounding did to the model."""
     values = sum(tensor.numel for tensor in model.tensors.values() if tensor.is_parameter)
     changed, zeroed = (sum(record.get(key, 0) for record in records.values()) for key in ("changed", "zeroed"))
     print(f"{values} values: {changed} changed by rounding, {zeroed} of them became zero")
-    if overflowed:
-        print(f"clamped: values in {len(overflowed)} tensor(s), the first {overflowed[0]!r}")
 
 
 def main(argv=None) -> None:
     args = parse_args(argv)
+    dtype = DTYPE_CODES[args.dtype]
     model = open_checkpoint(args.model_path)
-    job = plan(model, args)
+    job = plan(model, args.save_path, dtype, args.clamp, args.max_shard_size)
     if args.dry_run:
         print(describe(job, [model]))
         return
-    if execute(job, args.overwrite):
+    with begin(job, args.overwrite) as running:
+        running.stream(partial(convert_tensor, dtype=dtype))
+        for _, part, records in running.whole():
+            overflowed = [name for name, record in records.items() if record.get("overflow")]
+            if overflowed and not args.clamp:
+                refuse_overflow(model, dtype, overflowed)
+            copy_companions(model.path, part)
+            (part / "config.json").write_text(config_with_dtype(model.config, dtype), encoding="utf-8")
+            print_changes(model, records)
+            if overflowed:
+                print(f"clamped: values in {len(overflowed)} tensor(s), the first {overflowed[0]!r}")
+    if running.is_main:
         print(f"wrote {args.save_path} ({job.outputs[0].nbytes / 1e9:.3f} GB, {args.dtype})")
 
 

@@ -38,6 +38,7 @@ Are these files still what was written? Every tensor against its recorded hash:
 """
 
 import argparse
+import os
 from pathlib import Path
 
 from common import cli
@@ -48,9 +49,10 @@ from common.shards.verify import verify
 from merge_and_evaluate.announcement import planned
 from merge_and_evaluate.comparison import compare
 from merge_and_evaluate.eval_recipes import check_device, read_eval_recipe
+from merge_and_evaluate.mergekit_engine import TOKEN_KEYS
 from merge_and_evaluate.merging import (
+    ENGINES,
     REPORT_NAME,
-    TOKEN_KEYS,
     MergePlan,
     MergeSettings,
     already_merged,
@@ -76,19 +78,14 @@ from merge_and_evaluate.sweep import Sweep, plan_candidates, plan_scorings, plan
 from merge_and_evaluate.sweep import run as run_sweep
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-MERGE_DEFAULTS = {
-    "recipe": "recipes/recipe.yml",
-    "save_path": "./models/merged",
-    "max_shard_size": 10**9,
-    "seed": 0,
-}
+MERGE_DEFAULTS = {"recipe": "recipes/recipe.yml", "save_path": "./models/merged", "engine": "auto", "seed": 0}
 EVAL_DEFAULTS = {"eval_recipe": "recipes/open_llm_leaderboard.yml", "output_path": "results.json"}
 
 
 def add_everyday_flags(parser: argparse.ArgumentParser) -> None:
     """What is merged, what is scored, where it goes."""
     add = parser.add_argument_group("every day").add_argument
-    path = cli.path_or_hub_id
+    path = os.path.expanduser  # a shell expands no ~ after --flag=; `x/` and `./x` become one where paths are opened
     add("--recipe", type=path, metavar="FILE", help=f"merge recipe (default: {MERGE_DEFAULTS['recipe']})")
     add(
         "--save_path",
@@ -125,14 +122,20 @@ def add_everyday_flags(parser: argparse.ArgumentParser) -> None:
 def add_merge_flags(parser: argparse.ArgumentParser) -> None:
     """Details of the merge."""
     add = parser.add_argument_group("the merge in detail").add_argument
-    path = cli.path_or_hub_id
+    path = os.path.expanduser  # a shell expands no ~ after --flag=; `x/` and `./x` become one where paths are opened
     add("--base_model", type=path, metavar="DIR", help="this base instead of the recipe's")
     add("--models", type=path, nargs="+", metavar="DIR", help="these models instead of the recipe's, in its order")
     add(
         "--max_shard_size",
         type=cli.byte_size,
         metavar="SIZE",
-        help="start a new safetensors file beyond this size; that much is held in memory (default: 1GB)",
+        help="start a new safetensors file beyond this size (default: 5GB; 1GB where mergekit merges, which holds one)",
+    )
+    add(
+        "--engine",
+        choices=ENGINES,
+        help="stream: at the speed of a copy, any architecture; mergekit: everything else it can do; auto: stream what "
+        "streams, and say which it was (default: auto)",
     )
     add("--seed", type=int, metavar="N", help="for methods that draw at random: dare_*, della_* (default: 0)")
 
@@ -194,7 +197,7 @@ def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
 def add_compare_flags(parser: argparse.ArgumentParser) -> None:
     """Results files side by side; nothing is merged or scored."""
     add = parser.add_argument_group("compare results").add_argument
-    path = cli.path_or_hub_id
+    path = os.path.expanduser  # a shell expands no ~ after --flag=; `x/` and `./x` become one where paths are opened
     add(
         "--compare",
         nargs="+",
@@ -219,7 +222,10 @@ def check_combination(parser: argparse.ArgumentParser, given: set[str]) -> None:
     refusals = [
         ("verify", given - {"verify"}),
         ("compare", given - {"compare", "plot_path", "against"}),
-        ("eval_only", given & ({"merge_only", "recipe", "base_model", "models", "max_shard_size", "seed"} | sweep)),
+        (
+            "eval_only",
+            given & ({"merge_only", "recipe", "base_model", "models", "max_shard_size", "seed", "engine"} | sweep),
+        ),
         ("merge_only", given & ({"eval_recipe", "output_path", "batch_size", "name"} | scoring | sweep)),
         ("weights", given & {"weight_grid"}),
     ]
@@ -256,11 +262,17 @@ def print_merge(merge_plan: MergePlan, settings: MergeSettings, merges: int) -> 
     """What --dry_run says of the merge: what is read and written, and what it takes."""
     several = f", {merges} weights" if merges > 1 else ""
     print(f"merge   {merge_plan.recipe.path}: {merge_plan.recipe.config['merge_method']}{several}")
+    print(f"engine  {engine_line(merge_plan)}")
     for checkpoint in merge_plan.checkpoints:
         print(f"reads   {checkpoint.nbytes / 1e9:8.3f} GB  {checkpoint.label}")
     print(f"writes  {merge_plan.nbytes / 1e9:8.3f} GB  {merge_plan.save_path}")
     print(f"disk    {merge_plan.nbytes * min(merges, 2) / 1e9:8.3f} GB  to be free; more with --keep_models")
     print(f"memory  {memory_needed(merge_plan, settings) / 1e9:8.3f} GB  for the merge, about")
+
+
+def engine_line(merge_plan: MergePlan) -> str:
+    """Which engine merges and, if it is mergekit, why: "mergekit, because slices: cuts …"."""
+    return "stream" if merge_plan.reason is None else f"mergekit, because {merge_plan.reason}"
 
 
 def print_scoring(choosing: Scoring, reporting: Scoring | None, files: list[Path]) -> None:
@@ -285,8 +297,9 @@ def merged_model(merge_plan: MergePlan, settings: MergeSettings, name: str, over
     digests = input_digests(merge_plan)
     identity = merge_identity(merge_plan.recipe, digests, settings)
     if overwrite or not already_merged(merge_plan.save_path, identity):
-        merge(merge_plan, digests, settings, overwrite)
-        print(f"wrote {merge_plan.save_path}")
+        print(f"engine: {engine_line(merge_plan)}", flush=True)
+        if merge(merge_plan, digests, settings, overwrite):
+            print(f"wrote {merge_plan.save_path} ({merge_plan.nbytes / 1e9:.3f} GB)")
     else:
         print(f"{merge_plan.save_path} holds this merge already")
     return Model(str(merge_plan.save_path), name, identity, origin(merge_plan.recipe, digests, settings))
@@ -319,11 +332,14 @@ def evaluate_only(args: argparse.Namespace) -> None:
 def merge_and_evaluate(args: argparse.Namespace) -> None:
     """Merge by --recipe, for every weight that is asked for, and score what comes out."""
     check_device(args.device)
-    settings = MergeSettings(args.max_shard_size, args.device or "cpu", args.seed)
-    merge_plan = plan_merge(with_models(read_recipe(args.recipe), args.base_model, args.models), args.save_path)
+    settings = MergeSettings(args.max_shard_size, args.device or "cpu", args.seed, args.engine)
+    recipe = with_models(read_recipe(args.recipe), args.base_model, args.models)
+    merge_plan = plan_merge(recipe, args.save_path, settings)
     choices = weight_choices(args.weights, args.weight_grid)
     trials = {weights: with_weights(merge_plan.recipe, weights) for weights in choices}
     name, output_path = args.name or merge_plan.recipe.name, Path(args.output_path)
+    if merge_plan.reason or not args.merge_only:
+        check_one_process()
     if not args.merge_only:
         eval_recipe = read_eval_recipe(args.eval_recipe, **eval_flags(args))
         choosing, reporting = plan_scorings(eval_recipe, args.choose_on, args.report_on)
@@ -358,7 +374,6 @@ def main(argv=None) -> None:
     elif args.eval_only:
         evaluate_only(args)
     else:
-        check_one_process()
         merge_and_evaluate(args)
 
 

@@ -12,14 +12,16 @@
   magnitude  keep the largest 1 - sparsity_level of each tensor
   random     keep each element with probability 1 - sparsity_level, seeded (with --rescale: DARE)
 
-Conflict-aware: a vector keeps positions that no earlier one kept as long as there are any; each keeps its full
-budget. The order is the order of the command line. Equal magnitudes: the lower index is kept. Each output is the
-base plus the pruned vector, a model that mergekit reads, with prune_report.json beside it. Streams: 0.3 GB
-of memory on 2 cores, 0.7 GB on 8, whatever the size of the model; magnitude reads the vectors twice and keeps up
-to 0.5 GB of them in between. Several processes: torchrun
---nproc-per-node 2 -- prune_task_vector_7b.py ... writes the same bytes. Stopped, the same command goes on.
+Conflict-aware: a vector keeps positions that no earlier one kept as long as there are any; each has its full budget.
+The order is the order of the command line. Equal magnitudes: the lower index is kept. Zeros are never kept: where a
+vector changes nothing it is in no other's way. Each output is the base plus the pruned vector, a model that mergekit
+reads, with prune_report.json beside it.
 
-Later: a picture of two runs side by side, from their reports; and are the files still what was written?
+It streams: 0.3 GB of memory on 2 cores, 0.7 GB on 8, whatever the size of the model; magnitude reads the vectors twice
+and keeps up to 0.5 GB of them in between. If it is stopped, run the same command again: it resumes at the last complete
+shard. Several processes write the same bytes: torchrun --nproc-per-node 2 -- prune_task_vector_7b.py ...
+
+Later: a picture of two ways of pruning side by side, from their reports; and are the files still what was written?
 
     python prune_task_vector_7b.py --plot_path pruning.png \\
         --plot_reports models/magnitude_wildmarcoroni models/magnitude_westseverus \\
@@ -29,22 +31,23 @@ Later: a picture of two runs side by side, from their reports; and are the files
 
 import argparse
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from common import cli
 from common.errors import DataError
 from common.exits import run_and_leave
-from common.pruners.heatmaps import draw, read_run
+from common.pruners.heatmaps import draw, read_pruned
 from common.pruners.prune_tensor import prune_tensor
-from common.pruners.pruning import Pruning
+from common.pruners.pruning import Pruning, in_passes
 from common.pruners.report import NAME as REPORT
 from common.pruners.report import build, table
 from common.shards.checkpoint import Checkpoint, config_with_dtype, copy_companions
 from common.shards.documents import read_json, write_json
 from common.shards.headers import Tensor
-from common.shards.job import Job, describe, execute, input_files
-from common.shards.layout import Output, plan_shards
+from common.shards.job import Job, begin, describe, identity
+from common.shards.layout import Output, plan_shards, slots_of
 from common.shards.matching import check_floats, mask_names, match
 from common.shards.places import check_places
 from common.shards.stream import Task, Worker, copy_tensor
@@ -58,13 +61,24 @@ DEFAULTS = {"n": 64, "m": 256, "sparsity_level": 0.75, "seed": 0}
 def add_vector_flags(parser: argparse.ArgumentParser) -> None:
     """What is pruned and where it goes."""
     add = parser.add_argument_group("vectors, in the order they are pruned").add_argument
-    add("--task_vector_path1", metavar="DIR", help="first task vector; pruned as if alone")
-    add("--task_vector_path2", metavar="DIR", help="second task vector")
-    add("--save_directory1", metavar="DIR", help="where base + first pruned vector goes")
-    add("--save_directory2", metavar="DIR", help="where base + second pruned vector goes")
-    add("--task_vector_paths", nargs="+", metavar="DIR", help="any number of vectors instead of 1 and 2")
-    add("--save_directories", nargs="+", metavar="DIR", help="as many outputs, in the same order")
-    add("--base_model_path", metavar="DIR|ORG/NAME", help="default: the base recorded at extraction")
+    add("--task_vector_path1", type=cli.path_or_hub_id, metavar="DIR", help="first task vector; pruned as if alone")
+    add("--task_vector_path2", type=cli.path_or_hub_id, metavar="DIR", help="second task vector")
+    add("--save_directory1", type=cli.path, metavar="DIR", help="where base + first pruned vector goes")
+    add("--save_directory2", type=cli.path, metavar="DIR", help="where base + second pruned vector goes")
+    add(
+        "--task_vector_paths",
+        nargs="+",
+        type=cli.path_or_hub_id,
+        metavar="DIR",
+        help="any number of vectors instead of 1 and 2",
+    )
+    add("--save_directories", nargs="+", type=cli.path, metavar="DIR", help="as many outputs, in the same order")
+    add(
+        "--base_model_path",
+        type=cli.path_or_hub_id,
+        metavar="DIR|ORG/NAME",
+        help="default: the base recorded at extraction",
+    )
 
 
 def add_pruning_flags(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +86,7 @@ def add_pruning_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("pruning").add_argument
     add("--pruning_method", choices=["nm", "random", "magnitude"], default="nm", help="default: nm")
     add("--n", type=cli.positive_int, help="nm: elements to KEEP of every m (default: 64)")
-    add("--m", type=cli.positive_int, help="nm: elements in a run (default: 256; density = n/m)")
+    add("--m", type=cli.positive_int, help="nm: elements in a group (default: 256; density = n/m)")
     add(
         "--sparsity_level",
         type=cli.sparsity,
@@ -144,157 +158,153 @@ def settle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def pruning_of(args: argparse.Namespace) -> Pruning:
+    """What the flags ask for."""
     density = args.n / args.m if args.pruning_method == "nm" else 1.0 - args.sparsity_level
     return Pruning(args.pruning_method, density, args.n, args.m, args.seed, args.conflict_aware, args.rescale)
 
 
-def check_hashes(task: Task, record: dict, want: dict, vector: TaskVector, save_format: str) -> None:
-    """Refuse bytes that are not those that extraction recorded (`want`), of the base or of the vector."""
-    if save_format == "model" and record["base"] != want["base"]:
-        raise DataError(
-            f"tensor {task.name!r} in {task.inputs[0].path}: not the base that {vector.checkpoint.label} was extracted from; "
-            "give that one as --base_model_path, or extract the vector again"
-        )
-    if record["vector"] != want["vector"]:
-        raise DataError(
-            f"tensor {task.name!r} in {vector.checkpoint.path}: not the bytes that were extracted; extract the vector again"
-        )
+def parameters_of(args: argparse.Namespace, pruning: Pruning) -> dict:
+    """What the outputs depend on besides their inputs, as identity and report record it."""
+    return {
+        "pruning_method": pruning.method,
+        **{flag: getattr(args, flag) for flag, methods in USED_BY.items() if pruning.method in methods},
+        "density": pruning.density,
+        "conflict_aware": pruning.conflict_aware,
+        "rescale": pruning.rescale,
+        "save_format": args.save_format,
+        "evenness_over_groups_of": pruning.m,
+    }
 
 
-def process(task: Task, worker: Worker, pruning, names, save_format, engine, vectors) -> list[dict]:
-    """One task, checked against the hashes that extraction recorded."""
+def engine_for(device: str):
+    """What does the arithmetic; `cuda` under torchrun is each process's own GPU. Raises DataError if it is not there."""
+    from common.pruners.kernels import engine
+
+    return engine(f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device)
+
+
+def plan(
+    base: Checkpoint | None,
+    vectors: list[TaskVector],
+    save_directories: list[Path],
+    parameters: dict,
+    max_shard_size: int,
+) -> Job:
+    """Everything decided before a weight is read. `base` is None when only vectors are written."""
+    checkpoints = [vector.checkpoint for vector in vectors]
+    whole = base or checkpoints[0]
+    check_floats(whole)
+    pairs = [match(whole, checkpoint) for checkpoint in checkpoints]
+    check_places([c.path for c in [whole, *checkpoints]], save_directories)
+    typed = [whole.tensors if base else checkpoint.tensors for checkpoint in checkpoints]
+    shards = [plan_shards([(n, own[n].dtype, own[n].shape) for n in whole.tensors], max_shard_size) for own in typed]
+    if len({tuple(slot.name for _, slot in slots_of(each)) for each in shards}) > 1:
+        raise DataError("the task vectors differ in dtype; extract them with the same --dtype")
+
+    def inputs(name: str) -> tuple[Tensor, ...]:
+        own = whole.tensors[name]
+        if not own.is_parameter:  # a buffer is carried over from the base
+            return (own,)
+        return ((own,) if base else ()) + tuple(p[name] for p in pairs)
+
+    together = zip(*(slots_of(each) for each in shards), strict=True)  # each tensor's slot in every output
+    inputs_of_job = [*([base] if base else []), *checkpoints]
+    return Job(
+        title=f"prune {parameters['pruning_method']}",
+        identity=identity(
+            "prune_task_vector_7b.py", parameters | {"max_shard_size": max_shard_size}, inputs_of_job, save_directories
+        ),
+        outputs=[Output(path, tuple(each)) for path, each in zip(save_directories, shards, strict=True)],
+        tasks=[
+            Task(slots[0][1].name, inputs(slots[0][1].name), tuple(slot for _, slot in slots), slots[0][0])
+            for slots in together
+        ],
+    )
+
+
+# --- one tensor -----------------------------------------------------------------------------------
+
+
+def prune_and_check(task: Task, worker: Worker, pruning: Pruning, names: dict, engine, vectors: list[TaskVector]):
+    """One tensor of every vector, its bytes held against the hashes that extraction recorded."""
     if task.inputs[0].is_parameter:
-        records = prune_tensor(task, worker, pruning, names[task.name], save_format, engine)
+        records = prune_tensor(task, worker, pruning, names[task.name], engine)
     else:
         records = [record | {"vector": record["base"]} for record in copy_tensor(task, worker)]
     for record, vector in zip(records, vectors, strict=True):
         # A tied head may not be spelled out there; a buffer may be in this copy of the base alone.
         want = vector.hashes.get(task.name) or vector.hashes.get(names[task.name])
         if want:
-            check_hashes(task, record, want, vector, save_format)
+            check_hashes(task, record, want, vector)
     return records
 
 
-def engine_for(device: str):
-    """What does the arithmetic; `cuda` under torchrun is each process's own GPU. Raises DataError if it is not there."""
-    if device == "cpu":
-        from common.pruners import kernels
-
-        return kernels
-    from common.pruners.kernels.torch_engine import engine
-
-    return engine(f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device)
-
-
-def plan(base: Checkpoint | None, vectors: list[TaskVector], args: argparse.Namespace) -> Job:
-    """Everything decided before a weight is read. `base` is None when only vectors are written."""
-    checkpoints = [vector.checkpoint for vector in vectors]
-    whole = base or checkpoints[0]
-    check_floats(whole)
-    pairs = [match(whole, checkpoint) for checkpoint in checkpoints]
-    check_places([c.path for c in [whole, *checkpoints]], [Path(path) for path in args.save_directories])
-    pruning = pruning_of(args)
-
-    def described(j: int) -> list[tuple]:
-        typed = whole.tensors if base else checkpoints[j].tensors
-        return [(name, typed[name].dtype, typed[name].shape) for name in whole.tensors]
-
-    plans = [plan_shards(described(j), args.max_shard_size) for j in range(len(vectors))]
-    if len({tuple(tuple(s.name for s in shard.slots) for shard in shards) for shards in plans}) > 1:
-        raise DataError("the task vectors differ in dtype; extract them with the same --dtype")
-    tasks = [
-        Task(
-            name,
-            inputs(whole.tensors[name], base, [p.get(name) for p in pairs]),
-            tuple(s[i].slots[k] for s in plans),
-            i,
+def check_hashes(task: Task, record: dict, want: dict, vector: TaskVector) -> None:
+    """Refuse bytes that are not those that extraction recorded (`want`), of the base or of the vector."""
+    is_added_to_base = len(task.inputs) > len(task.slots) or not task.inputs[0].is_parameter
+    if is_added_to_base and record["base"] != want["base"]:
+        raise DataError(
+            f"tensor {task.name!r} in {task.inputs[0].path}: not the base that {vector.checkpoint.label} was extracted "
+            "from; give that one as --base_model_path, or extract the vector again"
         )
-        for i, shard in enumerate(plans[0])
-        for k, name in enumerate(slot.name for slot in shard.slots)
-    ]
-    parameters = parameters_of(pruning, args)
-    return Job(
-        title=f"prune {args.pruning_method}",
-        identity={
-            "script": "prune_task_vector_7b.py",
-            "parameters": parameters | {"max_shard_size": args.max_shard_size, "outputs": args.save_directories},
-            "inputs": input_files([*([base] if base else []), *checkpoints]),
-        },
-        outputs=[Output(Path(path), tuple(s)) for path, s in zip(args.save_directories, plans, strict=True)],
-        tasks=tasks,
-        process=partial(
-            process,
-            pruning=pruning,
-            names=mask_names(whole),
-            save_format=args.save_format,
-            engine=engine_for(args.device),
-            vectors=vectors,
-        ),
-        complete=partial(complete, base, vectors, parameters, args),
-        passes=2 if pruning.method == "magnitude" else 1,
-    )
+    if record["vector"] != want["vector"]:
+        raise DataError(
+            f"tensor {task.name!r} in {vector.checkpoint.path}: not the bytes that were extracted; "
+            "extract the vector again"
+        )
 
 
-def inputs(own: Tensor, base: Checkpoint | None, vectors: list[Tensor | None]) -> tuple[Tensor, ...]:
-    """What one task reads: buffers are carried over from `own`; parameters need base (for a model) and vectors."""
-    if not own.is_parameter:
-        return (own,)
-    return (own, *vectors) if base else tuple(vectors)
-
-
-def parameters_of(pruning: Pruning, args: argparse.Namespace) -> dict:
-    """What the masks depend on, as identity and report record it."""
-    used = {flag: getattr(args, flag) for flag, methods in USED_BY.items() if pruning.method in methods}
-    return {
-        "pruning_method": pruning.method,
-        **used,
-        "density": pruning.density,
-        "conflict_aware": pruning.conflict_aware,
-        "rescale": pruning.rescale,
-        "save_format": args.save_format,
-        "evenness_over_runs_of": pruning.m,
-    }
-
-
-def complete(base, vectors: list[TaskVector], parameters: dict, args, output: Output, records: dict) -> None:
-    """Add config, the fine-tuned model's tokenizer and the report to an output; print its table."""
-    own = [str(path) for path in args.save_directories].index(str(output.final))
-    vector = vectors[own]
-    copy_companions(vector.checkpoint.path, output.part)
+def finish(part: Path, base: Checkpoint | None, vector: TaskVector, report: dict, records: dict) -> None:
+    """Add config, the fine-tuned model's tokenizer and the report to an output."""
+    copy_companions(vector.checkpoint.path, part)
     source = base or vector.checkpoint
     dtypes = {source.tensors[name].dtype for name in records if source.tensors[name].is_parameter}
     config = config_with_dtype(source.config, dtypes.pop()) if len(dtypes) == 1 else None
     text = config or (source.path / "config.json").read_text(encoding="utf-8")
-    (output.part / "config.json").write_text(text, encoding="utf-8")
+    (part / "config.json").write_text(text, encoding="utf-8")
     if base is None:
-        write_pruned_vector_json(output.part, vector, records)
-    labels = [v.checkpoint.label for v in vectors]
-    report = build(parameters | {"hash": "xxh3_128"}, labels, own, records)
-    write_json(output.part / REPORT, report)
+        write_pruned_vector_json(part, vector, records)
+    write_json(part / REPORT, report)
+
+
+def look(args: argparse.Namespace) -> bool:
+    """--verify, or --plot_reports: look at what was written before. Returns whether that was asked for."""
+    if args.verify:
+        verify(args.verify)
+    elif args.plot_reports:
+        runs = [args.plot_reports, *([args.plot_with] if args.plot_with else [])]
+        draw([read_pruned(paths) for paths in runs], Path(args.plot_path))
+    return bool(args.verify or args.plot_reports)
 
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    if args.verify:
-        verify(args.verify)
+    if look(args):
         return
-    beside = [read_run(args.plot_with)] if args.plot_with else []
-    if args.plot_reports:
-        draw([read_run(args.plot_reports), *beside], Path(args.plot_path))
-        return
+    beside = [read_pruned(args.plot_with)] if args.plot_with else []
+    pruning, engine = pruning_of(args), engine_for(args.device)
+    parameters = parameters_of(args, pruning)
     vectors = open_vectors(args.task_vector_paths)
     base = open_base(vectors, args.base_model_path) if args.save_format == "model" else None
-    job = plan(base, vectors, args)
+    job = plan(base, vectors, args.save_directories, parameters, args.max_shard_size)
+    job = replace(job, passes=2 if in_passes(pruning, engine.BLOCK) else 1)
+    names = mask_names(base or vectors[0].checkpoint)
     if args.dry_run:
         print(describe(job, [*([base] if base else []), *(vector.checkpoint for vector in vectors)]))
         return
-    if not execute(job, args.overwrite):
+    labels = [vector.checkpoint.label for vector in vectors]
+    with begin(job, args.overwrite) as running:
+        running.stream(partial(prune_and_check, pruning=pruning, names=names, engine=engine, vectors=vectors))
+        for own, part, records in running.whole():
+            report = build(parameters | {"hash": "xxh3_128"}, labels, own, records)
+            finish(part, base, vectors[own], report, records)
+    if not running.is_main:
         return
     for path, output in zip(args.save_directories, job.outputs, strict=True):
         print(table(read_json(output.final / REPORT)))
         print(f"wrote {path} ({output.nbytes / 1e9:.3f} GB), the figures of every tensor in {path}/{REPORT}\n")
     if args.plot_path:
-        draw([read_run(args.save_directories), *beside], Path(args.plot_path))
+        draw([read_pruned(args.save_directories), *beside], Path(args.plot_path))
 
 
 if __name__ == "__main__":

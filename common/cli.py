@@ -19,16 +19,6 @@ def positive_int(text: str) -> int:
     return value
 
 
-def path(text: str) -> Path:
-    """'x/', './x', '~/x' -> the same directory as 'x' and as $HOME/x: a shell expands no ~ after --flag=."""
-    return Path(os.path.expanduser(text))
-
-
-def path_or_hub_id(text: str) -> str:
-    """A path as `path` has it, or a Hub id such as org/name, which stays as it is; './x' stays './x'."""
-    return os.path.expanduser(text)
-
-
 def sparsity(text: str) -> float:
     """'0.75' -> 0.75, the fraction to zero; must lie in [0, 1)."""
     try:
@@ -77,6 +67,16 @@ def batch_size(text: str) -> int | str:
     if text == "auto" or (text.startswith("auto:") and text[5:].isdigit()):
         return text
     return positive_int(text)
+
+
+def path(text: str) -> Path:
+    """'~/x/' -> Path('/home/me/x'): a shell leaves the ~ of --flag=~/x as it is."""
+    return Path(os.path.expanduser(text))
+
+
+def path_or_hub_id(text: str) -> str:
+    """The same for what may be a Hugging Face Hub id: '~/x' -> '/home/me/x', './x/' -> 'x', 'org/name' as it is."""
+    return str(path(text))
 
 
 def add_output_flags(parser: argparse.ArgumentParser) -> None:

@@ -112,7 +112,10 @@ def check_keys(path: str, config: dict) -> None:
 
 def include_path(recipe_path: str, include: str | None) -> str | None:
     """The folder of task files: relative to where the user stands, as for lm_eval, else to the recipe's folder."""
-    if include is None or os.path.isdir(include):
+    if include is None:
+        return None
+    include = os.path.normpath(os.path.expanduser(include))
+    if os.path.isdir(include):
         return include
     beside = Path(recipe_path).parent / include
     if not beside.is_dir():

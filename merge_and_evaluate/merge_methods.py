@@ -8,8 +8,6 @@ The sum is formed in float32 and rounded once, by mergekit, to the recipe's out_
 anything the base's bits stay. mergekit-yaml cannot load these methods, merge_and_evaluate_7b.py registers them.
 """
 
-import math
-from collections.abc import Iterator
 from functools import cache, partial
 from typing import Annotated
 
@@ -23,14 +21,18 @@ from pydantic import Field
 
 from common.errors import DataError
 from common.pruners import kernels
-from common.pruners.pruning import Pruning, masks_by_block
+from common.pruners.masks import Masks
+from common.pruners.pruning import Pruning
 from common.shards.checkpoint import open_checkpoint
 from common.shards.headers import DTYPE_CODES
 from common.shards.matching import mask_names
+from merge_and_evaluate.sum_inputs import Block
+from merge_and_evaluate.sums import vector_sum
 
 Count = Annotated[int, Field(ge=1)]
 Density = Annotated[float, Field(gt=0, le=1)]
 VectorDtype = Annotated[str, Field(pattern="^(float16|bfloat16|float32)$")]
+Consensus = Annotated[str, Field(pattern="^(none|sign)$")]
 CABS_URL = "https://arxiv.org/abs/2503.01874"
 ours = partial(
     merge_method,
@@ -70,49 +72,32 @@ def _vector(group: TensorGroup, entry: TensorEntry, tuned: np.ndarray, base: np.
     return vector
 
 
-# --- masks ----------------------------------------------------------------------------------------
-
-
-def _mixed_nm_masks(
-    pairs: list[tuple[int, int]], conflict_aware: bool, dtype: str, numel: int, read
-) -> Iterator[tuple]:
-    """What masks_by_block yields, for models that each keep n of m of their own."""
-    together = math.lcm(*(m for _, m in pairs))
-    step = max(kernels.BLOCK // together, 1) * together
-    for start in range(0, numel, step):
-        stop = min(start + step, numel)
-        vectors, taken = [], None
-        masks = kernels.empty_masks(len(pairs), stop - start)
-        for j, (n, m) in enumerate(pairs):
-            vectors.append(read(j, start, stop))
-            kernels.nm_mask(masks[j], vectors[j], dtype, taken, j if conflict_aware else 0, n, m)
-            if conflict_aware:
-                taken = masks[j] if taken is None else taken + masks[j]
-        yield start, stop, vectors, masks
-
-
 # --- the merge ------------------------------------------------------------------------------------
 
 
-def _merge(group: TensorGroup, weights: list[float], vector_dtype: str, masks_of) -> torch.Tensor:
-    """base + Σ weight · mask · vector in float32; masks_of(vectors' dtype, numel, read) yields blocks of masks."""
+def _merge(
+    group: TensorGroup, weights: list[float], prunings: list[Pruning], vector_dtype: str, consensus: str
+) -> torch.Tensor:
+    """base + Σ weight · mask · vector in float32; prunings: one a model."""
     base = group.base.tensor
     if group.metadata.name.endswith("inv_freq"):  # no parameter: carried over from the base
         return base
     target = DTYPE_CODES[vector_dtype]
     base_bits, tuned = _bits(base), [_bits(entry.tensor) for entry in group.non_base]
-    out = base.to(torch.float32, copy=True)
+    out = torch.empty_like(base, dtype=torch.float32, memory_format=torch.contiguous_format)
     out_bits = _bits(out)
 
     def read(j, start, stop):
         return _vector(group, group.non_base[j], tuned[j][start:stop], base_bits[start:stop], target)
 
-    for start, stop, vectors, masks in masks_of(target, out_bits.size, read):
-        block = out_bits[start:stop]
-        added = np.empty_like(block)
-        for weight, vector, mask in zip(weights, vectors, masks, strict=True):
-            kernels.add_kept(added, block, "F32", vector, target, mask, weight)
-            block[:] = added
+    masks = Masks(prunings, _mask_name(group), [target] * len(tuned), out_bits.size, kernels)
+    if masks.in_passes:
+        masks.find_thresholds(read, read)
+    for start, stop in masks.blocks():
+        vectors = [read(j, start, stop) for j in range(len(tuned))]
+        block, below = Block(out_bits[start:stop], "F32"), Block(base_bits[start:stop], _code(base))
+        added = [Block(vector, target) for vector in vectors]
+        vector_sum(block, below, added, masks.of(start, vectors), tuple(weights), consensus == "sign")
     return out.to(base.dtype)
 
 
@@ -127,20 +112,26 @@ def _mask_name(group: TensorGroup) -> str:
     return _mask_names(model.model.path).get(name, name) if isinstance(model, ModelReference) else name
 
 
+def _shared(density, group: TensorGroup) -> float:
+    """The density of all models. Raises DataError where they differ, which only a streamed merge can do."""
+    values = list(dict.fromkeys(density.values_for(group.non_base)))
+    if len(values) > 1:
+        raise DataError(
+            f"tensor {group.metadata.name!r}: density is {values[0]} for one model and {values[1]} for another; through "
+            "mergekit all models share one density: give one, or use --engine stream"
+        )
+    return values[0]
+
+
 def _as_by_sparsity(density: float) -> float:
     """The density that --sparsity_level 1 - density comes to in float64: 0.3 -> 0.30000000000000004."""
     return 1.0 - (1.0 - density)
 
 
-def _pruned(group: TensorGroup, weight, pruning: Pruning, vector_dtype: str) -> torch.Tensor:
+def _pruned(group: TensorGroup, weight, pruning: Pruning, settings: tuple[str, str]) -> torch.Tensor:
     """The merge where one Pruning holds for all models."""
-
-    def masks_of(target, numel, read):
-        dtypes = [target] * len(group.non_base)
-        return masks_by_block(pruning, _mask_name(group), dtypes, numel, read, kernels)
-
     weights = [value * pruning.scale for value in weight.values_for(group.non_base)]
-    return _merge(group, weights, vector_dtype, masks_of)
+    return _merge(group, weights, [pruning] * len(weights), *settings)
 
 
 @ours(name="cabs", pretty_name="CABS", reference_url=CABS_URL)
@@ -151,29 +142,29 @@ def cabs(
     m: PerNonBase[Count] = 256,
     conflict_aware: bool = True,
     vector_dtype: VectorDtype = "float16",
+    consensus: Consensus = "none",
 ) -> torch.Tensor:
     """Keep n of every m, least where an earlier model of the list kept something; n and m may differ per model."""
-    pairs = list(zip(n.values_for(group.non_base), m.values_for(group.non_base), strict=True))
-    if len(set(pairs)) == 1:
-        (count, run) = pairs[0]
-        pruning = Pruning("nm", count / run, count, run, conflict_aware=conflict_aware)
-        return _pruned(group, weight, pruning, vector_dtype)
-    masks_of = partial(_mixed_nm_masks, pairs, conflict_aware)
-    return _merge(group, weight.values_for(group.non_base), vector_dtype, masks_of)
+    pairs = zip(n.values_for(group.non_base), m.values_for(group.non_base), strict=True)
+    prunings = [Pruning("nm", n / m, n, m, conflict_aware=conflict_aware) for n, m in pairs]
+    return _merge(group, weight.values_for(group.non_base), prunings, vector_dtype, consensus)
 
 
 @ours(name="magnitude", pretty_name="Magnitude pruning", reference_url=CABS_URL)
 def magnitude(
     group: TensorGroup,
     weight: PerNonBase[float],
-    density: Density = 0.25,
+    density: PerNonBase[Density] = 0.25,
     conflict_aware: bool = False,
     rescale: bool = False,
     vector_dtype: VectorDtype = "float16",
+    consensus: Consensus = "none",
 ) -> torch.Tensor:
     """Keep the largest `density` of each tensor of each task vector."""
-    pruning = Pruning("magnitude", _as_by_sparsity(density), conflict_aware=conflict_aware, rescale=rescale)
-    return _pruned(group, weight, pruning, vector_dtype)
+    pruning = Pruning(
+        "magnitude", _as_by_sparsity(_shared(density, group)), conflict_aware=conflict_aware, rescale=rescale
+    )
+    return _pruned(group, weight, pruning, (vector_dtype, consensus))
 
 
 @ours(
@@ -184,15 +175,18 @@ def magnitude(
 def random(
     group: TensorGroup,
     weight: PerNonBase[float],
-    density: Density = 0.25,
+    density: PerNonBase[Density] = 0.25,
     seed: int = 0,
     conflict_aware: bool = False,
     rescale: bool = False,
     vector_dtype: VectorDtype = "float16",
+    consensus: Consensus = "none",
 ) -> torch.Tensor:
     """Keep each position with probability `density`; with `rescale` what is kept is divided by it."""
-    pruning = Pruning("random", _as_by_sparsity(density), seed=seed, conflict_aware=conflict_aware, rescale=rescale)
-    return _pruned(group, weight, pruning, vector_dtype)
+    pruning = Pruning(
+        "random", _as_by_sparsity(_shared(density, group)), seed=seed, conflict_aware=conflict_aware, rescale=rescale
+    )
+    return _pruned(group, weight, pruning, (vector_dtype, consensus))
 
 
 def register() -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import DataError
+from merge_and_evaluate.streamed_methods import METHODS, is_plain, model_path
 from merge_and_evaluate.yaml_files import read_yaml
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -32,9 +33,12 @@ class Recipe:
 def read_recipe(path: str) -> Recipe:
     """The recipe at `path`, with every key, parameter and weight checked and paths made safe for mergekit."""
     text, config = read_yaml(path)
-    check_keys(path, config)
+    plain = is_plain(config)  # then the checks below, which import mergekit, have nothing to find
+    if not plain:
+        check_keys(path, config)
     config = with_paths(config, safe_path)
-    check_method(path, config)
+    if not plain:
+        check_method(path, config)
     return Recipe(path, text, config)
 
 
@@ -56,16 +60,9 @@ def entries(config: dict) -> list[dict]:
     return [entry for entry in found if isinstance(entry, dict)]
 
 
-def _path_of(model) -> str | None:
-    """The path in a model reference: text, or mergekit's longer form {model: {path: …}}."""
-    while isinstance(model, dict):
-        model = model.get("model", model.get("path"))
-    return model if isinstance(model, str) else None
-
-
 def model_paths(config: dict) -> list[str]:
     """Every model a recipe names, base first, each once."""
-    paths = [_path_of(config.get("base_model"))] + [_path_of(entry.get("model")) for entry in entries(config)]
+    paths = [model_path(config.get("base_model"))] + [model_path(entry.get("model")) for entry in entries(config)]
     return list(dict.fromkeys(path for path in paths if path))
 
 
@@ -96,7 +93,7 @@ def with_models(recipe: Recipe, base_model: str | None, models: list[str] | None
 
     if base_model is None and models is None:
         return recipe
-    old_base, others = _path_of(recipe.config.get("base_model")), model_paths(recipe.config)
+    old_base, others = model_path(recipe.config.get("base_model")), model_paths(recipe.config)
     others = [path for path in others if path != old_base]
     if models is not None and len(models) != len(others):
         raise DataError(
@@ -107,7 +104,8 @@ def with_models(recipe: Recipe, base_model: str | None, models: list[str] | None
         raise DataError(f"{recipe.path}: has no base_model that --base_model could replace; leave the flag out")
     new = dict(zip(others, models or others, strict=True)) | ({old_base: base_model or old_base} if old_base else {})
     config = with_paths(recipe.config, lambda path: safe_path(new.get(path, path)))
-    check_method(recipe.path, config)
+    if not is_plain(config):
+        check_method(recipe.path, config)
     return replace(recipe, config=config, text=yaml.safe_dump(config, sort_keys=False))
 
 
@@ -253,8 +251,8 @@ def _check_dtypes(path: str, config: dict) -> None:
 def _check_inputs(path: str, method, config: dict) -> None:
     """As many models as the method takes, each once, and a base if it needs one."""
     base, models = (
-        _path_of(config.get("base_model")),
-        [_path_of(e.get("model")) for e in _as_list(config.get("models"))],
+        model_path(config.get("base_model")),
+        [model_path(e.get("model")) for e in _as_list(config.get("models"))],
     )
     if "" in (base, *models):
         raise DataError(f"{path}: the path of a model is empty; write it out, or leave out the entry")
@@ -273,7 +271,7 @@ def check_method(path: str, config: dict) -> None:
     shared = config.get("parameters") or {}
     holders = [("parameters", shared, False)]
     holders += [
-        (f"model {_path_of(entry.get('model'))}", entry.get("parameters") or {}, True) for entry in entries(config)
+        (f"model {model_path(entry.get('model'))}", entry.get("parameters") or {}, True) for entry in entries(config)
     ]
     for where, parameters, per_model in holders:
         _check_names(path, method, where, parameters, per_model)
@@ -281,7 +279,7 @@ def check_method(path: str, config: dict) -> None:
     needed = [spec.name for spec in method.spec.input_parameters if spec.required and spec.name not in shared]
     for where, parameters, _ in holders[1:]:
         missing = [name for name in needed if parameters.get(name) in (None, [])]
-        if missing and config.get("models") and where != f"model {_path_of(config.get('base_model'))}":
+        if missing and config.get("models") and where != f"model {model_path(config.get('base_model'))}":
             raise DataError(f"{path}: {where} has no {missing[0]}; merge_method {method.spec.name} needs one per model")
     if method.spec.name == "cabs":
         _check_counts(path, method, holders)
@@ -292,15 +290,15 @@ def check_method(path: str, config: dict) -> None:
 
 def weighted_entries(recipe: Recipe) -> list[dict]:
     """The entries whose weight a sweep can set: models, in the recipe's order, or else the recipe as a whole."""
-    base = _path_of(recipe.config.get("base_model"))
-    models = [entry for entry in entries(recipe.config) if _path_of(entry.get("model")) != base]
+    base = model_path(recipe.config.get("base_model"))
+    models = [entry for entry in entries(recipe.config) if model_path(entry.get("model")) != base]
     found = [entry for entry in [*models, recipe.config] if "weight" in (entry.get("parameters") or {})]
     found = [entry for entry in found if entry is not recipe.config] or found
     for entry in found:
         weight = entry["parameters"]["weight"]
         if not is_number(weight):
             raise DataError(
-                f"{recipe.path}: {_path_of(entry.get('model')) or 'parameters'}: weight is {weight!r:.60}; "
+                f"{recipe.path}: {model_path(entry.get('model')) or 'parameters'}: weight is {weight!r:.60}; "
                 "a sweep needs one number there, which it then replaces"
             )
     if not found:
@@ -308,16 +306,22 @@ def weighted_entries(recipe: Recipe) -> list[dict]:
     return found
 
 
+def _normalizes(path: str, name: str) -> bool:
+    """Whether a method divides by the sum of the weights unless told otherwise."""
+    if name in METHODS:  # known without mergekit
+        return "normalize" in METHODS[name] and METHODS[name]["normalize"].default
+    return next((spec.default for spec in _method(path, name).spec.parameters if spec.name == "normalize"), False)
+
+
 def swept_lambda(recipe: Recipe) -> bool:
     """Whether equal weights scale this merge through the recipe's `lambda` (methods that normalise weights)."""
     parameters = recipe.config.get("parameters") or {}
-    method = _method(recipe.path, recipe.config["merge_method"])
-    normalizes = next((spec.default for spec in method.spec.parameters if spec.name == "normalize"), False)
+    normalizes = _normalizes(recipe.path, recipe.config["merge_method"])
     if not parameters.get("normalize", normalizes):
         return False
     if "lambda" not in parameters:
         raise DataError(
-            f"{recipe.path}: merge_method {method.spec.name} divides by the sum of the weights, so equal "
+            f"{recipe.path}: merge_method {recipe.config['merge_method']} divides by the sum of the weights, so equal "
             "weights cancel; set `normalize: false`, or a `lambda` for the sweep, under `parameters`"
         )
     return True

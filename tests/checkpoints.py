@@ -12,11 +12,7 @@ import convert_dtype
 import extract_task_vector_7b
 import prune_task_vector_7b
 
-MAINS = {
-    "convert": convert_dtype.main,
-    "extract": extract_task_vector_7b.main,
-    "prune": prune_task_vector_7b.main,
-}
+MAINS = {"convert": convert_dtype.main, "extract": extract_task_vector_7b.main, "prune": prune_task_vector_7b.main}
 CONFIG = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "torch_dtype": "float32"}
 SHAPES = {
     "lm_head.weight": (11, 7),
@@ -81,6 +77,16 @@ def run(script: str, *arguments) -> None:
     MAINS[script]([str(argument) for argument in arguments])
 
 
+def extract(finetuned: Path, base: Path, save: Path, *more) -> None:
+    """The second script: save = finetuned minus base."""
+    run("extract", "--finetuned_model_path", finetuned, "--base_model_path", base, "--save_path", save, *more)
+
+
+def prune(vectors: list[Path], outputs: list[Path], *more) -> None:
+    """The third script: each of the vectors, pruned, to the output at its place in the list."""
+    run("prune", "--task_vector_paths", *vectors, "--save_directories", *outputs, *more)
+
+
 def refusal(script: str, *arguments) -> str:
     """The one line a script ends with on bad data, without "error: "; anything but that fails."""
     with pytest.raises(SystemExit) as stop:
@@ -112,17 +118,7 @@ def chain(folder: Path, dtype=torch.float16, buffers: dict | None = None) -> Pat
     write(folder / "base", base | extra)
     for seed, name in enumerate("ab", 1):
         write(folder / name, state(seed, dtype, near=base) | extra)
-        run(
-            "extract",
-            "--finetuned_model_path",
-            folder / name,
-            "--base_model_path",
-            folder / "base",
-            "--save_path",
-            folder / f"v{name}",
-            "--dtype",
-            str(dtype).removeprefix("torch."),
-        )
+        extract(folder / name, folder / "base", folder / f"v{name}", "--dtype", str(dtype).removeprefix("torch."))
     return folder
 
 

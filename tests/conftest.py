@@ -11,14 +11,7 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-COLOURS = {
-    "sky": "blue",
-    "grass": "green",
-    "snow": "white",
-    "coal": "black",
-    "blood": "red",
-    "lemon": "yellow",
-}
+COLOURS = {"sky": "blue", "grass": "green", "snow": "white", "coal": "black", "blood": "red", "lemon": "yellow"}
 
 
 def save_tokenizer(directory: Path) -> int:
@@ -93,3 +86,20 @@ def models(tmp_path_factory) -> Path:
     for seed, name in enumerate(("base", "wild", "west")):
         save_model(folder / name, seed)
     return folder
+
+
+@pytest.fixture
+def here(models, tmp_path, monkeypatch) -> Path:
+    """The working directory of a merge: base, wild, west, recipe.yml, eval.yml and tasks/ (recipes_and_models.py)."""
+    from recipes_and_models import set_the_table
+
+    monkeypatch.chdir(tmp_path)
+    return set_the_table(tmp_path, models)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A copy of the repository with the downloads of the README in it (workplace.py)."""
+    from workplace import make_workplace
+
+    return make_workplace(tmp_path_factory.mktemp("clone"))

@@ -132,6 +132,7 @@ def main() -> None:
     # Small models, too, take several requests of several blocks.
     common.shards.buffers.READ = common.shards.buffers.WRITE = 2 * common.shards.buffers.PAGE
     common.pruners.kernels.BLOCK = 2048
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in its background deaf to it
     tqdm.monitor_interval = 0  # no thread of its own, which a fork would not take along
     sys.stdout, answers = sys.stderr, sys.stdout
     for line in sys.stdin:

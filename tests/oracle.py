@@ -34,7 +34,7 @@ def extract(finetuned: torch.Tensor, base: torch.Tensor, dtype: torch.dtype) -> 
 
 
 def scopes(method: str, numel: int, n: int, m: int, density: float) -> list[tuple[int, int, int]]:
-    """[(start, stop, k)]: runs of m with a last one of r that keeps ceil(n*r/m), or the whole tensor."""
+    """[(start, stop, k)]: groups of m with a last one of r that keeps ceil(n*r/m), or the whole tensor."""
     if method == "magnitude":
         return [(0, numel, round(density * numel))]
     found = []
@@ -45,9 +45,10 @@ def scopes(method: str, numel: int, n: int, m: int, density: float) -> list[tupl
 
 
 def ranked_masks(vectors: list[list[float]], scopes: list[tuple], conflict_aware: bool) -> list[list[bool]]:
-    """Sort every scope by (fewest earlier keepers, larger magnitude, lower index); keep the first k.
+    """Sort every scope by (fewest earlier keepers, larger magnitude, lower index); keep the first k, but no zeros.
 
     ranked_masks([[1, -3, 2, 2]], [(0, 4, 2)], True) -> [[False, True, True, False]]
+    ranked_masks([[0, -3, 0], [9, 8, 7]], [(0, 3, 2)], True) -> [[False, True, False], [True, False, True]]
     """
     keepers, masks = [0] * len(vectors[0]), []
     for vector in vectors:
@@ -58,7 +59,7 @@ def ranked_masks(vectors: list[list[float]], scopes: list[tuple], conflict_aware
                 return (keepers[i] if conflict_aware else 0, -abs(vector[i]), i)
 
             for i in sorted(range(start, stop), key=place)[:k]:
-                mask[i] = True
+                mask[i] = vector[i] != 0
         keepers = [count + kept for count, kept in zip(keepers, mask, strict=True)]
         masks.append(mask)
     return masks
@@ -110,18 +111,27 @@ def random_chances(density: float, vectors: int, conflict_aware: bool) -> list[l
     return chances
 
 
-def random_masks(
+def random_draws(
     numel: int, vectors: int, density: float, conflict_aware: bool, seed: int, name: str
 ) -> list[list[bool]]:
-    """Vector j keeps position i where its draw is below chance * 2**32; j's key is xxh3_64 of "seed/j/name"."""
-    keepers, masks = [0] * numel, []
+    """Vector j draws position i where its number is below chance * 2**32; j's key is xxh3_64 of "seed/j/name".
+
+    Whatever the values are: a drawn zero is taken for the vectors that follow, and only then left out of the mask.
+    """
+    drawn, found = [0] * numel, []
     for j, row in enumerate(random_chances(density, vectors, conflict_aware)):
         limits = [round(chance * 2**32) for chance in row]
         numbers = draws(numel, xxhash.xxh3_64_intdigest(f"{seed}/{j}/{name}".encode())).tolist()
-        mask = [number < limits[count] for number, count in zip(numbers, keepers, strict=True)]
-        keepers = [count + kept for count, kept in zip(keepers, mask, strict=True)]
-        masks.append(mask)
-    return masks
+        hits = [number < limits[count] for number, count in zip(numbers, drawn, strict=True)]
+        drawn = [count + hit for count, hit in zip(drawn, hits, strict=True)]
+        found.append(hits)
+    return found
+
+
+def random_masks(vectors: list[list[float]], *rule) -> list[list[bool]]:
+    """What is drawn (rule: density, conflict_aware, seed, name) and not zero."""
+    drawn = random_draws(len(vectors[0]), len(vectors), *rule)
+    return [[hit and value != 0 for hit, value in zip(*pair, strict=True)] for pair in zip(drawn, vectors, strict=True)]
 
 
 def masks(
@@ -130,9 +140,9 @@ def masks(
     """The masks of one tensor of every vector, in order; `name` is what random draws under."""
     aware = (method == "nm") if conflict_aware is None else conflict_aware
     density = 1.0 - sparsity_level
-    if method == "random":
-        return random_masks(vectors[0].numel(), len(vectors), density, aware, seed, name)
     flat = [vector.flatten().tolist() for vector in vectors]
+    if method == "random":
+        return random_masks(flat, density, aware, seed, name)
     return ranked_masks(flat, scopes(method, len(flat[0]), n, m, density), aware)
 
 

@@ -71,6 +71,7 @@ def test_tokenizer_gives_back_every_sentence_with_digits_apart():
     assert tokenizer.tokenize("is 118.")[-4:] == ["1", "1", "8", "."]
 
 
+@pytest.mark.slow
 def test_models_are_sharded_checkpoints_that_share_names_shapes_and_tokenizer(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

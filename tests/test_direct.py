@@ -13,9 +13,9 @@ from hypothesis import given, settings
 
 from common.pruners import kernels
 from common.shards import buffers, stream
-from common.shards.buffers import Stage, Window
+from common.shards.blocks import Reader
+from common.shards.buffers import InputBuffer, OutputBuffer
 from common.shards.direct import PAGE, File, aligned
-from common.shards.stream import Worker
 
 SIZES = st.lists(st.integers(0, 5 * PAGE), min_size=1, max_size=8)
 
@@ -33,7 +33,7 @@ def random_bytes(nbytes: int, seed: int = 0) -> np.ndarray:
 
 def staged(path, data: np.ndarray, lead: int, sizes: list[int]) -> None:
     """Write `data` from offset `lead` on, in rooms of these sizes."""
-    file, stage, at = File(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), Stage(), 0
+    file, stage, at = File(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), OutputBuffer(), 0
     file.prepare(lead + data.size)
     for size in sizes:
         stage.room(file, lead + at, size)[:] = data[at : at + size]
@@ -63,7 +63,7 @@ def test_a_stage_writes_what_was_put_in_it(tmp_path_factory, lead, sizes):
 def test_stages_share_a_file(tmp_path):
     """Neighbours that meet within a page, written alternately: both whole."""
     data, cut = random_bytes(20 * PAGE), 7 * PAGE + 123
-    file, left, right = File(tmp_path / "x", os.O_WRONLY | os.O_CREAT), Stage(), Stage()
+    file, left, right = File(tmp_path / "x", os.O_WRONLY | os.O_CREAT), OutputBuffer(), OutputBuffer()
     file.prepare(data.size)
     for i in range(0, cut, 1000):
         left.room(file, i, min(1000, cut - i))[:] = data[i : min(i + 1000, cut)]
@@ -81,7 +81,7 @@ def test_stages_share_a_file(tmp_path):
 
 def test_a_stage_holds_no_more_than_a_request(tmp_path):
     """Its memory does not grow with what passes through it."""
-    file, stage = File(tmp_path / "x", os.O_WRONLY | os.O_CREAT), Stage()
+    file, stage = File(tmp_path / "x", os.O_WRONLY | os.O_CREAT), OutputBuffer()
     file.prepare(1 << 20)
     for at in range(0, 1 << 20, 1000):
         stage.room(file, at, min(1000, (1 << 20) - at))[:] = 1
@@ -122,7 +122,7 @@ def test_a_window_reads_what_is_there(tmp_path_factory, sizes, state, begin):
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             os.pread(file.fileno(), 100, data.size // 2)
-    file, window, spans, at = File(path, os.O_RDONLY), Window(), [], begin
+    file, window, spans, at = File(path, os.O_RDONLY), InputBuffer(), [], begin
     for size in sizes:
         spans.append((at, at + size))
         at += size
@@ -142,7 +142,7 @@ def test_what_is_cached_is_not_read_from_disk(tmp_path, monkeypatch):
     for cached in (True, False):
         if not cached:
             evict(path)
-        file, window = File(path, os.O_RDONLY), Window()
+        file, window = File(path, os.O_RDONLY), InputBuffer()
         for start in range(0, data.size, PAGE):
             assert np.array_equal(window.read(file, start, start + PAGE, data.size), data[start : start + PAGE])
         file.close()
@@ -201,7 +201,7 @@ def test_on_odd_systems(tmp_path, monkeypatch, kind):
     staged(tmp_path / "x", data, 333, [5000] * 7 + [data.size - 35000])
     assert (tmp_path / "x").read_bytes() == bytes(333) + data.tobytes()
     evict(tmp_path / "x")
-    file, window = File(tmp_path / "x", os.O_RDONLY), Window()
+    file, window = File(tmp_path / "x", os.O_RDONLY), InputBuffer()
     for start in range(0, data.size, 5000):
         stop = min(start + 5000, data.size)
         assert np.array_equal(window.read(file, 333 + start, 333 + stop, 333 + data.size), data[start:stop])
@@ -239,8 +239,10 @@ def test_what_is_read_again_comes_from_memory(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(kernels, "BLOCK", 1000)
     monkeypatch.setattr(stream, "worker_count", lambda: 1)
-    reads, real = [], Worker.read
-    monkeypatch.setattr(Worker, "read", lambda self, *a: (reads.append(a[0].path.parent.name), real(self, *a))[1])
+    reads, real = [], Reader._bits
+    monkeypatch.setattr(
+        Reader, "_bits", lambda self, *a: (reads.append(self.tensor.path.parent.name), real(self, *a))[1]
+    )
     weights = []
     for number, (cached, shelves, expected) in enumerate(
         ((False, 0, 20), (False, 3 * 2000, 16), (False, 1 << 20, 10), (True, 1 << 20, 20))

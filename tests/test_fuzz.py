@@ -110,6 +110,7 @@ def test_mutated_bytes(path, edits):
             expect_sound(path, found)
 
 
+@pytest.mark.slow
 def test_thousands_of_mutations(path):
     """10000 files, seeded: bits flipped, digits changed, pieces of the header cut out, doubled or swapped."""
     chance, accepted = random.Random(1), 0
@@ -189,6 +190,7 @@ def test_arbitrary_headers(path, seed):
         expect_sound(path, found)
 
 
+@pytest.mark.slow
 @relaxed
 @given(
     st.lists(st.tuples(st.sampled_from(["F16", "F32", "U8"]), st.lists(st.integers(0, 3), max_size=3)), max_size=5),
@@ -213,17 +215,7 @@ def test_shuffled_offsets(path, described, chance):
 # --- indexes, configs, whole checkpoints ----------------------------------------------------------
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-FILES = [
-    ONE,
-    TWO,
-    "../" + ONE,
-    "/" + ONE,
-    ".",
-    "",
-    "nul\0.safetensors",
-    "x" * 300 + ".safetensors",
-    ONE + "\n",
-]
+FILES = [ONE, TWO, "../" + ONE, "/" + ONE, ".", "", "nul\0.safetensors", "x" * 300 + ".safetensors", ONE + "\n"]
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +239,7 @@ def test_arbitrary_indexes(sharded, seed):
         assert {t.name: t.path.name for t in found} == weight_map
 
 
+@pytest.mark.slow
 @relaxed
 @given(SEEDS, EDITS)
 def test_arbitrary_configs(tmp_path, seed, edits):
@@ -254,10 +247,7 @@ def test_arbitrary_configs(tmp_path, seed, edits):
     model, chance = tmp_path / "m", random.Random(seed)
     if not model.exists():
         write(model, {"model.embed_tokens.weight": torch.ones(3, 2)})
-        write(
-            tmp_path / "other",
-            {"model.embed_tokens.weight": torch.ones(3, 2), "lm_head.weight": torch.ones(3, 2)},
-        )
+        write(tmp_path / "other", {"model.embed_tokens.weight": torch.ones(3, 2), "lm_head.weight": torch.ones(3, 2)})
 
     def planned(directory: Path):
         base = open_checkpoint(str(directory))
@@ -283,6 +273,7 @@ def _zip(records: dict[str, bytes]) -> bytes:
     return out.getvalue()
 
 
+@pytest.mark.slow
 def test_mutated_bins(tmp_path):
     """Bytes of a .bin changed anywhere, and of its pickle with the zip made to fit: 800 files."""
     out, chance = io.BytesIO(), random.Random(0)
@@ -320,6 +311,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_large_hostile_headers(path, text):
     """Megabytes made to be slow or large: answered in seconds, in memory of the order of the header."""

@@ -7,8 +7,9 @@ from fnmatch import fnmatch
 import pytest
 from checkpoints import chain, prune_arguments, refusal, run, usage_error
 from matplotlib.axes import Axes
+from matplotlib.figure import SubFigure
 
-from common.pruners.heatmaps import Run, axes_of, colour_range, draw, matrix, method, read_run, run_labels
+from common.pruners.heatmaps import Pruned, axes_of, colour_range, draw, matrix, method, read_pruned, side_labels
 
 NAN = math.nan
 MAGNITUDE = ["--pruning_method", "magnitude"]
@@ -32,9 +33,9 @@ def here(tmp_path_factory):
     return folder
 
 
-def entry(group: str, numel: int = 4, l2_share=0.5, evenness=1.0, **overlap) -> dict:
+def entry(kind: str, numel: int = 4, l2_share=0.5, evenness=1.0, **overlap) -> dict:
     return {
-        "group": group,
+        "kind": kind,
         "numel": numel,
         "density": 0.25,
         "l2_share": l2_share,
@@ -44,7 +45,7 @@ def entry(group: str, numel: int = 4, l2_share=0.5, evenness=1.0, **overlap) -> 
 
 
 def report(tensors: dict, vector="a", position=1, **parameters) -> dict:
-    own = {"pruning_method": "nm", "n": 1, "m": 4, "conflict_aware": True, "evenness_over_runs_of": 4}
+    own = {"pruning_method": "nm", "n": 1, "m": 4, "conflict_aware": True, "evenness_over_groups_of": 4}
     return (
         own | parameters | {"vector": vector, "position": position, "totals": entry("all", b=0.5), "tensors": tensors}
     )
@@ -79,7 +80,7 @@ PATTERNS = [
 @pytest.mark.parametrize("name", ["pa", "pb", "ma", "mb"])
 def test_the_matrix_is_what_the_report_says(here, name, measure):
     """q holds a weight and a bias; embeddings above the layers, final norm and head below."""
-    found = read_run([str(here / name)]).reports[0]
+    found = read_pruned([str(here / name)]).reports[0]
     rows, kinds = axes_of([found])
     assert rows == [("", "embeddings"), ("model.layers.0", ""), ("", "norms"), ("", "head")]
     assert kinds == ["q", "up"]
@@ -90,8 +91,8 @@ def test_the_matrix_is_what_the_report_says(here, name, measure):
 
 
 def test_cabs_differs_from_magnitude(here):
-    """What the picture is for; the only overlap of CABS is in the last runs, shorter than m."""
-    cabs, magnitude = (read_run([str(here / name)]).reports[0]["totals"] for name in ("pa", "ma"))
+    """What the picture is for; the only overlap of CABS is in the last groups, shorter than m."""
+    cabs, magnitude = (read_pruned([str(here / name)]).reports[0]["totals"] for name in ("pa", "ma"))
     assert cabs["evenness"] == 1
     assert max(cabs["overlap"].values()) < 0.03 < 0.08 < min(magnitude["overlap"].values())
 
@@ -134,6 +135,17 @@ def test_buffers_are_not_drawn():
     assert axes_of([report(tensors)]) == ([("h.0", "")], ["q"])
 
 
+def test_reports_of_earlier_versions_are_drawn(panels, tmp_path, monkeypatch):
+    """They call a kind a group and a group a run."""
+    titles = []
+    monkeypatch.setattr(SubFigure, "suptitle", lambda figure, title, **how: titles.append(title))
+    old = report({"h.0.q": {"group": "q"} | {k: v for k, v in entry("q", b=0.1).items() if k != "kind"}})
+    old["evenness_over_runs_of"] = old.pop("evenness_over_groups_of")
+    (tmp_path / "prune_report.json").write_text(json.dumps(old))
+    draw([read_pruned([str(tmp_path)])], tmp_path / "old.svg")
+    assert len(panels) == 3 and "evenness over groups of 4" in titles
+
+
 # --- picture --------------------------------------------------------------------------------------
 
 
@@ -163,7 +175,7 @@ def test_two_runs_side_by_side_share_a_scale(here, panels, tmp_path):
     """Per measure a row per vector, magnitude left of nm; a picture with the colours of three scales comes out."""
     from matplotlib.image import imread
 
-    runs = [read_run([str(here / f"{kind}{j}") for j in "ab"]) for kind in "mp"]
+    runs = [read_pruned([str(here / f"{kind}{j}") for j in "ab"]) for kind in "mp"]
     draw(runs, tmp_path / "two.png")
     order = [(measure, name) for measure in ("overlap", "l2_share", "evenness") for name in ("ma", "pa", "mb", "pb")]
     assert len(panels) == len(order)
@@ -181,23 +193,26 @@ def test_two_runs_side_by_side_share_a_scale(here, panels, tmp_path):
 
 def test_one_vector_alone_has_no_overlap_to_draw(panels, tmp_path):
     alone = report({"h.0.q": entry("q", l2_share=None)}) | {"totals": entry("all")}
-    draw([Run((alone,), "x")], tmp_path / "one.svg")
+    draw([Pruned((alone,), "x")], tmp_path / "one.svg")
     assert len(panels) == 2
     assert (tmp_path / "one.svg").read_text().startswith("<?xml")
 
 
 def test_deep_models_fit(panels, tmp_path):
     tensors = {f"model.layers.{i}.{kind}": entry(kind, b=0.1) for i in range(126) for kind in ("q", "k")}
-    draw([Run((report(tensors),), "x")], tmp_path / "deep.png")
+    draw([Pruned((report(tensors),), "x")], tmp_path / "deep.png")
     assert [len(values) for values, _ in panels] == [126] * 3
 
 
 def test_runs_are_told_apart():
     nm, other = report({}, "v/a"), report({}, "v/b")
-    assert run_labels([Run((nm,), "x"), Run((nm | {"n": 2},), "y")]) == ["CABS 1:4", "CABS 2:4"]
-    assert run_labels([Run((nm,), "x"), Run((other,), "y")]) == ["CABS 1:4\na first", "CABS 1:4\nb first"]
-    assert run_labels([Run((nm,), "p/x"), Run((nm,), "p/y")]) == ["CABS 1:4\nx", "CABS 1:4\ny"]
+    assert side_labels([Pruned((nm,), "x"), Pruned((nm | {"n": 2},), "y")]) == ["CABS 1:4", "CABS 2:4"]
+    assert side_labels([Pruned((nm,), "x"), Pruned((other,), "y")]) == ["CABS 1:4\na first", "CABS 1:4\nb first"]
+    assert side_labels([Pruned((nm,), "p/x"), Pruned((nm,), "p/y")]) == ["CABS 1:4\nx", "CABS 1:4\ny"]
     assert method(report({}, conflict_aware=False)) == "nm 1:4"
+    assert method(report({}, pruning_method="magnitude", density=0.5)).startswith(
+        "magnitude, 50 % kept"
+    )  # as asked for
     assert method(report({}, pruning_method="random", rescale=True)) == "random, 25 % kept\nconflict-aware, rescaled"
 
 
@@ -263,7 +278,7 @@ def test_no_report_is_refused_before_anything_is_pruned(here, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-SOUND = report({"h.0.q": entry("q", b=0.5)})
+GOOD = report({"h.0.q": entry("q", b=0.5)})
 FORGED = [
     {"tensors": []},
     {"tensors": {}},
@@ -271,11 +286,12 @@ FORGED = [
     {"totals": None},
     {"vector": 3},
     {"position": None},
+    {"density": "a quarter"},
     {"tensors": {"a": entry("q") | {"l2_share": 1e400}}},
     {"tensors": {"a": entry("q") | {"numel": "4"}}},
     {"tensors": {"a": entry("q") | {"overlap": {"b": "0.5"}}}},
-    {"tensors": {"a": {"group": "q"}}},
-    {"tensors": {"a": entry("q") | {"group": ["q"]}}},
+    {"tensors": {"a": {"kind": "q"}}},
+    {"tensors": {"a": entry("q") | {"kind": ["q"]}}},
     {"tensors": {"a": entry("q", evenness=NAN)}},
 ]
 
@@ -283,9 +299,9 @@ FORGED = [
 @pytest.mark.parametrize("change", FORGED)
 def test_a_report_that_is_none_is_refused(tmp_path, change):
     path = tmp_path / "prune_report.json"
-    path.write_text(json.dumps(SOUND))
-    read_run([str(path)])
-    path.write_text(json.dumps(SOUND | change))
+    path.write_text(json.dumps(GOOD))
+    read_pruned([str(path)])
+    path.write_text(json.dumps(GOOD | change))
     assert refusal("prune", "--plot_path", tmp_path / "p.png", "--plot_reports", tmp_path) == (
         f"{path}: not as prune_task_vector_7b.py writes it; prune again"
     )

@@ -7,82 +7,28 @@ import sys
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, save_model, save_tasks
+from checkpoints import load
+from conftest import ROOT, save_model
+from recipes_and_models import EVAL, RECIPE, left_over, merge, merge_and_score, score, write_yaml
 
 import merge_and_evaluate_7b as script
 from common.errors import DataError
 from merge_and_evaluate.results import read_results
 from merge_and_evaluate.scores import mean_stderr, summarize
 
-RECIPE = {
-    "merge_method": "task_arithmetic",
-    "base_model": "./base",
-    "models": [
-        {"model": "./wild", "parameters": {"weight": 1.2}},
-        {"model": "./west", "parameters": {"weight": 0.7}},
-    ],
-    "dtype": "float32",
-    "out_dtype": "float16",
-}
-EVAL = {"model": "hf", "include_path": "./tasks", "tasks": ["colours", "shades"], "batch_size": 4}
-
-
-@pytest.fixture
-def here(models, tmp_path, monkeypatch):
-    """A working directory with base, wild, west, a merge recipe, an eval recipe and two tasks."""
-    for model in models.iterdir():
-        (tmp_path / model.name).symlink_to(model)
-    save_tasks(tmp_path / "tasks", ("colours", "shades"))
-    write(tmp_path / "recipe.yml", RECIPE)
-    write(tmp_path / "eval.yml", EVAL)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def write(path, value) -> None:
-    path.write_text(yaml.safe_dump(value, sort_keys=False))
-
-
-def run(*flags: str) -> None:
-    script.main(["--recipe", "recipe.yml", "--eval_recipe", "eval.yml", "--save_path", "merged", *flags])
-
-
-def merge(*flags: str) -> None:
-    script.main(["--recipe", "recipe.yml", "--save_path", "merged", "--merge_only", *flags])
-
-
-def load(directory) -> dict[str, np.ndarray]:
-    from common.shards.headers import read_headers
-
-    tensors = read_headers(directory)
-    return {t.name: np.fromfile(t.path, np.float16, t.numel, offset=t.offset).reshape(t.shape) for t in tensors}
-
-
-def left_over(folder) -> set[str]:
-    """What is there beside the inputs and lm-eval's log."""
-    return {path.name for path in folder.iterdir() if path.suffix != ".log"} - {
-        "base",
-        "wild",
-        "west",
-        "tasks",
-        "recipe.yml",
-        "eval.yml",
-    }
-
-
 # --- merge and evaluate ---------------------------------------------------------------------------
 
 
 def test_merges_scores_and_says_so(here, capsys):
     """The whole of step 4: the model is the exact sum, the document lm-eval's, the summary computed from it."""
-    run("--name", "TA")
+    merge_and_score("--name", "TA")
     printed = capsys.readouterr().out
     merged, base, wild, west = (load(here / name) for name in ("merged", "base", "wild", "west"))
     for name in base:
-        tensors = [x[name].astype(np.float64) for x in (base, wild, west)]
+        tensors = [x[name].double().numpy() for x in (base, wild, west)]
         exact = tensors[0] + 1.2 * (tensors[1] - tensors[0]) + 0.7 * (tensors[2] - tensors[0])
         steps = np.spacing(np.abs(exact).astype(np.float16)).astype(np.float64)
-        assert (np.abs(merged[name] - exact) <= 0.502 * steps).all(), name  # rounded once, from float32
+        assert (np.abs(merged[name].numpy() - exact) <= 0.502 * steps).all(), name  # rounded once, from float32
 
     document = json.loads((here / "results.json").read_text())
     from lm_eval.utils import make_table
@@ -125,7 +71,7 @@ def test_a_relative_path_with_one_slash_works_offline(here):
     (here / "models").mkdir()
     for name in ("base", "wild", "west"):
         (here / "models" / name).symlink_to((here / name).resolve())
-    write(here / "recipe.yml", yaml.safe_load(yaml.safe_dump(RECIPE).replace("./", "models/")))
+    write_yaml(here / "recipe.yml", yaml.safe_load(yaml.safe_dump(RECIPE).replace("./", "models/")))
     merge()
     assert (here / "merged" / "tokenizer.json").is_file()
 
@@ -139,7 +85,7 @@ def test_a_hub_id_is_merged_from_its_download(here, monkeypatch):
         common.shards.checkpoint, "local_directory", lambda path: local("west" if path == "org/west" else path)
     )
     models = [RECIPE["models"][0], {"model": "org/west", "parameters": {"weight": 0.7}}]
-    write(here / "recipe.yml", {**RECIPE, "models": models})
+    write_yaml(here / "recipe.yml", {**RECIPE, "models": models})
     merge()
     report = json.loads((here / "merged" / "merge_report.json").read_text())
     assert list(report["models"]) == ["./base", "./wild", "org/west"]
@@ -149,19 +95,19 @@ def test_the_same_command_goes_on_after_the_merge(here, monkeypatch, capsys):
     """A run that was stopped before scoring does not merge again; another recipe's model is not taken for it."""
     merge()
     before = (here / "merged" / "model.safetensors").stat().st_mtime_ns
-    run()
+    merge_and_score()
     assert "holds this merge already" in capsys.readouterr().out
     assert (here / "merged" / "model.safetensors").stat().st_mtime_ns == before
     other = {**RECIPE, "models": RECIPE["models"][:1]}
-    write(here / "recipe.yml", other)
+    write_yaml(here / "recipe.yml", other)
     with pytest.raises(DataError, match="already there; give --overwrite"):
-        run("--output_path", "other.json")
+        merge_and_score("--output_path", "other.json")
     merge("--overwrite")
     assert (here / "merged" / "model.safetensors").stat().st_mtime_ns != before
 
 
 def test_eval_only_scores_any_model(here):
-    script.main(["--eval_only", "--save_path", "west", "--eval_recipe", "eval.yml", "--output_path", "deep/west.json"])
+    score("west", "--output_path", "deep/west.json")
     document = json.loads((here / "deep" / "west.json").read_text())
     assert document["summary"]["name"] == "west" and document["config"]["model_args"]["pretrained"] == "west"
     assert "recipe" not in document["provenance"]
@@ -169,7 +115,7 @@ def test_eval_only_scores_any_model(here):
 
 def test_eval_recipe_is_the_file_lm_eval_takes(here):
     """Flags win over the file; limit, shots, samples and patterns are lm-eval's."""
-    write(
+    write_yaml(
         here / "eval.yml",
         {
             **EVAL,
@@ -181,7 +127,7 @@ def test_eval_recipe_is_the_file_lm_eval_takes(here):
             "seed": 7,
         },
     )
-    script.main(["--eval_only", "--save_path", "west", "--eval_recipe", "eval.yml", "--batch_size", "2"])
+    score("west", "--batch_size", "2")
     document = json.loads((here / "results.json").read_text())
     assert document["config"]["batch_size"] == 2 and document["config"]["model_dtype"] == "torch.float32"
     assert document["summary"]["tasks"]["colours"]["samples"] == 3
@@ -190,14 +136,14 @@ def test_eval_recipe_is_the_file_lm_eval_takes(here):
 
 def test_response_cache_is_apart_for_every_model(here):
     """lm-eval keys it by request alone: with one cache the second model would get the first one's answers."""
-    write(here / "eval.yml", {**EVAL, "use_cache": "cache"})
+    write_yaml(here / "eval.yml", {**EVAL, "use_cache": "cache"})
     for name in ("base", "west"):
-        script.main(["--eval_only", "--save_path", name, "--eval_recipe", "eval.yml", "--output_path", f"{name}.json"])
+        score(name, "--output_path", f"{name}.json")
     assert len(list(here.glob("cache_*.db"))) == 2
 
 
 def test_dry_run_writes_nothing(here, capsys):
-    run("--dry_run")
+    merge_and_score("--dry_run")
     printed = capsys.readouterr().out
     assert "GB  ./wild" in printed and "GB  merged" in printed and "colours, shades" in printed
     assert left_over(here) == set()
@@ -214,13 +160,7 @@ def test_help_imports_nothing_heavy():
 
 def document(**results) -> dict:
     counts = {name: {"effective": scores.pop("n", 100), "original": 100} for name, scores in results.items()}
-    return {
-        "results": results,
-        "group_subtasks": {},
-        "n-shot": {},
-        "n-samples": counts,
-        "higher_is_better": {},
-    }
+    return {"results": results, "group_subtasks": {}, "n-shot": {}, "n-samples": counts, "higher_is_better": {}}
 
 
 def test_summary_takes_the_leaderboards_metrics():
@@ -248,11 +188,7 @@ def test_mmlu_is_the_plain_mean_and_the_weighted_one():
         winogrande={"acc,none": 0.8, "acc_stderr,none": 0.01},
         board={"alias": "board"},
     )
-    made["group_subtasks"] = {
-        "board": ["winogrande", "mmlu"],
-        "mmlu": ["mmlu_stem"],
-        "mmlu_stem": ["mmlu_a", "mmlu_b"],
-    }
+    made["group_subtasks"] = {"board": ["winogrande", "mmlu"], "mmlu": ["mmlu_stem"], "mmlu_stem": ["mmlu_a", "mmlu_b"]}
     summary = summarize(made)
     assert list(summary["tasks"]) == ["winogrande", "mmlu"]
     mmlu = summary["tasks"]["mmlu"]
@@ -277,14 +213,14 @@ def test_a_task_without_a_number_is_an_error(here, monkeypatch):
 
     monkeypatch.setattr("merge_and_evaluate.scoring.evaluate", lambda *_: document(colours={"acc,none": float("nan")}))
     with pytest.raises(DataError, match="gave no number for task 'colours'"):
-        script.main(["--eval_only", "--save_path", "west", "--eval_recipe", "eval.yml"])
+        score("west")
     assert (here / "results.json").is_file()
 
 
 # --- refusals -------------------------------------------------------------------------------------
 
 
-def changed(**keys) -> dict:
+def recipe_with(**keys) -> dict:
     return {key: value for key, value in {**RECIPE, **keys}.items() if value is not None}
 
 
@@ -294,58 +230,58 @@ def models_with(**parameters) -> list[dict]:
 
 RECIPE_REFUSALS = [
     (
-        changed(dtyp="float16"),
+        recipe_with(dtyp="float16"),
         "unknown key 'dtyp' in the recipe; known are modules, slices, models, merge_method, base_model, dtype, "
         "tokenizer_source, tokenizer, chat_template, out_dtype, parameters",
     ),
     (
-        changed(models=[{"model": "./wild", "weight": 1.0}]),
+        recipe_with(models=[{"model": "./wild", "weight": 1.0}]),
         "unknown key 'weight' in models; known are model, parameters",
     ),
-    (changed(merge_method="tias"), "unknown merge_method 'tias'; known are "),
-    (changed(models=models_with(weight="much")), "model ./west: weight is 'much', needed is a finite number"),
-    (changed(models=models_with(weight=True)), "model ./west: weight is True, needed is a finite number"),
-    (changed(models=models_with(weight=float("nan"))), "model ./west: weight is nan, needed is a finite number"),
-    (changed(models=models_with()), "model ./west has no weight; merge_method task_arithmetic needs one per model"),
+    (recipe_with(merge_method="tias"), "unknown merge_method 'tias'; known are "),
+    (recipe_with(models=models_with(weight="much")), "model ./west: weight is 'much', needed is a finite number"),
+    (recipe_with(models=models_with(weight=True)), "model ./west: weight is True, needed is a finite number"),
+    (recipe_with(models=models_with(weight=float("nan"))), "model ./west: weight is nan, needed is a finite number"),
+    (recipe_with(models=models_with()), "model ./west has no weight; merge_method task_arithmetic needs one per model"),
     (
-        changed(models=models_with(weight=1.0, density=0.5)),
+        recipe_with(models=models_with(weight=1.0, density=0.5)),
         "model ./west: merge_method task_arithmetic ignores the parameter 'density'; it uses int8_mask, normalize, "
         "rescale, lambda, weight",
     ),
     (
-        changed(models=models_with(weight=1.0, normalize=True)),
+        recipe_with(models=models_with(weight=1.0, normalize=True)),
         "model ./west: 'normalize' holds for the whole merge and is ignored here; move it to the `parameters` at the end "
         "of the recipe",
     ),
     (
-        changed(models=[RECIPE["models"][0], {"model": "./pruned_vector_x", "parameters": {"weight": 1}}]),
+        recipe_with(models=[RECIPE["models"][0], {"model": "./pruned_vector_x", "parameters": {"weight": 1}}]),
         "model ./pruned_vector_x is not there; run prune_task_vector_7b.py first (README, 'Sparsification of Task "
         "Vectors'), or mend the path",
     ),
     (
-        changed(base_model="./Mistral-7b-v0.1-float16"),
+        recipe_with(base_model="./Mistral-7b-v0.1-float16"),
         "model ./Mistral-7b-v0.1-float16 is not there; run convert_dtype.py first (README, 'Convert dtype'), or mend the path",
     ),
     (
-        changed(models=models_with(weight=1.0) + [{"model": "./a+b", "parameters": {"weight": 1}}]),
+        recipe_with(models=models_with(weight=1.0) + [{"model": "./a+b", "parameters": {"weight": 1}}]),
         "'./a+b': mergekit takes '+' and '@' in a path for a LoRA or a revision; rename the directory, or merge the LoRA "
         "and download the revision first",
     ),
-    (changed(base_model=None), "merge_method task_arithmetic: Merge method requires a base input; mend the recipe"),
-    (changed(models=RECIPE["models"] * 2), "merge_method task_arithmetic: Duplicate merge inputs; mend the recipe"),
-    (changed(base_model=""), "the path of a model is empty; write it out, or leave out the entry"),
-    (changed(models=models_with(weight=[])), "model ./west has no weight; "),
-    (changed(dtype="half"), "dtype is 'half', needed is one of float16, bfloat16, float32, float64"),
-    (changed(chat_template="{x"), "mergekit could not make the tokenizer that `chat_template` asks for"),
-    (changed(models=None), "Exactly one of 'models', 'slices', or 'modules' must be present"),
-    (changed(models=7), "models: Input should be a valid list; mend the recipe"),
+    (recipe_with(base_model=None), "merge_method task_arithmetic: Merge method requires a base input; mend the recipe"),
+    (recipe_with(models=RECIPE["models"] * 2), "merge_method task_arithmetic: Duplicate merge inputs; mend the recipe"),
+    (recipe_with(base_model=""), "the path of a model is empty; write it out, or leave out the entry"),
+    (recipe_with(models=models_with(weight=[])), "model ./west has no weight; "),
+    (recipe_with(dtype="half"), "dtype is 'half', needed is one of float16, bfloat16, float32, float64"),
+    (recipe_with(chat_template="{x"), "mergekit could not make the tokenizer that `chat_template` asks for"),
+    (recipe_with(models=None), "Exactly one of 'models', 'slices', or 'modules' must be present"),
+    (recipe_with(models=7), "models: Input should be a valid list; mend the recipe"),
     (["models"], "found list, needed is a mapping of keys to values"),
 ]
 
 
 @pytest.mark.parametrize(("recipe", "line"), RECIPE_REFUSALS, ids=[line[:40] for _, line in RECIPE_REFUSALS])
 def test_refused_recipes(here, recipe, line):
-    write(here / "recipe.yml", recipe)
+    write_yaml(here / "recipe.yml", recipe)
     with pytest.raises(DataError) as error:
         merge()
     assert str(error.value).startswith("recipe.yml: ") and line in str(error.value) and "\n" not in str(error.value)
@@ -367,10 +303,9 @@ def test_refused_files(here):
 
 def test_vocabularies_that_differ_are_refused(here, tmp_path_factory):
     bigger = save_model(tmp_path_factory.mktemp("other") / "bigger", seed=5, vocab=24)
-    write(here / "recipe.yml", changed(models=[{"model": str(bigger), "parameters": {"weight": 1.0}}]))
+    write_yaml(here / "recipe.yml", recipe_with(models=[{"model": str(bigger), "parameters": {"weight": 1.0}}]))
     with pytest.raises(
-        DataError,
-        match=rf"tensor '.*' is \[24, 32\] in {bigger} but \[20, 32\] in ./base; the vocabularies differ",
+        DataError, match=rf"tensor '.*' is \[24, 32\] in {bigger} but \[20, 32\] in ./base; the vocabularies differ"
     ):
         merge()
     assert left_over(here) == set()
@@ -378,7 +313,7 @@ def test_vocabularies_that_differ_are_refused(here, tmp_path_factory):
 
 def test_float16_overflow_is_refused_and_leaves_nothing(here):
     """Infinite weights would be published by mergekit without a word."""
-    write(here / "recipe.yml", changed(models=models_with(weight=1e6)))
+    write_yaml(here / "recipe.yml", recipe_with(models=models_with(weight=1e6)))
     with pytest.raises(
         DataError,
         match=r"tensor '.*' of the merge by recipe.yml has \d+ values that are NaN or infinite "
@@ -426,9 +361,9 @@ EVAL_REFUSALS = [
 
 @pytest.mark.parametrize(("recipe", "line"), EVAL_REFUSALS, ids=[line[:40] for _, line in EVAL_REFUSALS])
 def test_refused_eval_recipes(here, recipe, line):
-    write(here / "eval.yml", recipe)
+    write_yaml(here / "eval.yml", recipe)
     with pytest.raises(DataError) as error:
-        script.main(["--eval_only", "--save_path", "west", "--eval_recipe", "eval.yml"])
+        score("west")
     assert str(error.value).startswith(line) and "\n" not in str(error.value)
     assert left_over(here) == set()
 
@@ -436,7 +371,7 @@ def test_refused_eval_recipes(here, recipe, line):
 def test_results_that_are_there_are_not_touched(here):
     (here / "results.json").write_text("precious")
     with pytest.raises(DataError, match="results.json: already there; give --overwrite to replace it"):
-        run()
+        merge_and_score()
     assert (here / "results.json").read_text() == "precious" and left_over(here) == {"results.json"}
 
 

@@ -39,7 +39,7 @@ def inputs(shape, models: int, dtype=torch.float16, seed: int = 0):
     return base, tuned
 
 
-def merge(method, base, tuned, dtype=torch.float32, **parameters):
+def merged_by(method, base, tuned, dtype=torch.float32, **parameters):
     """One tensor through mergekit's own calling convention, as a recipe with `dtype: float32` does it."""
     tensors = [tensor.to(dtype) for tensor in [*tuned, base]]
     names = [f"m{9 - i}" for i in range(len(tuned))]  # in list order, which is not alphabetical
@@ -68,6 +68,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "parameters", "rule"), CASES, ids=lambda value: getattr(value, "spec", value) and ""
 )
@@ -78,7 +79,7 @@ def test_against_the_slow_oracle(method, parameters, rule, models):
     weights = [1.2, 0.9, -0.4][:models]
     vectors = [oracle.extract(tensor, base, torch.float16) for tensor in tuned]
     masks = oracle.masks(vectors, NAME, **rule)
-    merged = merge(method, base, tuned, weight=weights, **parameters).to(torch.float16)
+    merged = merged_by(method, base, tuned, weight=weights, **parameters).to(torch.float16)
     assert oracle.same(merged, summed(base, vectors, masks, weights))
     exact = base.double() + sum(
         w * torch.tensor(m).reshape(base.shape) * v.double() for w, m, v in zip(weights, masks, vectors, strict=True)
@@ -92,7 +93,7 @@ def test_models_in_another_dtype_than_the_base():
     tuned = [tensor.to(torch.bfloat16) for tensor in tuned]
     vectors = [oracle.extract(tensor, base, torch.float16) for tensor in tuned]
     masks = oracle.masks(vectors, NAME, n=3, m=16)
-    merged = merge(merge_methods.cabs, base, tuned, weight=1.2, n=3, m=16).to(torch.float16)
+    merged = merged_by(merge_methods.cabs, base, tuned, weight=1.2, n=3, m=16).to(torch.float16)
     assert oracle.same(merged, summed(base, vectors, masks, [1.2, 1.2]))
 
 
@@ -100,7 +101,8 @@ def test_float16_inputs_without_a_recipe_dtype_give_the_same():
     """mergekit then hands over float16; the sum is formed in float32 all the same and rounded once."""
     base, tuned = inputs((12, 20), 2)
     wide, narrow = (
-        merge(merge_methods.cabs, base, tuned, dtype, weight=1.2, n=3, m=16) for dtype in (torch.float32, torch.float16)
+        merged_by(merge_methods.cabs, base, tuned, dtype, weight=1.2, n=3, m=16)
+        for dtype in (torch.float32, torch.float16)
     )
     assert narrow.dtype == torch.float16 and oracle.same(narrow, wide.to(torch.float16))
 
@@ -114,7 +116,7 @@ def test_n_and_m_per_model():
     for start, stop, k in oracle.scopes("nm", len(flat), 6, 16, 0.0):
         for i in sorted(range(start, stop), key=lambda i: (first[i], -abs(flat[i]), i))[:k]:
             second[i] = True
-    merged = merge(merge_methods.cabs, base, tuned, weight=1.0, n=[1, 6], m=[4, 16]).to(torch.float16)
+    merged = merged_by(merge_methods.cabs, base, tuned, weight=1.0, n=[1, 6], m=[4, 16]).to(torch.float16)
     assert oracle.same(merged, summed(base, vectors, [first, second], [1.0, 1.0]))
 
 
@@ -122,7 +124,7 @@ def test_rescale_divides_by_the_density():
     base, tuned = inputs((16, 16), 1)
     vectors = [oracle.extract(tuned[0], base, torch.float16)]
     masks = oracle.masks(vectors, NAME, method="random", sparsity_level=0.75)
-    merged = merge(merge_methods.random, base, tuned, weight=0.5, density=0.25, rescale=True).to(torch.float16)
+    merged = merged_by(merge_methods.random, base, tuned, weight=0.5, density=0.25, rescale=True).to(torch.float16)
     assert oracle.same(merged, summed(base, vectors, masks, [0.5 * 4]))
 
 
@@ -130,18 +132,18 @@ def test_what_is_not_finite_is_named():
     base, tuned = inputs((4, 8), 2)
     tuned[1].view(-1)[3] = float("nan")
     with pytest.raises(DataError, match=f"tensor '{NAME}' of m8 holds NaN or infinity; take another model"):
-        merge(merge_methods.cabs, base, tuned, weight=1.0)
+        merged_by(merge_methods.cabs, base, tuned, weight=1.0)
     base, tuned = inputs((4, 8), 1)
     base[0], tuned[0][0] = -60000.0, 60000.0
     with pytest.raises(DataError, match="m9 minus base is beyond the largest number of the task vector's dtype"):
-        merge(merge_methods.cabs, base, tuned, weight=1.0)
+        merged_by(merge_methods.cabs, base, tuned, weight=1.0)
 
 
 # --- whole models, by recipe ----------------------------------------------------------------------
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def bfloat16_models(tmp_path, monkeypatch):
     """base in float16, the fine-tuned models zulu and alpha in bfloat16 and several shards."""
     save_model(tmp_path / "base", 0)
     for seed, name in ((3, "zulu"), (5, "alpha")):
@@ -173,16 +175,12 @@ WHOLE = [
     ("cabs", {"n": 3, "m": 16}, ["--pruning_method", "nm", "--n", "3", "--m", "16"]),
     ("cabs", {"n": 48, "m": 64}, ["--pruning_method", "nm", "--n", "48", "--m", "64"]),
     ("magnitude", {"density": 0.25}, ["--pruning_method", "magnitude", "--sparsity_level", "0.75"]),
-    (
-        "random",
-        {"density": 0.25, "seed": 3},
-        ["--pruning_method", "random", "--sparsity_level", "0.75", "--seed", "3"],
-    ),
+    ("random", {"density": 0.25, "seed": 3}, ["--pruning_method", "random", "--sparsity_level", "0.75", "--seed", "3"]),
 ]
 
 
 @pytest.mark.parametrize(("method", "parameters", "flags"), WHOLE, ids=["cabs", "cabs_overlap", "magnitude", "random"])
-def test_one_pass_equals_the_chain(here, method, parameters, flags):
+def test_one_pass_equals_the_chain(bfloat16_models, method, parameters, flags):
     """extract, prune (the vectors alone), add by hand = one pass; zulu, first of the list, is pruned first."""
     names = ["zulu", "alpha"]
     for name in names:
@@ -208,10 +206,10 @@ def test_one_pass_equals_the_chain(here, method, parameters, flags):
         assert oracle.same(merged[name], summed(base[name], vectors, masks, [1.2, 0.9])), name
 
 
-def test_tied_heads_stay_tied(here):
+def test_tied_heads_stay_tied(bfloat16_models):
     """A head that both models spell out and config.json ties draws its random mask under the embedding's name."""
     for name in ("base", "zulu", "alpha"):
-        folder = here / name
+        folder = bfloat16_models / name
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
         tensors = {key: value for shard in folder.glob("*.safetensors") for key, value in load_file(shard).items()}

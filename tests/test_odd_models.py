@@ -8,7 +8,7 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
-from checkpoints import load, refusal, run, write
+from checkpoints import extract, load, prune, refusal, write
 from conftest import ROOT
 
 TENSORS = {
@@ -29,17 +29,7 @@ def odd(tmp_path) -> Path:
     for i, name in enumerate("ab", 1):
         tensors = {n: t + 0.01 * i * t.abs() if t.is_floating_point() else t for n, t in half.items()}
         write(tmp_path / name, tensors, {}, 2 if i == 1 else 1, ".bin" if i == 2 else ".safetensors")
-        run(
-            "extract",
-            "--finetuned_model_path",
-            tmp_path / name,
-            "--base_model_path",
-            tmp_path / "base",
-            "--save_path",
-            tmp_path / f"v{name}",
-            "--max_shard_size",
-            "20B",
-        )
+        extract(tmp_path / name, tmp_path / "base", tmp_path / f"v{name}", "--max_shard_size", "20B")
     return tmp_path
 
 
@@ -61,16 +51,7 @@ def test_odd_tensors_and_settings(odd, flags):
     outs, vectors = [odd / f"p{i}" for i in range(3)], [odd / "va", odd / "vb", odd / "va"]
     more = [part for name, value in flags.items() for part in (f"--{name}", value)]
     more = [f"{a}={b}" for a, b in zip(more[::2], more[1::2], strict=True)]  # a value may begin with a minus
-    run(
-        "prune",
-        "--task_vector_paths",
-        *vectors,
-        "--save_directories",
-        *outs,
-        "--max_shard_size",
-        "100B",
-        *more,
-    )
+    prune(vectors, outs, "--max_shard_size", "100B", *more)
     base, read, written = load(odd / "base"), [load(v) for v in vectors], [load(out) for out in outs]
     settings = {"method" if name == "pruning_method" else name: value for name, value in flags.items()}
     for name, tensor in base.items():

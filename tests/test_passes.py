@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from checkpoints import chain, prune_arguments, run
 from hypothesis import given, settings
+from masks_by_block import masks_by_block
 from test_engines import pruned, values
 from test_pruners import expect_oracle, tensor_of
 from test_pruners import values as tensors
@@ -12,9 +13,9 @@ from test_pruners import values as tensors
 from common.pruners import kernels
 from common.pruners import thresholds as passes
 from common.pruners.kernels.torch_engine import engine
-from common.pruners.pruning import Pruning, masks_by_block
+from common.pruners.pruning import Pruning
 from common.pruners.thresholds import Threshold, bracket, find_threshold
-from common.shards import job as one_run
+from common.shards import stream
 
 
 @pytest.fixture
@@ -145,13 +146,13 @@ def test_progress_ends_at_the_whole(method, aware, tmp_path, monkeypatch, small_
     """However many passes a method takes, the bar ends where it said it would."""
     bars = []
 
-    class Bar(one_run.tqdm):
+    class Bar(stream.tqdm):
         def close(self):
             bars.append((self.n, self.total))
             super().close()
 
     chain(tmp_path)
     monkeypatch.setattr(kernels, "BLOCK", 64)
-    monkeypatch.setattr(one_run, "tqdm", Bar)
+    monkeypatch.setattr(stream, "tqdm", Bar)
     run("prune", *prune_arguments(tmp_path, "--pruning_method", method, aware))
     assert bars[0][0] == bars[0][1] > 0

@@ -8,14 +8,17 @@ import oracle
 import pytest
 import torch
 from hypothesis import given, settings
+from masks_by_block import masks_by_block
 
 from common.pruners import kernels
-from common.pruners.prune_tensor import Counts
-from common.pruners.pruning import Pruning, masks_by_block, random_key, scopes
+from common.pruners.kernels import torch_engine
+from common.pruners.pruning import Pruning, random_key, scopes
+from common.pruners.tally import new_counts, tallies
 
 INTEGERS = {"F16": torch.int16, "BF16": torch.int16, "F32": torch.int32}
 UNSIGNED = {"F16": np.uint16, "BF16": np.uint16, "F32": np.uint32}
-SMALL, LARGE = 4, 256  # m that is ranked side by side, and run by run; few, because each is compiled
+ENGINES = [kernels, torch_engine.engine("cpu")]
+SMALL, LARGE = 4, 256  # m that is ranked side by side, and group by group; few, because each is compiled
 
 
 def bits_of(tensor: torch.Tensor, code: str) -> np.ndarray:
@@ -28,17 +31,21 @@ def tensor_of(bits: np.ndarray, code: str) -> torch.Tensor:
     return torch.from_numpy(bits.view(f"i{bits.itemsize}").copy()).view(oracle.DTYPES[code])
 
 
-def our_masks(pruning: Pruning, vectors: list, code: str, name="x", block=None) -> list[list[bool]]:
+def our_masks(pruning: Pruning, vectors: list, code: str, name="x", block=None, engine=kernels) -> list[list[bool]]:
     """The masks of whole vectors, put together from blocks that must follow one another without a gap."""
     flat = [bits_of(vector, code) for vector in vectors]
     found, expected = [[] for _ in vectors], 0
-    for start, stop, read, masks in masks_by_block(
-        pruning, name, [code] * len(flat), flat[0].size, lambda j, a, b: flat[j][a:b], kernels, block
+
+    def read(j, start, stop):
+        return engine.load(flat[j][start:stop].copy())
+
+    for start, stop, bits, masks in masks_by_block(
+        pruning, name, [code] * len(flat), flat[0].size, read, engine, block
     ):
-        assert start == expected and all(np.array_equal(r, f[start:stop]) for r, f in zip(read, flat, strict=True))
+        assert start == expected and all(len(part) == stop - start for part in bits)
         expected = stop
         for mask, part in zip(found, masks, strict=True):
-            mask += part.astype(bool).tolist()
+            mask += np.asarray(part).astype(bool).tolist()
     assert expected == flat[0].size
     return found
 
@@ -48,7 +55,7 @@ def pruning_of(method: str, n: int, m: int, aware: bool) -> Pruning:
 
 
 def values(kind: str, count: int, numel: int, code: str, seed: int = 0) -> list[torch.Tensor]:
-    """`count` vectors: full of ties, mostly zeros of both signs, of a scale that jumps from run to run, or any finite bits."""
+    """`count` vectors: full of ties, mostly zeros of both signs, of a scale that jumps by group, or any finite bits."""
     rng = np.random.default_rng([seed, count, numel])
     out = []
     for _ in range(count):
@@ -82,7 +89,7 @@ def expect_oracle(method, vectors, code, n, m, aware, block=None):
 @pytest.mark.parametrize("aware", [True, False])
 @pytest.mark.parametrize("m, ns", [(SMALL, (1, 2, 3, 4)), (LARGE, (1, 64, 128, 200, 256))])
 def test_nm_is_the_oracles(code, aware, m, ns):
-    """n below, at and above m/2, ties, zeros; whole runs, tails, and tensors smaller than a run."""
+    """n below, at and above m/2, ties, zeros; whole groups, tails, and tensors smaller than a group."""
     for n in ns:
         for numel in (1, m - 1, m, 128 * SMALL * 2 + 7 * m + 3):
             for kind in ("ties", "zeros", "steps", "bits"):
@@ -103,7 +110,7 @@ def test_scopes_larger_than_a_block(code, aware):
 
 
 @pytest.mark.parametrize("n", [5, 66_000])
-def test_runs_too_long_to_count_in_16_bits(n):
+def test_groups_too_long_to_count_in_16_bits(n):
     """m of 70000 within one block, and ties beyond the 65536th."""
     vectors = values("ties", 2, 140_001, "F16", n)
     expect_oracle("nm", vectors, "F16", n, 70_000, True)
@@ -119,7 +126,7 @@ def test_the_textbook_case():
 
 
 def test_tails_keep_their_share():
-    """A last run of r keeps ceil(n*r/m); magnitude keeps round(density * numel), half to even."""
+    """A last group of r keeps ceil(n*r/m); magnitude keeps round(density * numel), half to even."""
     assert scopes(pruning_of("nm", 64, 256, True), 259) == [(0, 256, 64), (256, 259, 1)]
     assert scopes(pruning_of("nm", 3, 4, True), 7) == [(0, 4, 3), (4, 7, 3)]
     assert [scopes(Pruning("magnitude", 0.25), numel)[0][2] for numel in (1, 2, 6, 10)] == [0, 0, 2, 2]
@@ -158,16 +165,27 @@ KNOWN_ANSWERS = [  # Random123's kat_vectors: counter, key -> words
 ]
 
 
+def expect_draws(start: int, key: int, words: list[int]):
+    """Ours draw these words, from the position `start` on: each is below the next number and not below itself."""
+    mask, level = np.empty(len(words), np.uint8), np.zeros(len(words), np.uint8)
+    for word in words[:20] + words[-20:]:
+        at = [i for i, other in enumerate(words) if other == word]
+        for limit, drawn in ((word, False), (word + 1, True)):
+            kernels.random_mask(mask, start, key, level, [limit])
+            assert (mask[at] == drawn).all()
+            assert mask.tolist() == [other < limit for other in words]
+
+
 def test_philox_known_answers():
     """The oracle's generator gives the published words; ours gives the oracle's, from any start."""
     for counter, key, words in KNOWN_ANSWERS:
         assert oracle.philox(counter, key) == words
-    assert kernels.draws(0, 4, 0).tolist() == KNOWN_ANSWERS[0][2]
+    expect_draws(0, 0, KNOWN_ANSWERS[0][2])
     for key in (1, 2**32, 0x299F31D0A4093822, 2**64 - 1):
         for start in (0, 4, 2**34):
             words = oracle.philox([start // 4 & 0xFFFFFFFF, start // 4 >> 32, 0, 0], [key & 0xFFFFFFFF, key >> 32])
-            assert kernels.draws(start, 4, key).tolist() == words
-        assert kernels.draws(0, 1001, key).tolist() == oracle.draws(1001, key).tolist()
+            expect_draws(start, key, words)
+        expect_draws(0, key, oracle.draws(5001, key).tolist())
 
 
 @pytest.mark.parametrize("density", [0.1, 0.25, 1 / 3, 0.5, 0.7, 1.0])
@@ -176,7 +194,7 @@ def test_random_is_the_oracles(density, aware):
     vectors = values("ties", 3, 1999, "F16")
     pruning = Pruning("random", density, seed=11, conflict_aware=aware)
     for name in ("model.embed_tokens.weight", "ünïcode"):
-        want = oracle.random_masks(1999, 3, density, aware, 11, name)
+        want = oracle.random_masks([vector.tolist() for vector in vectors], density, aware, 11, name)
         assert our_masks(pruning, vectors, "F16", name) == want
     assert random_key(pruning, 0, "x") != random_key(pruning, 1, "x")
 
@@ -186,7 +204,7 @@ def test_random_keeps_its_density():
     count, numel = 4, 40_000
     for density in (0.2, 0.4, 0.6):
         pruning = Pruning("random", density, seed=5, conflict_aware=True)
-        masks = np.array(our_masks(pruning, values("ties", count, numel, "F16"), "F16"))
+        masks = np.array(our_masks(pruning, [torch.ones(numel).half()] * count, "F16"))
         assert np.abs(masks.mean(axis=1) - density).max() < 5 * (0.25 / numel) ** 0.5
         if 2 * density <= 1:
             assert not (masks[0] & masks[1]).any()
@@ -210,36 +228,118 @@ def cases(draw):
 
 
 @settings(max_examples=80, deadline=None)
-@given(cases())
-def test_properties_of_conflict_aware_nm(case):
-    """Exactly k kept a scope; the first as if alone; overlap 0 while there is room, else the least possible."""
+@given(cases(), st.sampled_from(ENGINES))
+def test_properties_of_conflict_aware_nm(case, engine):
+    """The first as if alone; no zeros; nothing left out that ranks before what is kept; the least overlap there is."""
     n, m, vectors = case
     pruning = pruning_of("nm", n, m, True)
-    masks = np.array(our_masks(pruning, vectors, "F16"))
+    masks = np.array(our_masks(pruning, vectors, "F16", engine=engine))
+    sizes = np.abs([vector.numpy() for vector in vectors])
     assert our_masks(pruning, vectors[:1], "F16")[0] == masks[0].tolist()
+    assert not masks[sizes == 0].any()
     for start, stop, k in scopes(pruning, vectors[0].numel()):
-        part = masks[:, start:stop]
-        assert (part.sum(axis=1) == k).all()
-        times = part.sum(axis=0)  # how often each position is kept: as even as it can be
-        assert times.max() <= -(-k * len(vectors) // (stop - start))
-        assert times.min() >= k * len(vectors) // (stop - start)
-        assert part.any(axis=0).sum() == min(k * len(vectors), stop - start)
+        earlier = np.zeros(stop - start, int)
+        for mask, size in zip(masks[:, start:stop], sizes[:, start:stop], strict=True):
+            free = (earlier == 0).sum()
+            assert mask.sum() <= k and (free < k or not earlier[mask].any())
+            assert mask.sum() >= min(k, (size[earlier == 0] > 0).sum())
+            ranks = np.lexsort((np.arange(stop - start), -size, earlier))
+            assert mask[ranks[:k]].tolist() == (size[ranks[:k]] > 0).tolist() and not mask[ranks[k:]].any()
+            earlier += mask
+        if (sizes > 0).all():  # exactly k each, and how often each position is kept is as even as it can be
+            assert (masks[:, start:stop].sum(axis=1) == k).all()
+            assert earlier.max() <= -(-k * len(vectors) // (stop - start))
+            assert earlier.min() >= k * len(vectors) // (stop - start)
 
 
 @settings(max_examples=60, deadline=None)
-@given(cases(), st.integers(0, 2**63), st.booleans())
-def test_properties_of_other_methods(case, seed, aware):
-    """magnitude keeps round(density*numel) and nothing smaller than what it drops; random obeys its seed."""
+@given(cases(), st.integers(0, 2**63), st.booleans(), st.sampled_from(ENGINES))
+def test_properties_of_other_methods(case, seed, aware, engine):
+    """magnitude keeps round(density*numel) but for zeros, none smaller than what it drops; random obeys its seed."""
     n, m, vectors = case
     numel = vectors[0].numel()
-    mask = np.array(our_masks(pruning_of("magnitude", n, m, False), vectors[:1], "F16")[0])
+    mask = np.array(our_masks(pruning_of("magnitude", n, m, False), vectors[:1], "F16", engine=engine)[0])
     size = vectors[0].abs().numpy()
-    assert mask.sum() == round(n / m * numel)
+    assert mask.sum() == min(round(n / m * numel), (size > 0).sum())
     assert not mask.any() or mask.all() or size[mask].min() >= size[~mask].max()
     pruning = Pruning("random", n / m, seed=seed, conflict_aware=aware)
-    masks = our_masks(pruning, vectors, "F16")
-    assert masks == our_masks(pruning, [v.flip(0) for v in vectors], "F16")  # values do not count
-    assert masks[0] == our_masks(pruning, vectors[:1], "F16")[0]
+    masks = np.array(our_masks(pruning, vectors, "F16", engine=engine))
+    drawn = np.array(our_masks(pruning, [torch.ones(numel).half()] * len(vectors), "F16"))
+    assert (masks == (drawn & (np.array([vector.numpy() for vector in vectors]) != 0))).all()
+    assert masks[0].tolist() == our_masks(pruning, vectors[:1], "F16")[0]
+
+
+# --- zeros are in nobody's way --------------------------------------------------------------------
+
+WAYS = [("nm", 64, 256), ("nm", 128, 256), ("nm", 8, 32), ("nm", 200, 256), ("magnitude", 64, 256), ("random", 64, 256)]
+
+
+def shares_of_energy(masks: list, vectors: list) -> list[float]:
+    """Of each vector, the share of its squared L2 norm that its mask keeps."""
+    squares = [vector.double().numpy() ** 2 for vector in vectors]
+    return [square[mask].sum() / square.sum() for square, mask in zip(squares, masks, strict=True)]
+
+
+def ordinary(numel: int, seed: int) -> torch.Tensor:
+    """Normal values without a zero, as of a full fine-tune."""
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(numel)).add(1e-6).half()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("block", [None, 4096, 1000])
+@pytest.mark.parametrize("method, n, m", WAYS)
+def test_frozen_tensors_are_in_nobodys_way(method, n, m, block, engine):
+    """A first vector of zeros, of either sign, changes nothing: it keeps nothing, the second what it keeps alone."""
+    zeros, second = torch.zeros(20_480).half(), ordinary(20_480, 1)
+    zeros[::2] = -0.0
+    pruning = pruning_of(method, n, m, True)
+    first, kept = our_masks(pruning, [zeros, second], "F16", block=block, engine=engine)
+    alone = our_masks(pruning, [second], "F16")[0]
+    assert not any(first)
+    if method != "random":
+        assert kept == alone
+        share = {(64, 256): 0.725, (128, 256): 0.93}.get((n, m) if method == "nm" else None)
+        assert share in (None, pytest.approx(shares_of_energy([kept], [second])[0], abs=0.005))
+    else:  # what the first draws is taken, zero or not
+        ones = torch.ones(20_480).half()
+        assert kept == our_masks(pruning, [ones, ones], "F16")[1]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("share", [0.90, 0.96])
+@pytest.mark.parametrize("n, old, alone", [(64, 0.608, 0.725), (128, 0.50, 0.93)])
+def test_sparse_first_vectors_are_in_nobodys_way(share, n, old, alone, engine):
+    """A first vector that is mostly zeros (DPO) takes what it changes and no more from the second."""
+    rng = np.random.default_rng(7)
+    first, second = ordinary(102_400, 2), ordinary(102_400, 3)
+    first[torch.from_numpy(rng.random(102_400) < share)] = 0
+    masks = our_masks(pruning_of("nm", n, 256, True), [first, second], "F16", engine=engine)
+    kept = shares_of_energy(masks, [first, second])[1]
+    assert np.array(masks[0]).sum() == (first != 0).sum() and not np.logical_and(*masks).any()
+    assert old + 0.03 < alone * share - 0.01 < kept < alone + 0.005
+    expect_oracle("nm", [first, second], "F16", n, 256, True)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_free_zeros_use_budget(engine):
+    """By hand, 3:4: the free zero ranks before what is taken, so it uses budget, but nobody keeps it."""
+    first, second, third = (torch.tensor(row).half() for row in ([4.0, 3, 2, 0], [9.0, 8, 7, 0], [1.0, 2, 3, 4]))
+    masks = our_masks(pruning_of("nm", 3, 4, True), [first, second, third], "F16", engine=engine)
+    assert masks == [[True, True, True, False], [True, True, False, False], [False, True, True, True]]
+
+
+@pytest.mark.parametrize("method, n, m", WAYS)
+def test_outputs_of_one_vector_are_those_with_zeros_kept(method, n, m):
+    """A vector pruned alone: the sum is that of the rule that kept zeros as well (of a base without -0.0)."""
+    base, vector = ordinary(9000, 4), values("zeros", 1, 9000, "F16", 5)[0]
+    vector += 0.0  # no -0.0 either, which the task vector's file would have held
+    mask = our_masks(pruning_of(method, n, m, True), [vector], "F16")[0]
+    with_zeros = our_masks(
+        pruning_of(method, n, m, True), [torch.where(vector == 0, 6e-8, vector.double()).half()], "F16"
+    )[0]
+    for out in (oracle.vector_tensor, lambda *args: oracle.model_tensor(base, *args)):
+        assert oracle.same(out(vector, mask, torch.tensor(1.0)), out(vector, with_zeros, torch.tensor(1.0)))
+    assert with_zeros != mask
 
 
 # --- values ---------------------------------------------------------------------------------------
@@ -345,7 +445,7 @@ def test_what_is_not_finite_is_seen(code):
     ],
 )
 def test_no_nan_gets_through(code, patterns):
-    """Infinities, and NaNs of the smallest and largest payload, of either sign, through everything that checks its result."""
+    """Infinities, and NaNs of the smallest and largest payload, of either sign, through all that checks its result."""
     for pattern in patterns:
         bits = np.full(70, 0x3C00, UNSIGNED[code])
         bits[65] = pattern
@@ -360,28 +460,27 @@ def test_no_nan_gets_through(code, patterns):
         assert not kernels.add_kept(out, bits, code, bits, code, 1 - mask[0], 1.0)
         assert not kernels.add_kept(out, zeros, code, bits, code, mask[0], 1.0)
         assert not kernels.keep_vector(out, bits, code, mask[0], 1.0)
-        assert not kernels.tally(bits, code, 1 - mask, 0, 0, 4, Counts(1).of(0))
+        assert not kernels.tally(bits, code, 1 - mask, 0, 0, 4, new_counts(1))
 
 
 @pytest.mark.parametrize("code", ["F16", "BF16", "F32"])
 @pytest.mark.parametrize("m, steps", [(7, 1000), (256, 4096), (5000, 3001), (20_000, 9002)])
 def test_tally(code, m, steps):
-    """Sums of squares to six digits, over large and small values; counts per run of m and of what two masks keep."""
+    """Sums of squares to six digits, over large and small values; counts per group of m and of what two masks keep."""
     extremes = torch.tensor([300.0, -1e-4] if code == "F16" else [3e25, -1e-25]).to(oracle.DTYPES[code])
     vectors = [torch.cat([vector, extremes]) for vector in values("steps", 2, 9000, code)]
-    masks, counts = np.random.default_rng(1).random((2, 9002)) < [[0.3], [0.6]], Counts(2)
+    masks, counts = np.random.default_rng(1).random((2, 9002)) < [[0.3], [0.6]], new_counts(2)
     for start in range(0, 9002, steps):
         part = slice(start, start + steps)
         for j, vector in enumerate(vectors):
             bits = bits_of(vector, code)[part]
-            assert kernels.tally(bits, code, masks.view(np.uint8)[:, part], j, start, m, counts.of(j))
-    for j, tally in enumerate(counts.tallies(9002)):
-        squares, runs = (
-            vectors[j].double().numpy() ** 2,
-            np.add.reduceat(masks[j], range(0, 9002, m), dtype=int),
-        )
-        whole = runs[: 9002 // m]
+            assert kernels.tally(bits, code, masks.view(np.uint8)[:, part], j, start, m, counts)
+    for j, tally in enumerate(tallies(counts, 9002)):
+        squares = vectors[j].double().numpy() ** 2
+        groups = np.add.reduceat(masks[j], range(0, 9002, m), dtype=int)
+        whole = groups[: 9002 // m]
         assert (tally.energy_kept, tally.energy) == pytest.approx((squares[masks[j]].sum(), squares.sum()), rel=1e-6)
-        assert tally.runs == [sum(runs[len(whole) :]), len(whole), whole.sum(), (whole**2).sum()]
-        assert (tally.numel, tally.kept) == (9002, masks[j].sum())
+        assert (tally.groups, tally.squares) == (len(whole), (whole**2).sum())
+        assert (tally.tail, tally.kept_in_groups) == (sum(groups[len(whole) :]), whole.sum())
+        assert (tally.numel, tally.nonzero, tally.kept) == (9002, (squares != 0).sum(), masks[j].sum())
         assert tally.both[1 - j] == (masks[0] & masks[1]).sum() and tally.either[1 - j] == (masks[0] | masks[1]).sum()

@@ -1,15 +1,11 @@
 """The README's own commands, in its order, as printed, on models small enough for a test."""
 
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from conftest import ROOT, save_model, save_tasks
+from conftest import ROOT
+from workplace import bash_commands, run_all
 
 README = (ROOT / "README.md").read_text()
 # The leaderboard's data sets and the Hub are out of reach here; everything else runs as it stands on the page.
@@ -19,63 +15,13 @@ LOCAL = {
 }
 
 
-def commands() -> list[str]:
-    """Every command in a ```bash block after the first (make), in order."""
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)[1:]
-    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
-
-
-def fill_hub_cache(home: Path, model: Path) -> None:
-    """The Hub's cache after a download of mistralai/Mistral-7B-v0.1: a snapshot of links to blobs."""
-    repository = home / "hub" / "models--mistralai--Mistral-7B-v0.1"
-    snapshot = repository / "snapshots" / ("0" * 40)
-    (repository / "blobs").mkdir(parents=True)
-    snapshot.mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0" * 40)
-    for path in model.iterdir():
-        shutil.copy(path, repository / "blobs" / path.name)
-        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory) -> Path:
-    """A copy of the repository with models/ as the README assumes it after the downloads."""
-    place = tmp_path_factory.mktemp("clone")
-    for name in ("common", "merge_and_evaluate", "recipes"):
-        shutil.copytree(ROOT / name, place / name)
-    for script in ROOT.glob("*.py"):
-        shutil.copy2(script, place)
-    save_model(place / "original", 1, dtype="bfloat16")
-    fill_hub_cache(place / "hf", place / "original")
-    save_model(place / "models" / "WildMarcoroni-Variant1-7B", 1, dtype="bfloat16", scale=1.01)
-    save_model(place / "models" / "WestSeverus-7B-DPO-v2", 1, dtype="float32", scale=0.98)
-    save_tasks(place / "tasks", ("colours", "hues"))
-    recipe = {"model": "hf", "include_path": "./tasks", "tasks": ["colours", "hues"], "batch_size": 4}
-    (place / "local_eval.yml").write_text(json.dumps(recipe))
-    return place
-
-
-def run(command: str, place: Path) -> subprocess.CompletedProcess:
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "HF_HOME": str(place / "hf"),
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1",
-    }
-    return subprocess.run(command, shell=True, cwd=place, env=environment, capture_output=True, text=True)
-
-
+@pytest.mark.slow
 def test_every_command_runs_and_chains(workplace):
-    found = commands()
+    _, *found = bash_commands(README)  # the first is make, which makes an environment
     assert len(found) >= 9
-    for command in found:
-        command = re.sub(r" +", " ", command)
-        for printed, local in LOCAL.items():
-            command = command.replace(printed, local)
-        done = run(command, workplace)
-        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-        assert "Traceback" not in done.stderr
+    for printed, local in LOCAL.items():
+        found = [command.replace(printed, local) for command in found]
+    run_all(found, workplace)
     for output in (
         "Mistral-7b-v0.1-float16",
         "task_vector_westseverus",

@@ -33,9 +33,9 @@ def header_commands(path: Path) -> list[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory) -> Path:
+def tiny_repository(tmp_path_factory) -> Path:
     """A folder that looks like the repository after the README's chain, with tiny models."""
-    folder = tmp_path_factory.mktemp("chain")
+    folder = tmp_path_factory.mktemp("repository")
     shutil.copytree(ROOT / "recipes", folder / "recipes")
     for seed, name in enumerate(CHAIN):
         save_model(folder / "models" / name, seed)
@@ -63,9 +63,10 @@ def test_its_commands_use_it_and_parse(path):
     assert any(command[0] == "python" for command in commands)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_it_merges_as_its_header_says(path, chain, monkeypatch):
-    monkeypatch.chdir(chain)
+def test_it_merges_as_its_header_says(path, tiny_repository, monkeypatch):
+    monkeypatch.chdir(tiny_repository)
     command = next(command for command in header_commands(path) if command[0] == "python")
     args = merge_and_evaluate_7b.parse_args(command[2:])
     merge_and_evaluate_7b.main(["--recipe", args.recipe, "--save_path", args.save_path, "--merge_only"])
@@ -77,19 +78,19 @@ def test_it_merges_as_its_header_says(path, chain, monkeypatch):
     assert any((merged[name] != base[name]).any() for name in base)
 
 
-def test_mergekit_yaml_runs_the_recipe_as_pasted(chain, monkeypatch):
+def test_mergekit_yaml_runs_the_recipe_as_pasted(tiny_repository, monkeypatch):
     """The real command, offline, into ./models/merged_by_mergekit: same tensors as our script's, tokenizer copied."""
     from click.testing import CliRunner
     from mergekit.scripts.run_yaml import main as mergekit_yaml
     from safetensors.numpy import load_file
 
-    monkeypatch.chdir(chain)
+    monkeypatch.chdir(tiny_repository)
     result = CliRunner().invoke(mergekit_yaml, ["recipes/recipe.yml", "./models/merged_by_mergekit"])
     assert result.exit_code == 0, result.output
     merge_and_evaluate_7b.main(["--recipe", "recipes/recipe.yml", "--save_path", "./models/ours", "--merge_only"])
     theirs, ours = (load_file(f"models/{name}/model.safetensors") for name in ("merged_by_mergekit", "ours"))
     assert all((theirs[name] == ours[name]).all() for name in theirs)
-    assert (chain / "models/merged_by_mergekit/tokenizer.json").is_file()
+    assert (tiny_repository / "models/merged_by_mergekit/tokenizer.json").is_file()
 
 
 def test_orders_differ_only_in_order():
@@ -103,10 +104,7 @@ def test_the_commands_of_the_readme_parse():
 
     text = (ROOT / "recipes" / "README.md").read_text()
     commands = [shlex.split(c.replace("\\\n", " ")) for c in re.findall(r"```bash\n(.*?)```", text, re.S)]
-    scripts = {
-        "prune_task_vector_7b.py": prune_task_vector_7b,
-        "merge_and_evaluate_7b.py": merge_and_evaluate_7b,
-    }
+    scripts = {"prune_task_vector_7b.py": prune_task_vector_7b, "merge_and_evaluate_7b.py": merge_and_evaluate_7b}
     parsed = [scripts[command[1]].parse_args(command[2:]) for command in commands]
     pruned = [str(args) for args in parsed if "pruning_method" in args]
     assert len(pruned) == len(set(pruned)) == 10
@@ -132,6 +130,7 @@ def test_lm_eval_accepts_the_leaderboard_config(monkeypatch):
     assert merge_and_evaluate_7b.parse_args(ours[2:]).eval_only
 
 
+@pytest.mark.slow
 def test_the_leaderboard_group_sets_the_shots(monkeypatch):
     """lm-eval's own TaskManager builds all 62 tasks offline; only the download of their data is left out."""
     from lm_eval.api.task import ConfigurableTask, TaskConfig

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import chain, files, load, prune_arguments, refusal, run, write
+from checkpoints import chain, extract, files, load, prune_arguments, refusal, run, write
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
@@ -25,7 +25,7 @@ def made(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def here(made, tmp_path) -> Path:
+def chained(made, tmp_path) -> Path:
     """A copy of it to spoil."""
     return Path(shutil.copytree(made, tmp_path / "x"))
 
@@ -259,37 +259,36 @@ CASES = {
         "{d}/out.part: left by another run (no record of a run in it); finish that run with its own command, "
         "delete the directory, or give --overwrite to start afresh",
     ),
-    "a device that is not there": (
-        lambda folder: None,
-        ["prune", "--device", "nonsense"],
-        None,
-    ),
+    "a device that is not there": (lambda folder: None, ["prune", "--device", "nonsense"], None),
 }
 
 
 @pytest.mark.parametrize("spoil, command, line", CASES.values(), ids=CASES)
-def test_refused(here, spoil, command, line):
+def test_refused(chained, spoil, command, line):
     """The exact line; nothing new in the folder; what was there before is as it was."""
-    spoil(here)
-    before = files(here)
-    got = refusal(command[0], *arguments(command[0], here, *(part.replace("{d}", str(here)) for part in command[1:])))
+    spoil(chained)
+    before, places = files(chained), set(chained.rglob("*"))
+    got = refusal(
+        command[0], *arguments(command[0], chained, *(part.replace("{d}", str(chained)) for part in command[1:]))
+    )
     if line is None:
         assert got.startswith("--device nonsense: not usable here (") and got.endswith("or a torch built for it")
     else:
-        assert got == line.replace("{d}", str(here))
-    left = {name for name in files(here) if ".part/.run/" not in name}
-    assert left == before.keys() and all(files(here)[name] == before[name] for name in before)
-    assert not (here / "pa").exists() and (not (here / "out").exists() or command[0] == "convert")
+        assert got == line.replace("{d}", str(chained))
+    left = {name for name in files(chained) if ".part/.run/" not in name}
+    assert left == before.keys() and all(files(chained)[name] == before[name] for name in before)
+    new = {path.relative_to(chained).parts[0] for path in set(chained.rglob("*")) - places}
+    assert all(name.endswith(".part") for name in new), new
 
 
 # --- numbers that can be had another way ----------------------------------------------------------
 
 
-def test_clamp(here, capsys):
+def test_clamp(chained, capsys):
     """--clamp gives the largest finite value of the sign, and says where."""
-    together(put("base", Q, 1e6, torch.float32), put("base", HEAD, -65520.0, torch.float32))(here)
-    run("convert", *arguments("convert", here, "--clamp"))
-    out = load(here / "out")
+    together(put("base", Q, 1e6, torch.float32), put("base", HEAD, -65520.0, torch.float32))(chained)
+    run("convert", *arguments("convert", chained, "--clamp"))
+    out = load(chained / "out")
     assert (out[Q].max(), out[HEAD].min()) == (65504.0, -65504.0)
     assert capsys.readouterr().out.splitlines()[:2] == [
         "306 values: 2 changed by rounding, 0 of them became zero",
@@ -307,27 +306,19 @@ def test_many_overflows_are_summed_up(tmp_path):
 
 
 @pytest.mark.parametrize("save_format", ["model", "task_vector"])
-def test_rescale_overflows(here, save_format):
+def test_rescale_overflows(chained, save_format):
     """30000 kept and multiplied by 4 is beyond float16; without --rescale it is not."""
-    put("a", Q, 30_000.0)(here)
-    shutil.rmtree(here / "va")
-    run(
-        "extract",
-        "--finetuned_model_path",
-        here / "a",
-        "--base_model_path",
-        here / "base",
-        "--save_path",
-        here / "va",
-    )
+    put("a", Q, 30_000.0)(chained)
+    shutil.rmtree(chained / "va")
+    extract(chained / "a", chained / "base", chained / "va")
     more = ["--save_format", save_format]
-    line = refusal("prune", *arguments("prune", here, "--rescale", *more))
+    line = refusal("prune", *arguments("prune", chained, "--rescale", *more))
     assert line == (
-        f"tensor '{Q}' of {here}/va: a result is beyond the largest F16; use base and vectors in bfloat16 or "
+        f"tensor '{Q}' of {chained}/va: a result is beyond the largest F16; use base and vectors in bfloat16 or "
         "float32, or no --rescale"
     )
-    assert not list(here.glob("p*"))
-    run("prune", *arguments("prune", here, *more))
+    assert not list(chained.glob("p*"))
+    run("prune", *arguments("prune", chained, *more))
 
 
 # --- the base that extraction recorded ------------------------------------------------------------
@@ -345,20 +336,12 @@ def test_the_base_has_gone(tmp_path):
     run("prune", *prune_arguments(folder, "--base_model_path", folder / "moved"))
 
 
-def test_vectors_of_different_bases(here):
-    put("base", Q, 1.5)(here)
-    shutil.rmtree(here / "vb")
-    run(
-        "extract",
-        "--finetuned_model_path",
-        here / "b",
-        "--base_model_path",
-        here / "base",
-        "--save_path",
-        here / "vb",
-    )
-    assert refusal("prune", *prune_arguments(here)) == (
-        f"tensor '{Q}': {here}/va and {here}/vb were extracted from different bases; extract both from the same one"
+def test_vectors_of_different_bases(chained):
+    put("base", Q, 1.5)(chained)
+    shutil.rmtree(chained / "vb")
+    extract(chained / "b", chained / "base", chained / "vb")
+    assert refusal("prune", *prune_arguments(chained)) == (
+        f"tensor '{Q}': {chained}/va and {chained}/vb were extracted from different bases; extract both from the same one"
     )
 
 
@@ -366,68 +349,73 @@ def test_vectors_of_different_bases(here):
 
 
 @pytest.mark.parametrize("script", ["convert", "prune"])
-def test_a_disk_too_small(here, monkeypatch, script):
+def test_a_disk_too_small(chained, monkeypatch, script):
     """Compared before anything is written; the sizes are in the line."""
     real = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=100))
-    line = refusal(script, *arguments(script, here))
-    assert line == f"{here}: 0.00 GB are needed there and 0.00 GB are free; free some space or write elsewhere"
-    assert not list(here.glob("p[ab]")) and not (here / "out").exists()
+    line = refusal(script, *arguments(script, chained))
+    assert line == f"{chained}: 0.00 GB are needed there and 0.00 GB are free; free some space or write elsewhere"
+    assert not list(chained.glob("p[ab]")) and not (chained / "out").exists()
 
 
-def test_overwrite_replaces_and_only_that(here):
+def test_overwrite_replaces_and_only_that(chained):
     """A directory or a file under the name is replaced; neighbours with like names are not touched."""
     for neighbour in ("out.old", "out.bak"):
-        (here / neighbour).mkdir()
-        (here / neighbour / "mine").write_text("mine")
-    run("convert", *arguments("convert", here))
-    first = files(here / "out")
-    (here / "out" / "stale").write_text("stale")
-    run("convert", *arguments("convert", here, "--overwrite"))
-    assert files(here / "out") == first
-    shutil.rmtree(here / "out")
-    (here / "out").write_text("a file")
-    run("convert", *arguments("convert", here, "--overwrite"))
-    assert files(here / "out") == first
-    assert {p.name for p in here.glob("out*")} == {"out", "out.old", "out.bak"}
-    assert (here / "out.old" / "mine").read_text() == "mine"
+        (chained / neighbour).mkdir()
+        (chained / neighbour / "mine").write_text("mine")
+    run("convert", *arguments("convert", chained))
+    first = files(chained / "out")
+    (chained / "out" / "stale").write_text("stale")
+    run("convert", *arguments("convert", chained, "--overwrite"))
+    assert files(chained / "out") == first
+    shutil.rmtree(chained / "out")
+    (chained / "out").write_text("a file")
+    run("convert", *arguments("convert", chained, "--overwrite"))
+    assert files(chained / "out") == first
+    assert {p.name for p in chained.glob("out*")} == {"out", "out.old", "out.bak"}
+    assert (chained / "out.old" / "mine").read_text() == "mine"
 
 
-def test_a_file_where_a_directory_is_needed(here):
+def test_a_file_where_a_directory_is_needed(chained):
     """The operating system's own words, with the path, in one line."""
-    (here / "file").write_text("")
-    line = refusal("convert", *arguments("convert", here, "--save_path", here / "file" / "out"))
-    assert line.startswith(f"{here}/file/") and "Not a directory" in line
+    (chained / "file").write_text("")
+    line = refusal("convert", *arguments("convert", chained, "--save_path", chained / "file" / "out"))
+    assert line.startswith(f"{chained}/file/") and "Not a directory" in line
 
 
 # --- as a process ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["convert_dtype.py", "extract_task_vector_7b.py", "prune_task_vector_7b.py"])
-def test_exit_codes_and_one_line(here, script):
+def test_exit_codes_and_one_line(chained, script):
     """Exit 2 on usage; exit 1 and a last line on bad data, also where the progress bar was running; no traceback."""
-    put("base", Q, NAN)(here)
+    put("base", Q, NAN)(chained)
     name = script.split("_")[0]
 
     def start(*flags):
         return subprocess.run(
-            [sys.executable, ROOT / script, *map(str, flags)], capture_output=True, text=True, cwd=here, env=os.environ
+            [sys.executable, ROOT / script, *map(str, flags)],
+            capture_output=True,
+            text=True,
+            cwd=chained,
+            env=os.environ,
         )
 
-    done = start(*arguments(name, here))
+    done = start(*arguments(name, chained))
     assert done.returncode == 1
     last = done.stderr.replace("\r", "\n").splitlines()[-1]
-    assert last == f"error: tensor '{Q}' in {here}/base/model.safetensors: {SOUND}"
-    assert "Traceback" not in done.stderr and not list(here.glob("out*")) + list(here.glob("p*"))
+    assert last == f"error: tensor '{Q}' in {chained}/base/model.safetensors: {SOUND}"
+    assert "Traceback" not in done.stderr and not list(chained.glob("out*")) + list(chained.glob("p*"))
     assert start("--nonsense").returncode == 2
 
 
-def test_dry_run_checks_everything_and_writes_nothing(here, capsys):
+def test_dry_run_checks_everything_and_writes_nothing(chained, capsys):
     """The plan, with bytes read and written; a refusal comes here too."""
-    before = files(here)
-    run("prune", *arguments("prune", here, "--dry_run"))
+    before = files(chained)
+    run("prune", *arguments("prune", chained, "--dry_run"))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["reads"] * 3 + ["writes"] * 2 + ["disk", "memory"]
-    assert files(here) == before
-    change(here / "vb", **{Q: None})
-    assert "in only one of" in refusal("prune", *arguments("prune", here, "--dry_run"))
+    assert files(chained) == before
+    change(chained / "vb", **{Q: None})
+    assert "in only one of" in refusal("prune", *arguments("prune", chained, "--dry_run"))

@@ -102,10 +102,7 @@ TENSORS = {
     ),
     "too small": (entry(shape=[2]), "F16 [2] does not fill its 2 bytes; download the file again"),
     "one offset": (entry() | {"data_offsets": [0]}, "[0] are no data_offsets; download the file again"),
-    "backwards": (
-        entry(begin=2, end=0),
-        f"data_offsets [2, 0] lie outside the file's 2 bytes of data; {CUT}",
-    ),
+    "backwards": (entry(begin=2, end=0), f"data_offsets [2, 0] lie outside the file's 2 bytes of data; {CUT}"),
     "beyond": (entry(shape=[4], end=8), f"data_offsets [0, 8] lie outside the file's 2 bytes of data; {CUT}"),
 }
 
@@ -160,11 +157,7 @@ def test_truncated(model, keep):
 
 def test_odd_but_sound(tmp_path):
     """Scalars, empty tensors of any shape, and names with quotes, slashes and line ends are carried through."""
-    header = {
-        "": entry("F32", [], 0, 4),
-        "../x\n'\"": entry(begin=4, end=6),
-        "empty": entry("F16", [0, 2**62], 6, 6),
-    }
+    header = {"": entry("F32", [], 0, 4), "../x\n'\"": entry(begin=4, end=6), "empty": entry("F16", [0, 2**62], 6, 6)}
     model = write(tmp_path / "model", state())
     (model / "model.safetensors").write_bytes(safetensors_bytes(header, bytes(6)))
     run("convert", "--model_path", model, "--save_path", tmp_path / "out", "--max_shard_size", 2)

@@ -13,7 +13,7 @@ import oracle
 import pytest
 import torch
 import zoo
-from checkpoints import SHAPES, chain, files, load, prune_arguments, refusal, run, state, write
+from checkpoints import SHAPES, chain, extract, files, load, prune, prune_arguments, refusal, run, state, write
 from conftest import ROOT
 
 KINDS = ["mistral", "qwen2", "gpt2"]
@@ -92,26 +92,10 @@ def zoos(tmp_path_factory) -> dict[str, Path]:
     folders = {}
     for kind in KINDS:
         folder = folders[kind] = zoo.make(kind, tmp_path_factory.mktemp("zoo") / kind)
-        run(
-            "convert",
-            "--model_path",
-            folder / "base",
-            "--save_path",
-            folder / "half",
-            "--max_shard_size",
-            "3KB",
-        )
+        run("convert", "--model_path", folder / "base", "--save_path", folder / "half", "--max_shard_size", "3KB")
         for name in "ab":
-            run(
-                "extract",
-                "--finetuned_model_path",
-                folder / name,
-                "--base_model_path",
-                folder / "half",
-                "--save_path",
-                folder / f"v{name}",
-                "--max_shard_size",
-                "2KB" if name == "a" else "5GB",
+            extract(
+                folder / name, folder / "half", folder / f"v{name}", "--max_shard_size", "2KB" if name == "a" else "5GB"
             )
     return folders
 
@@ -158,40 +142,18 @@ def test_prune(zoos, tmp_path, kind, method):
     expect(tmp_path / "pb", want[1])
 
 
+@pytest.mark.slow
 def test_three_vectors_mixed_dtypes_both_formats(zoos, tmp_path):
     """A base of two dtypes used as it is, vectors in bfloat16, three of them, as models and as vectors."""
     folder, vectors = zoos["qwen2"], []
     for name, source in (("1", "a"), ("2", "b"), ("3", "half")):
-        run(
-            "extract",
-            "--finetuned_model_path",
-            folder / source,
-            "--base_model_path",
-            folder / "base",
-            "--save_path",
-            tmp_path / name,
-            "--dtype",
-            "bfloat16",
-        )
+        extract(folder / source, folder / "base", tmp_path / name, "--dtype", "bfloat16")
         vectors.append(load(tmp_path / name))
     base = load(folder / "base")
     assert len({tensor.dtype for tensor in base.values()}) == 2
     for save_format in ("model", "task_vector"):
         outs = [tmp_path / f"{save_format}{i}" for i in range(3)]
-        run(
-            "prune",
-            "--task_vector_paths",
-            *(tmp_path / n for n in "123"),
-            "--save_directories",
-            *outs,
-            "--n",
-            1,
-            "--m",
-            4,
-            "--rescale",
-            "--save_format",
-            save_format,
-        )
+        prune([*(tmp_path / n for n in "123")], outs, "--n", 1, "--m", 4, "--rescale", "--save_format", save_format)
         want = expected_pruned(base, vectors, save_format, n=1, m=4, rescale=True)
         for out, tensors in zip(outs, want, strict=True):
             expect(out, tensors)
@@ -203,12 +165,9 @@ def test_three_vectors_mixed_dtypes_both_formats(zoos, tmp_path):
 def test_a_pruned_vector_is_a_task_vector(zoos, tmp_path):
     """--save_format task_vector, then prune what came out, twice; the base is still found and verified."""
     folder = zoos["mistral"]
-    run(
-        "prune",
-        "--task_vector_paths",
-        folder / "va",
-        "--save_directories",
-        tmp_path / "once",
+    prune(
+        [folder / "va"],
+        [tmp_path / "once"],
         "--pruning_method",
         "magnitude",
         "--sparsity_level",
@@ -216,17 +175,7 @@ def test_a_pruned_vector_is_a_task_vector(zoos, tmp_path):
         "--save_format",
         "task_vector",
     )
-    run(
-        "prune",
-        "--task_vector_paths",
-        tmp_path / "once",
-        "--save_directories",
-        tmp_path / "twice",
-        "--n",
-        1,
-        "--m",
-        4,
-    )
+    prune([tmp_path / "once"], [tmp_path / "twice"], "--n", 1, "--m", 4)
     base, vector = load(folder / "half"), load(folder / "va")
     (once,) = expected_pruned(base, [vector], "task_vector", False, method="magnitude", sparsity_level=0.5)
     expect(tmp_path / "once", once)
@@ -242,17 +191,7 @@ def test_other_dtypes(zoos, tmp_path, dtype):
     folder = zoos["gpt2"]
     run("convert", "--model_path", folder / "base", "--save_path", tmp_path / "base", "--dtype", dtype)
     for name in "ab":
-        run(
-            "extract",
-            "--finetuned_model_path",
-            folder / name,
-            "--base_model_path",
-            tmp_path / "base",
-            "--save_path",
-            tmp_path / f"v{name}",
-            "--dtype",
-            dtype,
-        )
+        extract(folder / name, tmp_path / "base", tmp_path / f"v{name}", "--dtype", dtype)
     run("prune", *prune_arguments(tmp_path))
     base = load(tmp_path / "base")
     vectors = [expected_vector(base, load(folder / name), getattr(torch, dtype)) for name in "ab"]
@@ -260,6 +199,7 @@ def test_other_dtypes(zoos, tmp_path, dtype):
         expect(tmp_path / f"p{name}", want)
 
 
+@pytest.mark.slow
 def test_layouts_do_not_change_a_bit(zoos, tmp_path):
     """Inputs as one file, several, one .bin and several; outputs cut anywhere: the same tensors and report."""
     folder = zoos["qwen2"]
@@ -267,26 +207,16 @@ def test_layouts_do_not_change_a_bit(zoos, tmp_path):
     for i, (count, suffix, size) in enumerate(
         [(1, ".safetensors", "5GB"), (4, ".safetensors", "1KB"), (1, ".bin", "3KB"), (3, ".bin", "9KB")]
     ):
-        here = tmp_path / str(i)
+        made = tmp_path / str(i)
         for name in ("base", "a", "b"):
             config = json.loads((folder / name / "config.json").read_text())
-            write(here / name, load(folder / name), config, count, suffix)
+            write(made / name, load(folder / name), config, count, suffix)
         for name in "ab":
-            run(
-                "extract",
-                "--finetuned_model_path",
-                here / name,
-                "--base_model_path",
-                here / "base",
-                "--save_path",
-                here / f"v{name}",
-                "--max_shard_size",
-                size,
-            )
-        run("prune", *prune_arguments(here, "--max_shard_size", size, "--pruning_method", "random"))
-        report = json.loads((here / "pa" / "prune_report.json").read_text())
+            extract(made / name, made / "base", made / f"v{name}", "--max_shard_size", size)
+        run("prune", *prune_arguments(made, "--max_shard_size", size, "--pruning_method", "random"))
+        report = json.loads((made / "pa" / "prune_report.json").read_text())
         reports.append({name: (entry["hash"], entry.get("kept")) for name, entry in report["tensors"].items()})
-        tensors.append({f"{n}/{k}": t for n in ("va", "pa", "pb") for k, t in load(here / n).items()})
+        tensors.append({f"{n}/{k}": t for n in ("va", "pa", "pb") for k, t in load(made / n).items()})
     for other in tensors[1:]:
         assert all(oracle.same(other[name], tensors[0][name]) for name in tensors[0])
     assert all(report == reports[0] for report in reports)
@@ -299,16 +229,7 @@ def test_layouts_do_not_change_a_bit(zoos, tmp_path):
 def test_tied_tensors_stay_tied(zoos, tmp_path, method):
     """A head that the base spells out and the fine-tuned models lack: bit-equal to the embedding in every output."""
     folder = zoos["gpt2"]
-    run(
-        "prune",
-        "--task_vector_paths",
-        folder / "va",
-        folder / "vb",
-        "--save_directories",
-        tmp_path / "pa",
-        tmp_path / "pb",
-        *METHODS[method],
-    )
+    prune([folder / "va", folder / "vb"], [tmp_path / "pa", tmp_path / "pb"], *METHODS[method])
     for path in (folder / "half", folder / "va", tmp_path / "pa", tmp_path / "pb"):
         tensors = load(path)
         assert oracle.same(tensors["lm_head.weight"], tensors["transformer.wte.weight"])
@@ -325,39 +246,11 @@ def test_a_copy_of_the_base_with_or_without_its_tied_head(tmp_path, recorded, gi
     for name, tensors in (("with", spelled), ("without", bare), ("fine", fine)):
         write(tmp_path / name, tensors, config)
     for name in ("with", "without"):
-        run(
-            "extract",
-            "--finetuned_model_path",
-            tmp_path / "fine",
-            "--base_model_path",
-            tmp_path / name,
-            "--save_path",
-            tmp_path / f"v_{name}",
-        )
-    run(
-        "prune",
-        "--task_vector_paths",
-        tmp_path / f"v_{recorded}",
-        "--save_directories",
-        tmp_path / "crossed",
-        "--n",
-        1,
-        "--m",
-        4,
-        "--base_model_path",
-        tmp_path / given,
+        extract(tmp_path / "fine", tmp_path / name, tmp_path / f"v_{name}")
+    prune(
+        [tmp_path / f"v_{recorded}"], [tmp_path / "crossed"], "--n", 1, "--m", 4, "--base_model_path", tmp_path / given
     )
-    run(
-        "prune",
-        "--task_vector_paths",
-        tmp_path / f"v_{given}",
-        "--save_directories",
-        tmp_path / "straight",
-        "--n",
-        1,
-        "--m",
-        4,
-    )
+    prune([tmp_path / f"v_{given}"], [tmp_path / "straight"], "--n", 1, "--m", 4)
     expect(tmp_path / "crossed", load(tmp_path / "straight"))
 
 
@@ -368,7 +261,7 @@ def test_buffers_are_the_bases(zoos, tmp_path):
         ("gpt2", ["transformer.h.0.attn.bias", "transformer.position_ids"]),
     ):
         folder = zoos[kind]
-        run("prune", "--task_vector_paths", folder / "va", "--save_directories", tmp_path / kind)
+        prune([folder / "va"], [tmp_path / kind])
         for path in (folder / "half", folder / "va", tmp_path / kind):
             for name in names:
                 assert oracle.same(load(path)[name], load(folder / "base")[name])
@@ -377,6 +270,7 @@ def test_buffers_are_the_bases(zoos, tmp_path):
 # --- merged by mergekit ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_mergekit_merges_what_prune_wrote(zoos, tmp_path, kind):
     """base + sum of weight * pruned, in float64, rounded once; where no mask keeps, the base's own bits.
@@ -389,19 +283,7 @@ def test_mergekit_merges_what_prune_wrote(zoos, tmp_path, kind):
     from mergekit.options import MergeOptions
 
     folder, weights = zoos[kind], (1.2, 0.9)
-    run(
-        "prune",
-        "--task_vector_paths",
-        folder / "va",
-        folder / "vb",
-        "--save_directories",
-        tmp_path / "pa",
-        tmp_path / "pb",
-        "--n",
-        1,
-        "--m",
-        4,
-    )
+    prune([folder / "va", folder / "vb"], [tmp_path / "pa", tmp_path / "pb"], "--n", 1, "--m", 4)
     base, pruned = load(folder / "half"), [load(tmp_path / "pa"), load(tmp_path / "pb")]
     recipe = {
         "merge_method": "task_arithmetic",
@@ -447,25 +329,13 @@ def test_mergekit_merges_what_prune_wrote(zoos, tmp_path, kind):
 def test_report_figures(zoos, tmp_path):
     """Density, overlap, L2 share and evenness, recomputed from the oracle's masks for a tensor and in total."""
     folder, name = zoos["mistral"], "model.layers.0.mlp.up_proj.weight"
-    run(
-        "prune",
-        "--task_vector_paths",
-        folder / "va",
-        folder / "vb",
-        "--save_directories",
-        tmp_path / "pa",
-        tmp_path / "pb",
-        "--n",
-        200,
-        "--m",
-        256,
-    )
+    prune([folder / "va", folder / "vb"], [tmp_path / "pa", tmp_path / "pb"], "--n", 200, "--m", 256)
     vectors = [load(folder / "va"), load(folder / "vb")]
     masks = np.array(oracle.masks([vector[name] for vector in vectors], name, n=200, m=256))
     report = json.loads((tmp_path / "pb" / "prune_report.json").read_text())
     entry = report["tensors"][name]
     assert (report["position"], report["pruning_method"], report["n"], report["m"]) == (2, "nm", 200, 256)
-    assert entry["kept"] == masks[1].sum() and entry["numel"] == masks[1].size and entry["group"] == "up"
+    assert entry["kept"] == masks[1].sum() and entry["numel"] == masks[1].size and entry["kind"] == "up"
     assert entry["density"] == pytest.approx(masks[1].mean(), rel=1e-5)
     overlap = (masks[0] & masks[1]).sum() / (masks[0] | masks[1]).sum()
     assert entry["overlap"] == {str(folder / "va"): pytest.approx(overlap, rel=1e-5)}
@@ -475,7 +345,7 @@ def test_report_figures(zoos, tmp_path):
     assert entry["evenness"] == pytest.approx(counts.sum() ** 2 / (len(counts) * (counts**2).sum()), rel=1e-5)
     parameters = [t for t in report["tensors"].values() if "kept" in t]
     assert report["totals"]["kept"] == sum(t["kept"] for t in parameters)
-    assert sum(group["numel"] for group in report["groups"].values()) == sum(t["numel"] for t in parameters)
+    assert sum(kind["numel"] for kind in report["kinds"].values()) == sum(t["numel"] for t in parameters)
 
 
 def test_overlap_is_zero_while_there_is_room(tmp_path):
@@ -485,20 +355,9 @@ def test_overlap_is_zero_while_there_is_room(tmp_path):
     shutil.copytree(paths[0], paths[2])
     shutil.copytree(paths[1], paths[3])
     outs = [folder / f"p{i}" for i in range(4)]
-    run(
-        "prune",
-        "--task_vector_paths",
-        *paths,
-        "--save_directories",
-        *outs,
-        "--n",
-        64,
-        "--m",
-        256,
-        "--dry_run",
-    )
+    prune(paths, outs, "--n", 64, "--m", 256, "--dry_run")
     assert not any(out.exists() for out in outs)
-    run("prune", "--task_vector_paths", *paths, "--save_directories", *outs, "--n", 1, "--m", 4)
+    prune(paths, outs, "--n", 1, "--m", 4)
     for i, out in enumerate(outs):
         report = json.loads((out / "prune_report.json").read_text())
         tails = [t for t in report["tensors"].values() if t["numel"] % 4]

@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import oracle
 import pytest
 import torch
-from checkpoints import CONFIG, SHAPES, load, run, state, write
+from checkpoints import CONFIG, SHAPES, extract, load, prune, run, state, write
 from conftest import save_model
 from huggingface_hub import split_state_dict_into_shards_factory
 from hypothesis import given, settings
@@ -59,10 +59,7 @@ def test_files_are_those_of_save_file(tmp_path_factory, described):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_a_converted_file_is_that_of_save_file(tmp_path, dtype):
     """The whole file, weights included, from a model of mixed dtypes and buffers in order of their names."""
-    tensors = state(1, torch.float32) | {
-        "z.half": state(2)["model.norm.weight"],
-        "position_ids": torch.arange(9),
-    }
+    tensors = state(1, torch.float32) | {"z.half": state(2)["model.norm.weight"], "position_ids": torch.arange(9)}
     write(tmp_path / "model", tensors)
     run("convert", "--model_path", tmp_path / "model", "--save_path", tmp_path / "out", "--dtype", dtype)
     want = {
@@ -79,6 +76,7 @@ def test_a_converted_file_is_that_of_save_file(tmp_path, dtype):
 SIZES = st.dictionaries(st.text(max_size=4), st.integers(0, 50), min_size=1, max_size=30)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(SIZES, st.integers(1, 80))
 def test_partition_is_greedy(sizes, limit):
@@ -91,6 +89,7 @@ def test_partition_is_greedy(sizes, limit):
         assert total + sizes[after[0]] > limit
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(SIZES)
 def test_shards_are_cut_and_named_as_the_hub_does(sizes):
@@ -162,26 +161,8 @@ def test_transformers_loads_model_and_tokenizer(tmp_path):
     (tmp_path / "fine" / "chat_template.jinja").write_text("{{ messages }}")
     (tmp_path / "fine" / "modeling_evil.py").write_text("raise SystemExit('imported')")
     run("convert", "--model_path", base, "--save_path", tmp_path / "half", "--max_shard_size", "20KB")
-    run(
-        "extract",
-        "--finetuned_model_path",
-        tmp_path / "fine",
-        "--base_model_path",
-        tmp_path / "half",
-        "--save_path",
-        tmp_path / "vector",
-    )
-    run(
-        "prune",
-        "--task_vector_paths",
-        tmp_path / "vector",
-        "--save_directories",
-        tmp_path / "pruned",
-        "--n",
-        1,
-        "--m",
-        4,
-    )
+    extract(tmp_path / "fine", tmp_path / "half", tmp_path / "vector")
+    prune([tmp_path / "vector"], [tmp_path / "pruned"], "--n", 1, "--m", 4)
     for name in ("half", "vector", "pruned"):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
@@ -196,10 +177,7 @@ def test_transformers_loads_model_and_tokenizer(tmp_path):
 
 def test_config_says_the_dtype(tmp_path):
     """`dtype` is what the tensors are, nested configs included, and no stale torch_dtype is left."""
-    nested = CONFIG | {
-        "text_config": {"torch_dtype": "float32", "vocab_size": 3},
-        "vision_config": {"depth": 1},
-    }
+    nested = CONFIG | {"text_config": {"torch_dtype": "float32", "vocab_size": 3}, "vision_config": {"depth": 1}}
     write(tmp_path / "model", state(dtype=torch.float32), nested)
     run("convert", "--model_path", tmp_path / "model", "--save_path", tmp_path / "out", "--dtype", "bfloat16")
     config = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -12,55 +12,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, save_tasks
+from conftest import ROOT
+from recipes_and_models import RECIPE, left_over, merge_and_score, write_yaml
 
-import merge_and_evaluate_7b as script
 from common.errors import DataError
 from merge_and_evaluate import scoring
 from merge_and_evaluate.recipes import read_recipe, with_weights
 from merge_and_evaluate.sweep import weight_choices
 
-RECIPE = {
-    "merge_method": "task_arithmetic",
-    "base_model": "./base",
-    "models": [
-        {"model": "./wild", "parameters": {"weight": 1.2}},
-        {"model": "./west", "parameters": {"weight": 0.7}},
-    ],
-    "dtype": "float32",
-    "out_dtype": "float16",
-}
 PEAKS = {"colours": 0.9, "shades": 0.3, "tints": 0.6}  # the weight at which the stand-in scores best
+ALL_TASKS = {"include_path": "./tasks", "tasks": list(PEAKS), "batch_size": 4}
 
 
-@pytest.fixture
-def here(models, tmp_path, monkeypatch):
-    for model in models.iterdir():
-        (tmp_path / model.name).symlink_to(model)
-    save_tasks(tmp_path / "tasks", PEAKS)
-    write(tmp_path / "recipe.yml", RECIPE)
-    write(tmp_path / "eval.yml", {"include_path": "./tasks", "tasks": list(PEAKS), "batch_size": 4})
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def write(path, value) -> None:
-    path.write_text(yaml.safe_dump(value, sort_keys=False))
-
-
-def sweep(*flags: str) -> None:
-    script.main(["--recipe", "recipe.yml", "--eval_recipe", "eval.yml", "--save_path", "merged", *flags])
-
-
-def there(folder) -> set[str]:
-    return {path.name for path in folder.iterdir() if path.suffix != ".log"} - {
-        "base",
-        "wild",
-        "west",
-        "tasks",
-        "recipe.yml",
-        "eval.yml",
-    }
+@pytest.fixture(autouse=True)
+def three_tasks(here) -> None:
+    """eval.yml with a task more than usual: one to choose on, two to report."""
+    write_yaml(here / "eval.yml", ALL_TASKS)
 
 
 @pytest.fixture
@@ -92,17 +59,14 @@ def test_weight_choices():
 def test_weights_go_where_the_recipe_has_them(here):
     recipe = read_recipe("recipe.yml")
     assert [m["parameters"]["weight"] for m in with_weights(recipe, (0.5,)).config["models"]] == [0.5, 0.5]
-    assert [m["parameters"]["weight"] for m in with_weights(recipe, (0.5, 2.0)).config["models"]] == [
-        0.5,
-        2.0,
-    ]
+    assert [m["parameters"]["weight"] for m in with_weights(recipe, (0.5, 2.0)).config["models"]] == [0.5, 2.0]
     assert recipe.config["models"][0]["parameters"]["weight"] == 1.2
     with pytest.raises(DataError, match="recipe.yml: 3 grids of weights for 2 models with a weight"):
         with_weights(recipe, (1.0, 2.0, 3.0))
 
 
 def test_a_weight_for_all_models_is_swept_too(here):
-    write(
+    write_yaml(
         here / "recipe.yml",
         {
             "merge_method": "task_arithmetic",
@@ -116,38 +80,38 @@ def test_a_weight_for_all_models_is_swept_too(here):
 
 def test_a_gradient_is_not_swept(here):
     models = [{"model": "./wild", "parameters": {"weight": [0.1, 0.9]}}]
-    write(here / "recipe.yml", {**RECIPE, "models": models})
+    write_yaml(here / "recipe.yml", {**RECIPE, "models": models})
     with pytest.raises(DataError, match=r"recipe.yml: ./wild: weight is \[0.1, 0.9\]; a sweep needs one number there"):
         with_weights(read_recipe("recipe.yml"), (0.5,))
 
 
 def test_weights_that_would_cancel_are_not_swept(here):
     """ties divides by the sum of the weights: equal ones change nothing, so its lambda is swept, or nothing."""
-    write(here / "recipe.yml", {**RECIPE, "merge_method": "ties", "parameters": {"lambda": 1.0}})
+    write_yaml(here / "recipe.yml", {**RECIPE, "merge_method": "ties", "parameters": {"lambda": 1.0}})
     changed = with_weights(read_recipe("recipe.yml"), (0.5,)).config
     assert changed["parameters"]["lambda"] == 0.5 and changed["models"] == RECIPE["models"]
-    write(here / "recipe.yml", {**RECIPE, "merge_method": "ties"})
+    write_yaml(here / "recipe.yml", {**RECIPE, "merge_method": "ties"})
     with pytest.raises(DataError, match="divides by the sum of the weights, so equal weights cancel; set `normalize"):
-        sweep("--weights", "0.5", "1")
+        merge_and_score("--weights", "0.5", "1")
 
 
 def test_a_recipe_without_weights_is_refused(here):
-    write(
+    write_yaml(
         here / "recipe.yml",
         {"merge_method": "model_stock", "base_model": "./base", "models": [{"model": "./wild"}, {"model": "./west"}]},
     )
     with pytest.raises(DataError, match="recipe.yml: no model has a `weight` under its `parameters`"):
-        sweep("--weights", "1")
-    assert there(here) == set()
+        merge_and_score("--weights", "1")
+    assert left_over(here) == set()
 
 
 # --- a whole sweep --------------------------------------------------------------------------------
 
 
 def test_every_weight_is_scored_and_the_best_is_kept(here, asked, capsys):
-    sweep("--weights", "0.3", "0.6", "0.9", "--name", "TA")
+    merge_and_score("--weights", "0.3", "0.6", "0.9", "--name", "TA")
     assert asked == ["merged_weight_0.3", "merged_weight_0.6", "merged_weight_0.9"]
-    assert there(here) == {
+    assert left_over(here) == {
         "merged",
         "results.json",
         "results_sweep.csv",
@@ -165,7 +129,7 @@ def test_every_weight_is_scored_and_the_best_is_kept(here, asked, capsys):
 
 
 def test_table_csv_and_files_agree(here, asked, capsys):
-    sweep("--weights", "0.3", "0.6")
+    merge_and_score("--weights", "0.3", "0.6")
     printed = capsys.readouterr().out
     with open("results_sweep.csv") as file:
         lines = list(csv.DictReader(file))
@@ -180,30 +144,25 @@ def test_table_csv_and_files_agree(here, asked, capsys):
 
 
 def test_keep_models_keeps_them(here, asked):
-    sweep("--weights", "0.3", "0.6", "--keep_models")
-    assert {"merged", "merged_weight_0.3"} <= there(here)
+    merge_and_score("--weights", "0.3", "0.6", "--keep_models")
+    assert {"merged", "merged_weight_0.3"} <= left_over(here)
 
 
+@pytest.mark.slow
 def test_a_grid_has_a_weight_per_model(here, asked):
-    sweep("--weight_grid", "0.3", "0.6", "--weight_grid", "1", "2")
+    merge_and_score("--weight_grid", "0.3", "0.6", "--weight_grid", "1", "2")
     labels = ["0.3_1", "0.3_2", "0.6_1", "0.6_2"]
     assert asked == [f"merged_weights_{label}" for label in labels]
     config = yaml.safe_load((here / "merged" / "mergekit_config.yml").read_text())
-    assert [model["parameters"]["weight"] for model in config["models"]] == [
-        0.6,
-        1.0,
-    ]  # the first of two equal ones
+    assert [model["parameters"]["weight"] for model in config["models"]] == [0.6, 1.0]  # the first of two equal ones
     assert (here / "results_sweep.csv").read_text().startswith("weight_1,weight_2,colours,")
 
 
 def test_chosen_on_some_tasks_reported_on_others(here, asked):
     """colours alone says 0.9, all together 0.6; the scores that are reported never chose."""
-    sweep("--weights", "0.3", "0.6", "0.9", "--choose_on", "colours")
+    merge_and_score("--weights", "0.3", "0.6", "0.9", "--choose_on", "colours")
     document = json.loads((here / "results.json").read_text())
-    assert document["summary"]["weights"] == [0.9] and list(document["summary"]["tasks"]) == [
-        "shades",
-        "tints",
-    ]
+    assert document["summary"]["weights"] == [0.9] and list(document["summary"]["tasks"]) == ["shades", "tints"]
     chosen = document["summary"]["chosen"]
     assert chosen["on"] == ["colours"] and chosen["held_out"] is True
     assert [tried["average"] for tried in chosen["candidates"]] == pytest.approx([0.3, 0.6, 0.9])
@@ -211,7 +170,7 @@ def test_chosen_on_some_tasks_reported_on_others(here, asked):
 
 
 def test_report_on_names_what_is_reported(here, asked):
-    sweep("--weights", "0.3", "--choose_on", "colours", "--report_on", "tints")
+    merge_and_score("--weights", "0.3", "--choose_on", "colours", "--report_on", "tints")
     assert list(json.loads((here / "results.json").read_text())["summary"]["tasks"]) == ["tints"]
 
 
@@ -224,20 +183,21 @@ def test_no_task_both_chooses_and_reports(here, asked):
         (["--choose_on", *PEAKS], "all its tasks are in --choose_on; name others with --report_on"),
     ]:
         with pytest.raises(DataError) as error:
-            sweep("--weights", "0.3", *flags)
-        assert str(error.value) == f"eval.yml: {line}" and there(here) == set()
+            merge_and_score("--weights", "0.3", *flags)
+        assert str(error.value) == f"eval.yml: {line}" and left_over(here) == set()
 
 
 def test_a_group_is_opened_to_see_what_is_in_it(here, asked):
     group = {"group": "both", "task": ["colours", {"task": "shades", "num_fewshot": 0}]}
-    write(here / "tasks" / "both.yaml", group)
+    write_yaml(here / "tasks" / "both.yaml", group)
     with pytest.raises(DataError, match="task 'shades' would choose the weight and report it"):
-        sweep("--weights", "0.3", "--choose_on", "both", "--report_on", "shades")
+        merge_and_score("--weights", "0.3", "--choose_on", "both", "--report_on", "shades")
 
 
 # --- going on -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_goes_on(here, asked, monkeypatch):
     """Stopped while the second model is scored: nothing is scored twice, and what comes out is the same."""
     stand_in = scoring.evaluate
@@ -249,33 +209,35 @@ def test_an_interrupted_sweep_goes_on(here, asked, monkeypatch):
 
     monkeypatch.setattr(scoring, "evaluate", stops)
     with pytest.raises(KeyboardInterrupt):
-        sweep("--weights", "0.3", "0.6", "0.9")
-    assert there(here) == {"merged_weight_0.3", "merged_weight_0.6", "results_weight_0.3.json"}
+        merge_and_score("--weights", "0.3", "0.6", "0.9")
+    assert left_over(here) == {"merged_weight_0.3", "merged_weight_0.6", "results_weight_0.3.json"}
     monkeypatch.setattr(scoring, "evaluate", stand_in)
-    sweep("--weights", "0.3", "0.6", "0.9")
+    merge_and_score("--weights", "0.3", "0.6", "0.9")
     assert asked == ["merged_weight_0.3", "merged_weight_0.6", "merged_weight_0.9"]
-    assert "merged" in there(here) and not any(name.startswith("merged_") for name in there(here))
+    assert "merged" in left_over(here) and not any(name.startswith("merged_") for name in left_over(here))
 
-    sweep("--weights", "0.3", "0.6", "0.9")  # done: nothing is merged or scored again, the table is printed
+    merge_and_score("--weights", "0.3", "0.6", "0.9")  # done: nothing is merged or scored again, the table is printed
     assert len(asked) == 3
     with pytest.raises(DataError, match="results.json: already there"):
-        sweep("--weights", "0.3", "0.6", "0.9", "1.2")
-    sweep("--weights", "0.3", "0.6", "0.9", "1.2", "--overwrite")
+        merge_and_score("--weights", "0.3", "0.6", "0.9", "1.2")
+    merge_and_score("--weights", "0.3", "0.6", "0.9", "1.2", "--overwrite")
     assert asked[3:] == ["merged_weight_1.2"]
 
 
+@pytest.mark.slow
 def test_a_model_that_is_gone_is_merged_again(here, asked):
-    sweep("--weights", "0.3", "0.6")
+    merge_and_score("--weights", "0.3", "0.6")
     shutil.rmtree(here / "merged")
     (here / "results.json").unlink()
-    sweep("--weights", "0.3", "0.6")
+    merge_and_score("--weights", "0.3", "0.6")
     assert len(asked) == 2 and (here / "merged" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["model", "eval recipe", "task", "data"])
 def test_scores_of_something_else_are_not_taken(here, asked, change):
     """Other weights in the model's files, another eval recipe, task file or question: the old scores do not count."""
-    sweep("--weights", "0.3")
+    merge_and_score("--weights", "0.3")
     if change == "model":
         folder = (here / "wild").resolve()
         (here / "wild").unlink()
@@ -285,17 +247,18 @@ def test_scores_of_something_else_are_not_taken(here, asked, change):
         data[-1] ^= 1
         shard.write_bytes(data)
     elif change == "eval recipe":
-        write(here / "eval.yml", {"include_path": "./tasks", "tasks": list(PEAKS), "batch_size": 4, "limit": 5})
+        write_yaml(here / "eval.yml", {**ALL_TASKS, "limit": 5})
     else:
         path = here / "tasks" / ("colours.yaml" if change == "task" else "colours.jsonl")
         path.write_text(path.read_text().replace("the", "that") + "\n")
     (here / "results.json").unlink()
     with pytest.raises(DataError, match="results_weight_0.3.json: already there; give --overwrite to replace it"):
-        sweep("--weights", "0.3")
-    sweep("--weights", "0.3", "--overwrite")
+        merge_and_score("--weights", "0.3")
+    merge_and_score("--weights", "0.3", "--overwrite")
     assert len(asked) == 2
 
 
+@pytest.mark.slow
 def test_killed_for_real_and_run_again(here):
     """kill -9 once the first scores are there, with lm-eval itself; then the same command finishes."""
     command = [
@@ -320,9 +283,9 @@ def test_killed_for_real_and_run_again(here):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not (here / "results.json").exists()
     before = first.stat().st_mtime_ns
-    sweep("--weights", "0.3", "0.9", "--choose_on", "colours")
+    merge_and_score("--weights", "0.3", "0.9", "--choose_on", "colours")
     assert first.stat().st_mtime_ns == before
     summary = json.loads((here / "results.json").read_text())["summary"]
     averages = [tried["average"] for tried in summary["chosen"]["candidates"]]
     assert summary["weights"] == [[0.3, 0.9][int(np.argmax(averages))]]
-    assert not any(name.endswith(".part") or "merged_" in name for name in there(here))
+    assert not any(name.endswith(".part") or "merged_" in name for name in left_over(here))

@@ -7,16 +7,7 @@ from checkpoints import MAINS, run, usage_error
 
 from common.cli import byte_size
 
-PAIR = [
-    "--task_vector_path1",
-    "a",
-    "--task_vector_path2",
-    "b",
-    "--save_directory1",
-    "c",
-    "--save_directory2",
-    "d",
-]
+PAIR = ["--task_vector_path1", "a", "--task_vector_path2", "b", "--save_directory1", "c", "--save_directory2", "d"]
 USAGE = {
     "n > m": ([*PAIR, "--n", "4", "--m", "3"], "--n 4 of --m 3: n is how many of m are kept, so at most m"),
     "n alone": ([*PAIR, "--n", "300"], "--n 300 of --m 256: n is how many of m are kept, so at most m"),
@@ -50,10 +41,7 @@ USAGE = {
         [*PAIR, "--max_shard_size", "5X"],
         "argument --max_shard_size: '5X' is not a size such as 5GB, 500MB or 4GiB",
     ),
-    "unequal": (
-        ["--task_vector_paths", "a", "b", "--save_directories", "c"],
-        "2 task vectors but 1 save directories",
-    ),
+    "unequal": (["--task_vector_paths", "a", "b", "--save_directories", "c"], "2 task vectors but 1 save directories"),
     "incomplete": (
         PAIR[:6],
         "--task_vector_path1, --task_vector_path2, --save_directory1 and --save_directory2 go together; for another "

@@ -7,21 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 import xxhash
-from checkpoints import chain, files, load, prune_arguments, run, usage_error
-from checkpoints import refusal as prune_refusal
+from checkpoints import chain, files, load, prune, prune_arguments, refusal, run, usage_error
 from safetensors.torch import save_file
 
 import merge_and_evaluate_7b
 from common.exits import run as run_main
 from common.shards.headers import read_headers
 
-KINDS = {
-    "va": "task_vector.json",
-    "pa": "prune_report.json",
-    "ta": "prune_report.json",
-    "merged": "merge_report.json",
-}
-RECIPE = """
+KINDS = {"va": "task_vector.json", "pa": "prune_report.json", "ta": "prune_report.json", "merged": "merge_report.json"}
+RECIPE_TEXT = """
 merge_method: task_arithmetic
 base_model: {0}/base
 models: [{{model: {0}/pa, parameters: {{weight: 1.0}}}}]
@@ -35,15 +29,7 @@ def written(tmp_path_factory) -> Path:
     """A task vector, a pruned model in several files, a pruned task vector and a merged model."""
     folder = chain(tmp_path_factory.mktemp("verify"))
     run("prune", *prune_arguments(folder, "--max_shard_size", 300))
-    run(
-        "prune",
-        "--task_vector_paths",
-        folder / "va",
-        "--save_directories",
-        folder / "ta",
-        "--save_format",
-        "task_vector",
-    )
+    prune([folder / "va"], [folder / "ta"], "--save_format", "task_vector")
     merged = folder / "merged"
     shutil.copytree(folder / "pa", merged)
     (merged / "prune_report.json").unlink()
@@ -62,9 +48,9 @@ def digest_of(tensor: torch.Tensor) -> str:
     return xxhash.xxh3_128(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def refusal(*directories) -> str:
+def verify_refusal(*directories) -> str:
     """The line of both scripts, which must be one."""
-    line = prune_refusal("prune", "--verify", *directories)
+    line = refusal("prune", "--verify", *directories)
     with pytest.raises(SystemExit) as stop:
         run_main(lambda: merge_and_evaluate_7b.main(["--verify", *map(str, directories)]))
     assert stop.value.code == f"error: {line}"
@@ -99,12 +85,12 @@ def test_a_model_that_mergekit_merged_is_sound(models, tmp_path, capsys, monkeyp
     monkeypatch.chdir(tmp_path)
     shutil.copytree(models / "wild", tmp_path / "pa")
     shutil.copytree(models / "base", tmp_path / "base")
-    Path("recipe.yml").write_text(RECIPE.format("."))
+    Path("recipe.yml").write_text(RECIPE_TEXT.format("."))
     merge_and_evaluate_7b.main(["--recipe", "recipe.yml", "--save_path", "merged", "--merge_only"])
     merge_and_evaluate_7b.main(["--verify", "merged"])
     assert capsys.readouterr().out.endswith("GB, every byte of them as it was written\n")
     path = flip(Path("merged"), "model.norm.weight")
-    assert refusal("merged").startswith(f"tensor 'model.norm.weight' in {path}: not the bytes that merge_report")
+    assert verify_refusal("merged").startswith(f"tensor 'model.norm.weight' in {path}: not the bytes that merge_report")
 
 
 # --- damaged --------------------------------------------------------------------------------------
@@ -115,7 +101,7 @@ def test_a_model_that_mergekit_merged_is_sound(models, tmp_path, capsys, monkeyp
 def test_a_flipped_byte_is_found(copy, kind, at):
     directory = copy(kind)
     path = flip(directory, "model.embed_tokens.weight", at)
-    assert refusal(directory) == (
+    assert verify_refusal(directory) == (
         f"tensor 'model.embed_tokens.weight' in {path}: not the bytes that {KINDS[kind]} recorded; "
         "write or copy the directory again"
     )
@@ -126,14 +112,14 @@ def test_the_first_of_several_is_named(copy):
     names = [tensor.name for tensor in read_headers(directory)]
     for name in (names[4], names[1], names[2]):
         flip(directory, name)
-    assert refusal(directory).startswith(f"tensor {names[1]!r} in ")
-    assert "(and 2 more): not the bytes" in refusal(directory)
+    assert verify_refusal(directory).startswith(f"tensor {names[1]!r} in ")
+    assert "(and 2 more): not the bytes" in verify_refusal(directory)
 
 
 def test_sound_ones_before_a_damaged_one_are_told(written, copy, capsys):
     directory = copy("pa")
     flip(directory, "model.norm.weight")
-    refusal(written / "va", directory, written / "pa")
+    verify_refusal(written / "va", directory, written / "pa")
     line = f"{written / 'va'}: 6 tensors, 0.000 GB, every byte of them as it was written\n"
     assert capsys.readouterr().out == 2 * line  # once by each script
 
@@ -143,7 +129,7 @@ def test_a_truncated_file_is_found(copy, kind):
     directory = copy(kind)
     path = sorted(directory.glob("*.safetensors"))[-1]
     path.write_bytes(path.read_bytes()[:-1])
-    assert str(path) in refusal(directory) and "truncated" in refusal(directory)
+    assert str(path) in verify_refusal(directory) and "truncated" in verify_refusal(directory)
 
 
 def test_a_file_cut_while_it_is_read_is_found(copy, monkeypatch):
@@ -155,7 +141,7 @@ def test_a_file_cut_while_it_is_read_is_found(copy, monkeypatch):
     monkeypatch.setattr(verify, "open_directory", lambda _label: (tensors, records))
     path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    assert "the file ends within it" in refusal(directory)
+    assert "the file ends within it" in verify_refusal(directory)
 
 
 def replace_weights(directory: Path, tensors: dict) -> None:
@@ -169,13 +155,13 @@ def test_a_tensor_missing_or_added_is_refused(copy, kind):
     directory = copy(kind)
     tensors = load(directory)
     replace_weights(directory, tensors | {"extra": torch.zeros(2)})
-    assert refusal(directory) == (
+    assert verify_refusal(directory) == (
         f"tensor 'extra' in {directory / 'model.safetensors'}: not in {KINDS[kind]}, so it was added later; "
         "write or copy the directory again"
     )
     tensors.pop("lm_head.weight")
     replace_weights(directory, tensors)
-    assert refusal(directory) == (
+    assert verify_refusal(directory) == (
         f"tensor 'lm_head.weight': in {directory / KINDS[kind]} but not in the weights beside it; "
         "write or copy the directory again"
     )
@@ -192,16 +178,19 @@ def test_other_files_of_the_same_tensors_are_sound(copy):
 
 
 def test_a_directory_without_record_or_weights_is_refused(written, tmp_path, copy):
-    assert refusal(written / "base") == (
+    assert verify_refusal(written / "base") == (
         f"{written / 'base'}: no merge_report.json, prune_report.json, task_vector.json in it, so nothing says what its "
         "bytes were; only what extract, prune and merge wrote can be verified"
     )
-    assert refusal(tmp_path / "no") == (
+    assert verify_refusal(tmp_path / "no") == (
         f"{tmp_path / 'no'}: no such directory; give one that extract, prune or merge wrote"
     )
     directory = copy("va")
     (directory / "model.safetensors").unlink()
-    assert refusal(directory) == f"{directory}: no weights beside task_vector.json; write or copy the directory again"
+    assert (
+        verify_refusal(directory)
+        == f"{directory}: no weights beside task_vector.json; write or copy the directory again"
+    )
 
 
 DAMAGED = ["[]", "{}", '{"tensors": 1}', '{"tensors": {"model.norm.weight": {}}}', '{"tensors": {"a": [1]}}']
@@ -212,7 +201,7 @@ DAMAGED = ["[]", "{}", '{"tensors": 1}', '{"tensors": {"model.norm.weight": {}}}
 def test_a_record_that_is_none_is_refused(copy, kind, content):
     directory = copy(kind)
     (directory / KINDS[kind]).write_text(content)
-    assert refusal(directory).startswith(f"{directory / KINDS[kind]}: ")
+    assert verify_refusal(directory).startswith(f"{directory / KINDS[kind]}: ")
 
 
 def test_verify_goes_with_nothing_else(capsys):

@@ -1,9 +1,9 @@
 """Pictures of what pruning did: layer x kind-of-tensor heat maps.
 
-A run is the reports of the vectors that were pruned together. The picture has a row of panels per vector, and per
-measure of prune_report.json one panel per run, side by side on one colour scale. Layers go down, kinds of tensors
-across; what belongs to no layer (embeddings, final norm, head) is a bar over the whole width. Where a cell stands
-for several tensors, it is their mean, weighted by their elements.
+The reports of the vectors that were pruned together are a *side*: with several, they are drawn side by side. The
+picture has a row of panels per vector, and per measure of prune_report.json one panel per side, on one colour scale.
+Layers go down, kinds of tensors across; what belongs to no layer (embeddings, final norm, head) is a bar over the whole
+width. Where a cell stands for several tensors, it is their mean, weighted by their elements.
 """
 
 import math
@@ -18,19 +18,19 @@ from common.shards.documents import read_json
 MEASURES = {"overlap": "overlap rate", "l2_share": "L2 share kept", "evenness": "evenness"}
 COLOURS = {"overlap": "OrRd", "l2_share": "PuBu", "evenness": "YlGn"}
 KINDS = ("q", "k", "v", "qkv", "o", "gate", "up", "down", "norms", "other", "embeddings", "head")
-ABOVE = {"embeddings": "embeddings"}  # bars above and below the layers: group -> what the picture says
+ABOVE = {"embeddings": "embeddings"}  # bars above and below the layers: kind -> what the picture says
 BELOW = {"norms": "final norm", "other": "other", "head": "head"}
 MANY = 45  # rows, beyond which cells are too low for figures
 FOOTNOTE = (
     "overlap rate: kept by both vectors / kept by either (mean over the other vectors).   "
     "L2 share: part of the vector's squared L2 norm that lies in what is kept.\n"
-    "evenness: how evenly what is kept is spread over runs of m elements, 1 = every run keeps as many.   "
+    "evenness: how evenly what is kept is spread over groups of m elements, 1 = every group keeps as many.   "
     "In bold: the whole model.   Grey: nothing to measure."
 )
 
 
 @dataclass(frozen=True)
-class Run:
+class Pruned:
     """Vectors that were pruned together: their reports, in the order of pruning, and where the first lies."""
 
     reports: tuple[dict, ...]
@@ -45,24 +45,36 @@ class Run:
 
 
 def read_report(path: str) -> dict:
-    """The prune_report.json at `path`, a file or a directory. Raises DataError if there is no sound one."""
+    """The prune_report.json at `path`, a file or a directory. Raises DataError if there is none or it is not whole."""
     file = Path(path) / NAME if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise DataError(f"{path}: no {NAME} there; give a directory that prune_task_vector_7b.py wrote")
     report = read_json(file)
-    if not _is_sound(report):
+    if not _is_report(report):
         raise DataError(f"{file}: not as prune_task_vector_7b.py writes it; prune again")
     return report
 
 
-def _is_sound(report: dict) -> bool:
+def kind_of(entry: dict) -> str | None:
+    """The kind of a tensor, as its entry says it; earlier versions called it its group. None: a buffer, not drawn."""
+    kind = entry.get("kind", entry.get("group"))
+    return kind if kind in KINDS else None
+
+
+def _is_report(report: dict) -> bool:
     tensors, named = report.get("tensors"), isinstance(report.get("vector"), str)
     if not (isinstance(tensors, dict) and named and type(report.get("position")) is int):
         return False
+    if not _is_fraction(report.get("density")):
+        return False
     if not all(isinstance(entry, dict) for entry in tensors.values()):
         return False
-    measured = [entry for entry in tensors.values() if entry.get("group") in KINDS]
+    measured = [entry for entry in tensors.values() if kind_of(entry)]
     return bool(measured) and all(_is_measured(entry) for entry in [report.get("totals"), *measured])
+
+
+def _is_fraction(figure) -> bool:
+    return figure is None or type(figure) in (int, float) and 0 <= figure <= 1
 
 
 def _is_measured(entry) -> bool:
@@ -73,14 +85,13 @@ def _is_measured(entry) -> bool:
         *entry["overlap"].values(),
         *(entry.get(key, "") for key in ("density", "l2_share", "evenness")),
     ]
-    sound = all(f is None or type(f) in (int, float) and 0 <= f <= 1 for f in figures)
-    return sound and type(entry.get("numel")) is int
+    return all(map(_is_fraction, figures)) and type(entry.get("numel")) is int
 
 
-def read_run(paths: list[str]) -> Run:
-    """The reports of one run, one path per vector, in any order."""
+def read_pruned(paths: list[str]) -> Pruned:
+    """The reports of vectors that were pruned together, one path per vector, in any order."""
     reports = sorted(map(read_report, paths), key=lambda report: report["position"])
-    return Run(tuple(reports), str(Path(paths[0])))
+    return Pruned(tuple(reports), str(Path(paths[0])))
 
 
 def method(report: dict) -> str:
@@ -89,28 +100,29 @@ def method(report: dict) -> str:
     if kind == "nm":
         words = f"{'CABS' if aware else 'nm'} {report.get('n')}:{report.get('m')}"
     else:
-        density = report["totals"]["density"] or 0
+        # What was asked for: zeros of the vector make what is kept less.
+        density = report.get("density", report["totals"]["density"]) or 0
         words = f"{kind}, {100 * density:.3g} % kept" + ("\nconflict-aware" if aware else "")
     return words + (", rescaled" if report.get("rescale") else "")
 
 
-def run_labels(runs: list[Run]) -> list[str]:
-    """What tells the runs apart: the method, or with one method the order of the vectors or the place."""
-    labels = [method(run.reports[0]) for run in runs]
+def side_labels(sides: list[Pruned]) -> list[str]:
+    """What tells the sides apart: the method, or with one method the order of the vectors or the place."""
+    labels = [method(side.reports[0]) for side in sides]
     if len(set(labels)) == len(labels):
         return labels
-    firsts = [f"{run.names[0]} first" for run in runs]
-    more = firsts if len(set(firsts)) == len(runs) else [Path(run.place).name for run in runs]
+    firsts = [f"{side.names[0]} first" for side in sides]
+    more = firsts if len(set(firsts)) == len(sides) else [Path(side.place).name for side in sides]
     return [f"{label}\n{extra}" for label, extra in zip(labels, more, strict=True)]
 
 
 # --- matrices -------------------------------------------------------------------------------------
 
 
-def place(name: str, group: str) -> tuple[str, str]:
+def place(name: str, kind: str) -> tuple[str, str]:
     """(row, kind) of a tensor: ("model.layers.3", "q"), or, outside the layers, ("", "head")."""
     layer = re.match(r"(.*?\.\d{1,9})\.", name)
-    return (layer[1] if layer else "", group)
+    return (layer[1] if layer else "", kind)
 
 
 def measure_of(entry: dict, measure: str) -> float | None:
@@ -125,9 +137,9 @@ def cells(report: dict, measure: str) -> dict[tuple[str, str], float]:
     """{(row, kind): figure}, the mean over the tensors there, weighted by their elements."""
     sums: dict[tuple[str, str], list[float]] = {}
     for name, entry in report["tensors"].items():
-        value = measure_of(entry, measure) if entry.get("group") in KINDS else None
+        value = measure_of(entry, measure) if kind_of(entry) else None
         if value is not None and entry["numel"]:
-            total = sums.setdefault(place(name, entry["group"]), [0.0, 0.0])
+            total = sums.setdefault(place(name, kind_of(entry)), [0.0, 0.0])
             total[0] += value * entry["numel"]
             total[1] += entry["numel"]
     return {where: weighted / numel for where, (weighted, numel) in sums.items()}
@@ -136,10 +148,10 @@ def cells(report: dict, measure: str) -> dict[tuple[str, str], float]:
 def axes_of(reports: list[dict]) -> tuple[list[tuple[str, str]], list[str]]:
     """(rows from top to bottom, kinds from left to right) that hold every tensor of the reports.
 
-    A row is (layer, "") or, for what belongs to no layer, ("", group).
+    A row is (layer, "") or, for what belongs to no layer, ("", kind).
     """
     entries = [item for report in reports for item in report["tensors"].items()]
-    places = dict.fromkeys(place(name, e["group"]) for name, e in entries if e.get("group") in KINDS)
+    places = dict.fromkeys(place(name, kind) for name, entry in entries if (kind := kind_of(entry)))
     outside, inside = ({kind for layer, kind in places if bool(layer) == within} for within in (False, True))
     stacks = list(dict.fromkeys(layer.rpartition(".")[0] for layer, _ in places if layer))
 
@@ -148,16 +160,16 @@ def axes_of(reports: list[dict]) -> tuple[list[tuple[str, str]], list[str]]:
         return stacks.index(stack), int(number)
 
     layers = sorted({layer for layer, _ in places if layer}, key=depth)
-    below = dict.fromkeys(group for group in [*BELOW, *KINDS] if group not in ABOVE)
-    rows = [("", group) for group in ABOVE if group in outside] + [(layer, "") for layer in layers]
-    rows += [("", group) for group in below if group in outside]
+    below = dict.fromkeys(kind for kind in [*BELOW, *KINDS] if kind not in ABOVE)
+    rows = [("", kind) for kind in ABOVE if kind in outside] + [(layer, "") for layer in layers]
+    rows += [("", kind) for kind in below if kind in outside]
     return rows, [kind for kind in KINDS if kind in inside]
 
 
 def matrix(report: dict, measure: str, rows: list[tuple[str, str]], kinds: list[str]) -> list[list[float]]:
     """What a panel shows, (rows, kinds), NaN where there is nothing; a row outside the layers is one value."""
     found = cells(report, measure)
-    return [[found.get((layer, group or kind), math.nan) for kind in kinds or [""]] for layer, group in rows]
+    return [[found.get((layer, alone or kind), math.nan) for kind in kinds or [""]] for layer, alone in rows]
 
 
 def colour_range(measure: str, values: list[float]) -> tuple[float, float]:
@@ -171,59 +183,64 @@ def colour_range(measure: str, values: list[float]) -> tuple[float, float]:
 # --- picture --------------------------------------------------------------------------------------
 
 
-def draw(runs: list[Run], path: Path) -> None:
-    """Write the picture of one run, or of several with as many vectors each, to `path` (png, pdf, svg); say so."""
+def draw(sides: list[Pruned], path: Path) -> None:
+    """Write the picture of one side, or of several with as many vectors each, to `path` (png, pdf, svg); say so."""
     from matplotlib.figure import Figure
 
     from common.pruners.pictures import save_figure
 
-    reports = [report for run in runs for report in run.reports]
+    reports = [report for side in sides for report in side.reports]
     rows, kinds = axes_of(reports)
     measures = [m for m in MEASURES if any(measure_of(r["totals"], m) is not None for r in reports)]
     cell = min(0.24, max(0.07, 6 / len(rows)))  # inches high
-    width = len(measures) * (1.1 + len(runs) * (0.3 + 0.26 * max(len(kinds), 4)))
-    height = 1.2 + len(runs[0].reports) * (0.9 + cell * len(rows))
+    width = len(measures) * (1.1 + len(sides) * (0.3 + 0.26 * max(len(kinds), 4)))
+    height = 1.2 + len(sides[0].reports) * (0.9 + cell * len(rows))
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle("What pruning kept, layer by layer", fontsize=13)
     parts = figure.subfigures(1, len(measures), squeeze=False)[0]
-    panels = [_draw_measure(part, runs, m, rows, kinds) for part, m in zip(parts, measures, strict=True)]
+    panels = [_draw_measure(part, sides, m, rows, kinds) for part, m in zip(parts, measures, strict=True)]
     for j, (leftmost, *_) in enumerate(panels[0]):
-        leftmost.set_ylabel(_row_label(runs, j), fontsize=9)
+        leftmost.set_ylabel(_row_label(sides, j), fontsize=9)
     figure.supxlabel(FOOTNOTE, fontsize=8, color="dimgrey")
     save_figure(figure, path)
     print(f"wrote {path}")
 
 
-def _draw_measure(part, runs: list[Run], measure: str, rows: list, kinds: list[str]):
-    """One measure: a panel per vector and run, and the colour bar they share. Returns the panels' axes."""
+def _draw_measure(part, sides: list[Pruned], measure: str, rows: list, kinds: list[str]):
+    """One measure: a panel per vector and side, and the colour bar they share. Returns the panels' axes."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    drawn = [[matrix(report, measure, rows, kinds) for report in run.reports] for run in runs]
-    values = [value for run in drawn for panel in run for row in panel for value in row]
+    drawn = [[matrix(report, measure, rows, kinds) for report in side.reports] for side in sides]
+    values = [value for side in drawn for panel in side for row in panel for value in row]
     colours = ScalarMappable(Normalize(*colour_range(measure, values)), colormaps[COLOURS[measure]])
-    panels = part.subplots(len(runs[0].reports), len(runs), squeeze=False, sharex=True, sharey=True)
+    panels = part.subplots(len(sides[0].reports), len(sides), squeeze=False, sharex=True, sharey=True)
     for j, across in enumerate(panels):
-        for run, shown, label, axis in zip(runs, drawn, run_labels(runs), across, strict=True):
+        for side, shown, label, axis in zip(sides, drawn, side_labels(sides), across, strict=True):
             _draw_panel(axis, shown[j], rows, kinds, colours)
-            total = measure_of(run.reports[j]["totals"], measure)
+            total = measure_of(side.reports[j]["totals"], measure)
             axis.set_title(("" if j else label + "\n") + _figure(total), fontsize=9, fontweight="bold")
-    part.suptitle(_title(measure, runs), fontsize=11)
+    part.suptitle(_title(measure, sides), fontsize=11)
     part.colorbar(colours, ax=panels, shrink=0.6, aspect=40, pad=0.02).ax.tick_params(labelsize=7)
     return panels
 
 
-def _title(measure: str, runs: list[Run]) -> str:
+def _title(measure: str, sides: list[Pruned]) -> str:
     if measure != "evenness":
         return MEASURES[measure]
-    lengths = dict.fromkeys(str(run.reports[0].get("evenness_over_runs_of")) for run in runs)
-    return f"evenness over runs of {' | '.join(lengths)}"
+    lengths = dict.fromkeys(str(_group_length(side.reports[0])) for side in sides)
+    return f"evenness over groups of {' | '.join(lengths)}"
 
 
-def _row_label(runs: list[Run], j: int) -> str:
-    names = list(dict.fromkeys(run.names[j] for run in runs))
-    count = len(runs[0].reports)
+def _group_length(report: dict) -> int | None:
+    """The m of the evenness; reports of earlier versions called a group a run."""
+    return report.get("evenness_over_groups_of", report.get("evenness_over_runs_of"))
+
+
+def _row_label(sides: list[Pruned], j: int) -> str:
+    names = list(dict.fromkeys(side.names[j] for side in sides))
+    count = len(sides[0].reports)
     return " | ".join(names) + (f" (pruned {j + 1} of {count})" if count > 1 else "")
 
 
@@ -268,9 +285,9 @@ def _row_ticks(rows: list[tuple[str, str]], step: int) -> tuple[list[float], lis
     ticks = [
         (
             y + 0.5,
-            (number if alone else f"{stack.split('.')[0]} {number}") if dot else (ABOVE | BELOW).get(group, group),
+            (number if alone else f"{stack.split('.')[0]} {number}") if dot else (ABOVE | BELOW).get(kind, kind),
         )
-        for y, ((stack, dot, number), (_, group)) in enumerate(zip(named, rows, strict=True))
+        for y, ((stack, dot, number), (_, kind)) in enumerate(zip(named, rows, strict=True))
         if not dot or int(number) % step == 0
     ]
     return [y for y, _ in ticks], [name for _, name in ticks]

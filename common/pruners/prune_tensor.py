@@ -1,80 +1,56 @@
 """One tensor of all vectors: read, prune, add, count."""
 
-from dataclasses import asdict
-
-import numpy as np
-
 from common.errors import DataError
-from common.pruners.pruning import Pruning, in_passes, masks_by_block
-from common.pruners.report import Tally
+from common.pruners.masks import Masks
+from common.pruners.pruning import Pruning
+from common.pruners.tally import new_counts, tallies, to_record
 from common.shards.headers import Tensor
 from common.shards.stream import Task, Worker, new_hash, not_finite
 
 
-class Counts:
-    """Counts of one tensor for all vectors, block by block."""
+def prune_tensor(task: Task, worker: Worker, pruning: Pruning, mask_name: str, engine) -> list[dict]:
+    """Prune one tensor of every vector; each record has hashes of base, vector and result, and the counts.
 
-    def __init__(self, vectors: int):
-        self._runs = np.zeros((vectors, 4), np.int64)
-        self._energy = np.zeros((vectors, 2))
-        self._both = np.zeros((vectors, vectors), np.int64)
-
-    def of(self, j: int) -> tuple:
-        """Where the engine's tally() counts vector j."""
-        return self._runs[j], self._energy[j], self._both[j]
-
-    def tallies(self, numel: int) -> list[Tally]:
-        """What was counted, vector by vector."""
-        kept = self._runs[:, 0] + self._runs[:, 2]
-        both = self._both + self._both.T
-        either = np.add.outer(kept, kept) - both
-        np.fill_diagonal(either, 0)
-        columns = (part.tolist() for part in (kept, both, either, self._energy, self._runs))
-        return [Tally(numel, *figures[:3], *figures[3], figures[4]) for figures in zip(*columns, strict=True)]
-
-
-def prune_tensor(task: Task, worker: Worker, pruning: Pruning, mask_name: str, save_format: str, engine) -> list[dict]:
-    """Prune one tensor of every vector; each record has hashes of base, vector and result, and the counts."""
-    base, vectors = (task.inputs[0], task.inputs[1:]) if save_format == "model" else (None, task.inputs)
-    dtypes, counts = [vector.dtype for vector in vectors], Counts(len(vectors))
+    The task's inputs are the vectors, with the base before them where the output is base + pruned vector.
+    """
+    count = len(task.slots)
+    vectors, writers = task.inputs[-count:], worker.writers(task)
+    dtypes, numel = [vector.dtype for vector in vectors], vectors[0].numel
+    masks, counts = Masks([pruning] * count, mask_name, dtypes, numel, engine), new_counts(count)
+    readers = [worker.reader(vector, again=masks.in_passes) for vector in vectors]
+    base = worker.reader(task.inputs[0]) if len(task.inputs) > count else None
+    hashes = [(new_hash(), new_hash()) for _ in vectors]  # of each vector, of each result
     base_hash = new_hash()
-    vector_hashes, written_hashes = [new_hash() for _ in vectors], [new_hash() for _ in vectors]
-    again = in_passes(pruning, engine.BLOCK)
-    raw, take = {}, worker.read_again if again else worker.read
-
-    def read(j: int, start: int, stop: int):
-        raw[j] = take(vectors[j], start, stop, j)
-        return engine.load(raw[j])
-
-    def peek(j: int, start: int, stop: int):
-        return engine.load(worker.peek(vectors[j], start, stop, j))
-
-    blocks = masks_by_block(pruning, mask_name, dtypes, vectors[0].numel, read, engine, peek=peek)
-    for start, stop, bits, masks in blocks:
-        below = None
+    if masks.in_passes:
+        masks.find_thresholds(
+            lambda j, start, stop: engine.load(readers[j].read(start, stop)),
+            lambda j, start, stop: engine.load(readers[j].peek(start, stop)),
+        )
+    for start, stop in masks.blocks():
+        raw = [reader.read(start, stop) for reader in readers]
+        below = base.read(start, stop) if base else None
+        bits = [engine.load(each) for each in raw]
+        kept = masks.of(start, bits)
         if base:
-            below = worker.read(base, start, stop, len(vectors))
             base_hash.update(below)
             below = engine.load(below)
-        for j, vector in enumerate(vectors):
-            vector_hashes[j].update(raw[j])
-            if again:
-                worker.moved(raw[j].nbytes)
-            if not engine.tally(bits[j], vector.dtype, masks, j, start, pruning.m, counts.of(j)):
-                raise not_finite(vector)
-            out, kept = worker.room(task, j, start, stop), (bits[j], vector.dtype, masks[j], pruning.scale)
-            finite = engine.add_kept(out, below, base.dtype, *kept) if base else engine.keep_vector(out, *kept)
+        for j, (vector_hash, written_hash) in enumerate(hashes):
+            vector_hash.update(raw[j])
+            if not engine.tally(bits[j], dtypes[j], kept, j, start, pruning.m, counts):
+                raise not_finite(vectors[j])
+            out, added = writers[j].room(start, stop), (bits[j], dtypes[j], kept[j], pruning.scale)
+            finite = engine.add_kept(out, below, base.dtype, *added) if base else engine.keep_vector(out, *added)
             if not finite:
-                refuse_result(vector, base, below, engine)
-            written_hashes[j].update(out)
+                refuse_result(vectors[j], base and base.tensor, below, engine)
+            written_hash.update(out)
     return [
         {
             "base": base_hash.hexdigest(),
-            "vector": vector_hashes[j].hexdigest(),
-            "written": written_hashes[j].hexdigest(),
-            "tally": asdict(tally),
+            "vector": vector_hash.hexdigest(),
+            "written": written_hash.hexdigest(),
+            "tally": to_record(tally),
         }
-        for j, tally in enumerate(counts.tallies(vectors[0].numel))
+        for (vector_hash, written_hash), tally in zip(hashes, tallies(counts, numel), strict=True)
     ]
 
 

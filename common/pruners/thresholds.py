@@ -4,10 +4,12 @@ A sample says between which keys the threshold most likely lies. The first pass 
 one, and how many lie above; if the k-th largest is not among them, there is another pass where it must be.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+
+from common.shards.blocks import blocks
 
 _PIECES, _PIECE = 16, 2048  # a sample: so many pieces, evenly spaced, of so many elements
 _BINS = 1 << 16  # keys are counted in at most so many bins
@@ -58,77 +60,79 @@ def find_threshold(count: Callable, k: int, low: int, high: int, top: int) -> Th
             low, high = low + (number << shift), min(low + (number + 1 << shift), high)
 
 
-def rank_in_order(masks, vectors: list, conflict_aware: bool, rank: Callable) -> None:
-    """Fill the masks of one block, vector by vector: rank(j, mask, bits, taken, levels) fills that of vector j."""
+def in_order(masks: list, conflict_aware: bool) -> Iterator[tuple]:
+    """(j, vector j's mask to fill, how many earlier vectors kept each position, how many those are), vector by vector.
+
+    The counts (uint8, None for the first vector) are formed from masks that the caller has filled in the meantime.
+    """
     taken = None
-    for j, bits in enumerate(vectors):
-        rank(j, masks[j], bits, taken, j if conflict_aware else 0)
-        if conflict_aware and j + 1 < len(vectors):
-            taken = masks[j] if taken is None else taken + masks[j]
-
-
-def blocks(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of consecutive blocks: blocks(1, 6, 2) -> (1, 3), (3, 5), (5, 6)."""
-    return ((at, min(at + step, stop)) for at in range(start, stop, step))
+    for j, mask in enumerate(masks):
+        yield j, mask, taken, j if conflict_aware else 0
+        if conflict_aware and j + 1 < len(masks):
+            taken = mask if taken is None else taken + mask
 
 
 class Scope:
-    """Elements start:stop of all vectors, of each of which the k that rank first are kept.
+    """Elements start:stop of all vectors, of vector j of which the ks[j] that rank first are kept.
 
-    read and peek(j, start, stop) -> bits of vector j, in order or, with peek, a small part from anywhere.
+    find() reads the vectors, in passes; from then on fill() makes the masks of consecutive blocks, from the first on.
     """
 
-    def __init__(self, start: int, stop: int, k: int, dtypes: list[str], conflict_aware: bool, engine, masks):
-        self._start, self._stop, self._k = start, stop, k
-        self._dtypes, self._conflict_aware, self._engine, self._masks = dtypes, conflict_aware, engine, masks
-        self._thresholds: list[Threshold] = []
+    def __init__(self, start: int, stop: int, ks: list[int], dtypes: list[str], conflict_aware: bool, engine):
+        self.start, self.stop, self._ks = start, stop, ks
+        self._dtypes, self._conflict_aware, self._engine = dtypes, conflict_aware, engine
+        self.thresholds: list[Threshold] = []
+        self._ties: list[int] = []  # of each vector, how many positions equal to its threshold are still to be kept
 
-    def _fill(self, vectors: list, ties: list[int]):
-        """The masks of a block of as many vectors as have a threshold; takes what it uses from `ties`."""
-        found = [mask[: len(bits)] for mask, bits in zip(self._masks, vectors, strict=False)]
+    def find(self, read: Callable, peek: Callable, masks, step: int) -> None:
+        """Find every vector's threshold, in blocks of `step` elements.
 
-        def rank(j, mask, bits, taken, levels):
-            least = self._thresholds[j].least
-            ties[j] -= self._engine.threshold_mask(mask, bits, self._dtypes[j], taken, levels, least, ties[j])
+        read and peek(j, start, stop) -> bits of vector j, in order or, with peek, a small part from anywhere. The
+        threshold search decides what is read, and how often: hence callbacks. masks: room for a block's, scratch.
+        """
+        for j in range(len(self._ks)):
+            self.thresholds.append(self._threshold(j, read, peek, masks, step))
+        self.rewind()
 
-        rank_in_order(found, vectors, self._conflict_aware, rank)
-        return found
+    def rewind(self) -> None:
+        """Before the first block again: all ties are still to be kept."""
+        self._ties = [threshold.ties for threshold in self.thresholds]
 
-    def _ranked(self, j: int, spans: Iterator[tuple[int, int]], read: Callable) -> Iterator[tuple]:
+    def fill(self, masks: list, vectors: list) -> None:
+        """The masks of the next block of as many vectors as are given."""
+        for j, mask, taken, levels in in_order(masks, self._conflict_aware):
+            dtype, least = self._dtypes[j], self.thresholds[j].least
+            used = self._engine.threshold_mask(mask, vectors[j], dtype, taken, levels, least, self._ties[j])
+            self._ties[j] -= used
+
+    def _ranked(self, j: int, spans: Iterable[tuple[int, int]], read: Callable, masks) -> Iterator[tuple]:
         """What ranks vector j's elements, span by span: (bits, dtype, taken, levels), as the engine takes them."""
         levels = j if self._conflict_aware else 0
-        ties = [threshold.ties for threshold in self._thresholds]
-        for span in spans:
-            taken = sum(self._fill([read(i, *span) for i in range(j)], ties)) if levels else None
-            yield read(j, *span), self._dtypes[j], taken, levels
+        self.rewind()
+        for start, stop in spans:
+            earlier = [mask[: stop - start] for mask in masks[:levels]]
+            self.fill(earlier, [read(i, start, stop) for i in range(levels)])
+            yield read(j, start, stop), self._dtypes[j], sum(earlier) if levels else None, levels
 
-    def _sample(self, j: int, peek: Callable, size: int) -> np.ndarray:
+    def _sample(self, j: int, peek: Callable, masks, size: int) -> np.ndarray:
         """Keys [pieces, size] of vector j, from all over the scope."""
-        starts = np.linspace(self._start, self._stop - size, _PIECES).astype(int).tolist()
+        starts = np.linspace(self.start, self.stop - size, _PIECES).astype(int).tolist()
         spans = ((start, start + size) for start in starts)
-        return np.stack([self._engine.keys_of(*ranked) for ranked in self._ranked(j, spans, peek)])
+        return np.stack([self._engine.keys_of(*ranked) for ranked in self._ranked(j, spans, peek, masks)])
 
-    def _threshold(self, j: int, read: Callable, peek: Callable, step: int) -> Threshold:
+    def _threshold(self, j: int, read: Callable, peek: Callable, masks, step: int) -> Threshold:
         levels = j if self._conflict_aware else 0
-        size = self._stop - self._start
+        size, k = self.stop - self.start, self._ks[j]
+        # Keys are magnitudes below and, above them, how few earlier vectors kept the position: see kernels/ranking.py.
         top = 1 << self._engine.MAGNITUDE_BITS[self._dtypes[j]] + levels.bit_length()
 
         def count(low, high, shift):
             counts, above = np.zeros((2, 1 << (high - low - 1 >> shift).bit_length()), np.int64), 0
-            for ranked in self._ranked(j, blocks(self._start, self._stop, step), read):
+            for ranked in self._ranked(j, blocks(self.stop, step, self.start), read, masks):
                 above += self._engine.count_keys(counts, *ranked, low, high, shift)
             return counts.sum(axis=0), above
 
         guess = 0, top
-        if self._k and size > 16 * _PIECES * _PIECE:  # large enough for a sample to be cheap
-            guess = bracket(self._sample(j, peek, min(_PIECE, step)), self._k / size, top)
-        return find_threshold(count, self._k, *guess, top)
-
-    def masks_by_block(self, read: Callable, peek: Callable, step: int) -> Iterator[tuple]:
-        """(start, stop, vectors' bits, their masks) of blocks of `step` elements, in order."""
-        for j in range(len(self._dtypes)):
-            self._thresholds.append(self._threshold(j, read, peek, step))
-        ties = [threshold.ties for threshold in self._thresholds]
-        for block in blocks(self._start, self._stop, step):
-            vectors = [read(j, *block) for j in range(len(self._dtypes))]
-            yield *block, vectors, self._fill(vectors, ties)
+        if k and size > 16 * _PIECES * _PIECE:  # large enough for a sample to be cheap
+            guess = bracket(self._sample(j, peek, masks, min(_PIECE, step)), k / size, top)
+        return find_threshold(count, k, *guess, top)

@@ -1,4 +1,7 @@
-"""What one thread holds of its files: inputs ahead of where it reads, outputs until they make a request."""
+"""What one thread holds of its files, in memory that it reuses from tensor to tensor.
+
+Inputs are held ahead of where they are read, outputs until they make a request for the disk.
+"""
 
 import numpy as np
 
@@ -9,7 +12,7 @@ from common.shards.direct import PAGE, File, aligned, page_down, page_up
 READ, WRITE = 4 << 20, 16 << 20
 
 
-class Window:
+class InputBuffer:
     """The part of an input that is in memory: a block from the page cache, or a request's worth from the disk."""
 
     def __init__(self):
@@ -74,7 +77,7 @@ class Shelf:
         self._found, self._filled = {}, 0
 
 
-class Stage:
+class OutputBuffer:
     """Bytes on their way to one file, gathered in order until they make a request for the disk."""
 
     def __init__(self):

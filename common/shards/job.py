@@ -1,39 +1,51 @@
-"""One run of a script: claim the output, stream, publish."""
+"""One execution of a script: claim the outputs or resume them, stream, publish.
+
+with begin(job, overwrite) as running:          # locks the outputs, finds what an earlier attempt completed
+    running.stream(do)                          # do(task, worker) -> a record for each output
+    for number, part, records in running.whole():
+        ...                                     # add config, tokenizer, report to the directory `part`
+                                                # leaving the block renames every output to its final name
+"""
 
 import os
 import shutil
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-
-from tqdm import tqdm
+from pathlib import Path
 
 from common.errors import DataError
-from common.shards import publish, sink, stream
+from common.shards import publish, stream
 from common.shards.buffers import READ, WRITE
 from common.shards.checkpoint import Checkpoint
 from common.shards.layout import Output
-from common.shards.places import check_disk, existing_parent
+from common.shards.places import check_disk, existing_parent, one_spelling
 from common.shards.processes import Group, deal, group, wait_for_everyone
+from common.shards.sink import Sink
 from common.shards.stream import SHELVES, Task
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a script has decided to do. `identity` tells its run from every other (script, parameters, inputs)."""
+    """What a script has decided to do. `identity` tells it from every other job (script, parameters, inputs)."""
 
     title: str
     identity: dict
     outputs: list[Output]
     tasks: list[Task]
-    process: Callable  # (task, worker) -> a record for each output
-    complete: Callable  # (output, records): write what goes beside the weights to output.part
     passes: int = 1  # how often the inputs are read, at least
 
-    def moves(self, task: Task) -> int:
-        """Bytes that a task reads and writes; what it reads in several passes counts once."""
-        return sum(t.nbytes for t in task.inputs) + sum(slot.nbytes for slot in task.slots)
+    @property
+    def shard_bytes(self) -> list[int]:
+        """The size of each shard of one output: all outputs are cut alike."""
+        return [shard.nbytes for shard in self.outputs[0].shards]
+
+
+def identity(script: str, parameters: dict, inputs: list[Checkpoint], outputs: list[Path]) -> dict:
+    """What tells a job from every other: JSON that decides every byte it writes, and where it writes them."""
+    places = [one_spelling(path) for path in outputs]
+    return {"script": script, "parameters": parameters | {"outputs": places}, "inputs": input_files(inputs)}
 
 
 def input_files(checkpoints: list[Checkpoint]) -> dict[str, list[int]]:
@@ -43,6 +55,9 @@ def input_files(checkpoints: list[Checkpoint]) -> dict[str, list[int]]:
     files |= {path for path in beside if path.is_file()}
     stats = {str(path): os.stat(path) for path in sorted(files)}
     return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
+
+
+# --- what --dry_run says --------------------------------------------------------------------------
 
 
 def describe(job: Job, inputs: list[Checkpoint]) -> str:
@@ -57,11 +72,11 @@ def describe(job: Job, inputs: list[Checkpoint]) -> str:
     total = sum(output.nbytes for output in job.outputs)
     workers = stream.worker_count()
     lines.append(f"disk    {total / 1e9:8.3f} GB  to be free; there are: {_free(job)}")
-    lines.append(f"memory  {_memory(job, workers) / 1e9:8.3f} GB  at most ({workers} threads)")
+    lines.append(f"memory  {memory_needed(job, workers) / 1e9:8.3f} GB  at most ({workers} threads)")
     return "\n".join(lines)
 
 
-def _memory(job: Job, workers: int) -> int:
+def memory_needed(job: Job, workers: int) -> int:
     """Bytes, a little more than measured: libraries, a request for every file per thread, what is read again."""
     streams = [READ * len(task.inputs) + WRITE * len(task.slots) for task in job.tasks]
     return 250 * 10**6 + workers * max(streams, default=0) + (SHELVES if job.passes > 1 else 0)
@@ -73,22 +88,72 @@ def _free(job: Job) -> str:
     return ", ".join(f"{shutil.disk_usage(place).free / 1e9:.3f} GB under {place}" for place in places)
 
 
-def execute(job: Job, overwrite: bool) -> bool:
-    """Do the job, or go on with it where an earlier run of the same command stopped.
+# --- the job at work ------------------------------------------------------------------------------
 
-    Returns whether this process is the one that published. Raises DataError for bad data (what was written is
-    removed: going on would meet the same data again); whatever else stops it leaves whole shards in
-    <save_path>.part for the next run.
+
+@dataclass(frozen=True)
+class Running:
+    """A job whose outputs are claimed; `done` are the numbers of the shards that an earlier attempt completed."""
+
+    job: Job
+    processes: Group
+    done: set[int]
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that publishes, and says so."""
+        return self.processes.is_main
+
+    def stream(self, do: Callable[[Task, stream.Worker], list[dict]]) -> None:
+        """Do this process's share of the tasks; the main process then waits until the others' shards are whole too."""
+        mine = deal(self.job.shard_bytes, self.processes)
+        tasks = [task for task in self.job.tasks if task.shard in mine - self.done]
+        total = sum(task.nbytes for task in self.job.tasks)
+        with stream.progress(self.job.title, total, self._nbytes(self.done), self.is_main) as moved:
+            if tasks:
+                sink = Sink(self.job.outputs)
+                try:
+                    stream.run(tasks, do, moved, stream.worker_count(), sink)
+                finally:
+                    sink.abandon()
+            if self.is_main:
+                self._wait_for_others(self.done | mine, moved)
+
+    def _nbytes(self, shards: set[int]) -> int:
+        return sum(task.nbytes for task in self.job.tasks if task.shard in shards)
+
+    def _wait_for_others(self, seen: set[int], moved: Callable[[int], None]) -> None:
+        while len(seen) < len(self.job.shard_bytes):
+            new = publish.whole_shards(self.job.outputs, self.job.outputs) - seen
+            moved(self._nbytes(new))
+            seen = seen | new
+            time.sleep(0.2)
+
+    def whole(self) -> list[tuple[int, Path, dict[str, dict]]]:
+        """(number, directory, {tensor: record}) of each output whose weights are complete and that is to be published.
+
+        Empty on the processes that do not publish.
+        """
+        waiting = enumerate(self.job.outputs) if self.is_main else ()
+        return [(i, output.part, publish.records(output)) for i, output in waiting if output.part.is_dir()]
+
+
+@contextmanager
+def begin(job: Job, overwrite: bool) -> Iterator[Running]:
+    """Claim the outputs, or resume where an earlier attempt of the same job stopped; on leaving, publish them.
+
+    Raises DataError for bad data (what was written is deleted: resuming would meet the same data again); whatever else
+    stops the job leaves complete shards in <save_path>.part for the next attempt.
     """
     processes = group()
     holds = _claim(job, overwrite) if processes.is_main else []
-    wait_for_everyone(processes)  # until the output is claimed
-    whole = publish.whole_shards([output for output in job.outputs if output.part.is_dir()], job.outputs)
-    wait_for_everyone(processes)  # until all have seen what is there, before anyone adds to it or publishes
     try:
-        _stream(job, processes, whole)
+        wait_for_everyone(processes)  # until the outputs are claimed
+        done = publish.whole_shards([output for output in job.outputs if output.part.is_dir()], job.outputs)
+        wait_for_everyone(processes)  # until all have seen what is there, before anyone adds to it or publishes
+        yield Running(job, processes, done)
         if processes.is_main:
-            publish.publish(job.outputs, job.complete)
+            publish.publish(job.outputs)
     except DataError:
         if processes.is_main:
             publish.discard(job.outputs)
@@ -96,11 +161,10 @@ def execute(job: Job, overwrite: bool) -> bool:
     finally:
         for descriptor in holds:
             os.close(descriptor)
-    return processes.is_main
 
 
 def _claim(job: Job, overwrite: bool) -> list[int]:
-    """Lock every output that this run has not published yet, and check that there is room for the rest of it."""
+    """Lock every output that this job has not published yet, and check that there is room for the rest of it."""
     waiting = publish.unpublished(job.outputs, job.identity)
     holds = []
     try:
@@ -109,7 +173,7 @@ def _claim(job: Job, overwrite: bool) -> list[int]:
         whole = publish.whole_shards(waiting, job.outputs)
         if len(waiting) < len(job.outputs) and len(whole) < len(job.outputs[0].shards):
             raise DataError(
-                f"{waiting[0].part}: incomplete, though the other outputs of this run are there; "
+                f"{waiting[0].part}: incomplete, though the other outputs of this job are there; "
                 "delete those, or start afresh with --overwrite"
             )
         check_disk({o.final: sum(s.nbytes for i, s in enumerate(o.shards) if i not in whole) for o in waiting})
@@ -118,37 +182,3 @@ def _claim(job: Job, overwrite: bool) -> list[int]:
             publish.release(output, descriptor)
         raise
     return holds
-
-
-def _stream(job: Job, processes: Group, whole: set[int]) -> None:
-    """Process this process's shards; the main one then waits until the others' are whole too."""
-    mine = deal([shard.nbytes for shard in job.outputs[0].shards], processes)
-    tasks = [task for task in job.tasks if task.shard in mine - whole]
-    bar = tqdm(
-        total=sum(job.moves(task) for task in job.tasks),
-        initial=sum(job.moves(task) for task in job.tasks if task.shard in whole),
-        unit="B",
-        unit_scale=True,
-        desc=job.title,
-        disable=not processes.is_main,
-        mininterval=0.2,
-    )
-    lock = threading.Lock()
-
-    def moved(nbytes: int) -> None:
-        with lock:
-            bar.update(nbytes)
-
-    with bar:
-        if tasks:
-            stream.run(tasks, job.process, sink.Sink(job.outputs), moved, stream.worker_count())
-        if processes.is_main:
-            _wait_for_others(job, whole | mine, bar)
-
-
-def _wait_for_others(job: Job, seen: set[int], bar: tqdm) -> None:
-    while len(seen) < len(job.outputs[0].shards):
-        new = publish.whole_shards(job.outputs, job.outputs) - seen
-        bar.update(sum(job.moves(task) for task in job.tasks if task.shard in new))
-        seen = seen | new
-        time.sleep(0.2)

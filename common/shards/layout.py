@@ -1,6 +1,7 @@
 """Output files, planned to the last byte from headers alone."""
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +89,11 @@ def plan_shards(tensors: list[tuple[str, str, tuple[int, ...]]], max_shard_size:
         lay_out(f"model-{i:05}-of-{count:05}.safetensors", [described[name] for name in group])
         for i, group in enumerate(groups, 1)
     ]
+
+
+def slots_of(shards: Sequence[Shard]) -> Iterator[tuple[int, Slot]]:
+    """(number of its shard, slot) of every tensor, in order."""
+    return ((number, slot) for number, shard in enumerate(shards) for slot in shard.slots)
 
 
 def index_text(shards: list[Shard]) -> str:

@@ -7,6 +7,14 @@ from pathlib import Path
 from common.errors import DataError
 
 
+def one_spelling(path: Path) -> str:
+    """What a path is called, however it was typed: 'x', './x', 'a/../x' and the absolute path give one text.
+
+    A link in the last place is not followed: an output that replaces it is another file than what it points to.
+    """
+    return str(path.parent.resolve() / path.name)
+
+
 def check_places(inputs: list[Path], outputs: list[Path]) -> None:
     """Refuse outputs that are, hold, or lie inside an input or one another, or that are or hold the working directory."""
     places = [path.resolve() for path in outputs]

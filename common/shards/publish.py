@@ -9,10 +9,10 @@ goes on from the last whole shard, any other is refused.
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from common.errors import DataError
+from common.shards.headers import INDEX_NAME
 from common.shards.layout import Output, index_text
 from common.shards.places import refuse_existing
 from common.shards.sink import RUN, record_path
@@ -98,17 +98,15 @@ def records(output: Output) -> dict[str, dict]:
     }
 
 
-def publish(outputs: list[Output], complete: Callable[[Output, dict], None]) -> None:
-    """Make every output whole, then rename each to its final name.
+def publish(outputs: list[Output]) -> None:
+    """Make every output durable, then rename each to its final name, in order.
 
-    complete(output, records) adds what goes beside the weights to output.part. Killed anywhere in here, the same
-    command goes on.
+    If this is interrupted anywhere, the same command resumes: the first output's record is deleted last.
     """
     waiting = [output for output in outputs if output.part.is_dir()]
     for output in waiting:
-        complete(output, records(output))
         if len(output.shards) > 1:
-            (output.part / "model.safetensors.index.json").write_text(index_text(list(output.shards)), encoding="utf-8")
+            (output.part / INDEX_NAME).write_text(index_text(list(output.shards)), encoding="utf-8")
         for path in output.part.iterdir():
             if path.is_file():
                 sync(path)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common.errors import DataError
 from common.shards import task_vector
+from common.shards.checkpoint import Checkpoint
 from common.shards.documents import read_json
 from common.shards.hashing import tensor_hashes
 from common.shards.headers import Tensor, read_headers
@@ -26,6 +27,15 @@ def recorded_hashes(path: Path) -> dict[str, str]:
     if not hashes or not all(isinstance(digest, str) for digest in hashes.values()):
         raise DataError(f"{path}: holds no hash of every tensor, so it is damaged; write the directory again")
     return hashes
+
+
+def recorded_hashes_of(checkpoint: Checkpoint) -> dict[str, str]:
+    """{tensor: hash} of what was recorded when a checkpoint was written; empty where nothing was, or not of these tensors."""
+    for name in RECORDS:
+        path = checkpoint.path / name
+        if path.is_file() and (hashes := recorded_hashes(path)).keys() == checkpoint.tensors.keys():
+            return hashes
+    return {}
 
 
 def open_directory(label: str) -> tuple[list[Tensor], dict[Path, dict[str, str]]]:

@@ -1,7 +1,8 @@
 """Values: convert, subtract, add what a mask keeps, count.
 
 Values are formed from bits where arithmetic is due: widened to float32 exactly, rounded back once, to nearest
-even.
+even. All of it is in one file because numba's cache notices a change only in the file of the kernel itself, and every
+kernel here is built on _value and _bits.
 """
 
 from functools import cache
@@ -12,19 +13,19 @@ from llvmlite import ir
 from common.pruners.kernels.compiler import intrinsic, njit, types
 
 F16, BF16, F32 = 0, 1, 2
-_NAME = ("F16", "BF16", "F32")
 _KIND = {"F16": F16, "BF16": BF16, "F32": F32}
 BITS_DTYPE = {"F16": np.uint16, "BF16": np.uint16, "F32": np.uint32}
 # All bits below the sign; the least bits that are not finite; by kind. As uint32, because numba widens Python's
 # integers to 64 bits, which halves the lanes.
 _MAGNITUDE = (np.uint32(0x7FFF), np.uint32(0x7FFF), np.uint32(0x7FFFFFFF))
 _INFINITY = (np.uint32(0x7C00), np.uint32(0x7F80), np.uint32(0x7F800000))
-_CHUNK = 4096  # elements; see "pieces of an array"
+_CHUNK = 4096  # elements; see "blocks and chunks"
 
 
 # --- bits to values and back --------------------------------------------------------------------
 
 
+# numba has neither half-precision values nor a view of a scalar's bits; each of these is one instruction.
 @intrinsic
 def _float32_of_half(context, bits):
     def codegen(_, builder, __, args):
@@ -69,7 +70,12 @@ def _value(bits, kind):
 
 @njit(nogil=True, inline="always")
 def _bits(value, kind):
-    """Float32 -> bits, rounded to nearest even; NaN stays NaN, whatever its payload."""
+    """Float32 -> bits, rounded to nearest even; NaN stays NaN, whatever its payload.
+
+    To bfloat16: half a unit less one is added, and one where the last bit that stays is odd, so that a tie carries only
+    into an odd number, which it makes even. In a NaN the addition could carry through to infinity or wrap to zero: it
+    gets the highest bit of its payload instead.
+    """
     if kind == F16:
         return np.uint32(_half_of_float32(value))
     wide = _bits_of_float32(value)
@@ -80,9 +86,9 @@ def _bits(value, kind):
     return wide
 
 
-# --- pieces of an array ---------------------------------------------------------------------------
-# A kernel goes through its arrays in chunks that stay in the first-level cache, and over each chunk several times:
-# loops so simple that each vectorises. One call a block matters as well: threads take turns between calls.
+# --- blocks and chunks ----------------------------------------------------------------------------
+# A caller passes a block. A kernel goes through it in chunks that stay in the first-level cache, and over each chunk
+# several times: loops so simple that each vectorises. One call a block matters as well: threads take turns between calls.
 
 
 @njit(nogil=True, inline="always")
@@ -120,7 +126,7 @@ def _round_chunk(bits, source, out, target):
 
 @njit(nogil=True, inline="always")
 def _changes_in_chunk(bits, source, out, target):
-    """(how many values differ, how many of those became zero)."""
+    """(how many values differ, how many of those became zero). Without branches, so that it vectorises."""
     changed, zeroed = np.uint32(0), np.uint32(0)
     for i in range(bits.size):
         value = _value(bits[i], source)
@@ -154,7 +160,7 @@ def convert(bits, source, out, target) -> tuple[int, int, bool]:
 
 
 def clamp(bits, dtype) -> None:
-    """In place: an infinity becomes the largest finite value of its sign."""
+    """In place: an infinity becomes the largest finite value of its sign, whose bits are one less."""
     kind, as_bits = _KIND[dtype], BITS_DTYPE[dtype]
     bits -= (bits & as_bits(_MAGNITUDE[kind])) == as_bits(_INFINITY[kind])
 
@@ -162,7 +168,7 @@ def clamp(bits, dtype) -> None:
 @njit(nogil=True, inline="always")
 def _subtract_chunk(left, left_kind, right, right_kind, out, kind):
     """out = left - right, both rounded to `kind` first -> how many are not zero."""
-    differs = np.uint32(0)
+    differs = np.uint32(0)  # and each sum cast back to it: in numba's 64 bits the loop has half the lanes
     for i in range(left.size):
         minuend = _value(_bits(_value(left[i], left_kind), kind), kind)
         subtrahend = _value(_bits(_value(right[i], right_kind), kind), kind)
@@ -200,6 +206,7 @@ def subtract(left, left_dtype, right, right_dtype, out, dtype) -> tuple[int, boo
 @njit(nogil=True, inline="always")
 def _add_chunk(base, base_kind, vector, vector_kind, mask, scale, out):
     for i in range(base.size):
+        # Both are computed and one is chosen: that vectorises, a branch on the mask does not.
         total = _bits(_value(base[i], base_kind) + _value(vector[i], vector_kind) * scale, base_kind)
         out[i] = np.uint32(total) if mask[i] else np.uint32(base[i])
 
@@ -271,6 +278,18 @@ def _chunk_energy(vector, mask, kind, as_sum):
 
 
 @njit(nogil=True, inline="always")
+def _largest_and_nonzero(bits, kind):
+    """(the largest magnitude, as bits; how many are not zero) in one pass, both as wide as an element: 4096 fit."""
+    as_bits = bits.dtype.type
+    mask, most, count = as_bits(_MAGNITUDE[kind]), as_bits(0), as_bits(0)
+    for i in range(bits.size):
+        magnitude = as_bits(bits[i] & mask)
+        most = max(most, magnitude)
+        count = as_bits(count + as_bits(magnitude != as_bits(0)))
+    return np.uint32(most), np.int64(count)
+
+
+@njit(nogil=True, inline="always")
 def _count_both(left, right):
     both = np.uint32(0)
     for i in range(left.size):
@@ -279,51 +298,54 @@ def _count_both(left, right):
 
 
 @njit(nogil=True, inline="always")
-def _tally_runs(mask, at, m, runs):
-    """Count what is kept in each whole run of m; `at` is where `mask` begins in its tensor."""
+def _tally_groups(mask, at, m, counts):
+    """Count what is kept in each whole group of m; `at` is where `mask` begins in its tensor.
+
+    A group may begin in an earlier block: `tail` is what the open one holds so far.
+    """
     position = 0
     while position < mask.size:
         end = min(mask.size, position + m - (at + position) % m)
-        run, kept = mask[position:end], np.uint32(0)
-        for i in range(run.size):
-            kept = np.uint32(kept + np.uint32(run[i]))
-        runs[0] += kept
+        group, kept = mask[position:end], np.uint32(0)
+        for i in range(group.size):
+            kept = np.uint32(kept + np.uint32(group[i]))
+        counts.kept += kept
+        counts.tail += kept
         position = end
         if (at + position) % m == 0:
-            runs[1] += 1
-            runs[2] += runs[0]
-            runs[3] += runs[0] * runs[0]
-            runs[0] = 0
+            counts.groups += 1
+            counts.squares += counts.tail * counts.tail
+            counts.tail = 0
 
 
 @cache
 def _tally_kernel(kind):
-    # Squares of float16 values stay far from float32's limits; each chunk's sums go to a float64.
+    # Squares of float16 values stay far from float32's limits; each chunk's sums are added to a float64.
     as_sum = np.float32 if kind == F16 else np.float64
 
     @njit(nogil=True, cache=True, fastmath=_REGROUP)
-    def tally(vector, masks, j, at, m, runs, energy, both):
-        most = np.uint32(0)
+    def tally(vector, masks, j, at, m, all_counts):
+        counts, most = all_counts[j], np.uint32(0)
         for start in range(0, vector.size, _CHUNK):
             part, mask = vector[start : start + _CHUNK], masks[j][start : start + _CHUNK]
             kept, every = _chunk_energy(part, mask, kind, as_sum)
-            energy[0] += kept
-            energy[1] += every
+            counts.energy_kept += kept
+            counts.energy += every
             for i in range(j):
-                both[i] += _count_both(masks[i][start : start + _CHUNK], mask)
-            _tally_runs(mask, at + start, m, runs)
-            most = max(most, _largest(part, kind))
+                counts.both[i] += _count_both(masks[i][start : start + _CHUNK], mask)
+            _tally_groups(mask, at + start, m, counts)
+            largest, nonzero = _largest_and_nonzero(part, kind)
+            counts.nonzero += nonzero
+            most = max(most, largest)
         return most < _INFINITY[kind]
 
     return tally
 
 
 def tally(vector, dtype, masks, j, at, m, counts) -> bool:
-    """Add one block of vector number j and its mask to `counts` -> whether all of the vector is finite.
+    """Add one block of vector number j and its mask to counts[j] -> whether all of the vector is finite.
 
-    masks: of every vector, uint8 [elements]. The block begins at element `at` of its tensor. counts, of vector j, in numpy:
-    runs, int64 [4]: kept so far in the open run of m, whole runs, the sum of their counts, the sum of their squares;
-    energy, float64 [2]: sum of squares of what is kept, of everything, good to about 6 digits;
-    both, int64 [vectors]: how many positions an earlier vector keeps as well.
+    masks: of every vector, uint8 [elements]. The block begins at element `at` of its tensor.
+    counts: structured array [vectors] (see common.pruners.tally); of `both` only the pairs i < j are filled.
     """
-    return _tally_kernel(_KIND[dtype])(vector, tuple(masks), j, at, m, *counts)
+    return _tally_kernel(_KIND[dtype])(vector, tuple(masks), j, at, m, counts)

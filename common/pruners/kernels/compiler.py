@@ -8,9 +8,9 @@ import sys
 _stand_in = sys.modules.setdefault("scipy", None)  # None: an import of it fails at once
 try:
     import numba.np.arraymath  # noqa: F401
-    from numba import njit, types
+    from numba import carray, njit, types
     from numba.extending import intrinsic
 finally:
     if _stand_in is None:
         del sys.modules["scipy"]
-__all__ = ["intrinsic", "njit", "types"]
+__all__ = ["carray", "intrinsic", "njit", "types"]

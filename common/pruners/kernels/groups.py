@@ -1,8 +1,8 @@
-"""Runs of m, one after the other: keep the n largest of each.
+"""Groups of m, one after the other: keep the n largest of each.
 
-For an m so large that counting within a run vectorises (ranking.py has the kernel for small m). A key is magnitude
-+ 1, or 0 for a position that is out of the question. Keys are compared LANES at a time: a comparison gives a word with
-a bit per key, and the processor counts a word's bits in one instruction.
+For an m so large that counting within a group vectorises (ranking.py has the kernel for small m). A key is magnitude
++ 1, so 1 is a zero, and 0 is left for a position that is out of the question. Keys are compared LANES at a time: a
+comparison gives a word with a bit per key, and the processor counts a word's bits in one instruction.
 """
 
 from functools import cache
@@ -12,17 +12,23 @@ from llvmlite import ir
 
 from common.pruners.kernels.compiler import intrinsic, njit, types
 
-_LANES = 32
+_LANES = 32  # keys compared at a time: an AVX-512 register of 16-bit keys, two of AVX2
+_ZERO = 1  # the key of a zero
 
 
 @intrinsic
 def _how_many_reach(context, keys, start, threshold):
-    """Of the keys start:start + LANES, how many are at least `threshold`."""
+    """Of the keys start:start + LANES, how many are at least `threshold`.
+
+    Written in LLVM's own words: the loop that says the same in Python widens every comparison to the counter's
+    width before it adds, and takes several times as long.
+    """
 
     def codegen(context, builder, signature, args):
         key = context.get_value_type(signature.args[0].dtype)
         lanes, word = ir.VectorType(key, _LANES), ir.IntType(32)
         first = builder.gep(context.make_array(signature.args[0])(context, builder, args[0]).data, [args[1]])
+        # Aligned as a key is, not as a vector: the stack and numpy promise no more.
         values = builder.load(builder.bitcast(first, lanes.as_pointer()), align=key.width // 8)
         nothing, everywhere = ir.Constant(lanes, ir.Undefined), ir.Constant(ir.VectorType(word, _LANES), None)
         limit = builder.insert_element(nothing, args[2], ir.Constant(word, 0))
@@ -46,8 +52,9 @@ def _count(keys, size, threshold):
 def _find(keys, size, k, reached, top, guess, slope):
     """The largest threshold that at least k keys reach, how many do (`reached` reach 1), and a better slope.
 
-    Secant steps from `guess`, where the last run's threshold was; `slope` is the distance in keys between
-    neighbours in rank. Halving takes over where steps leave the bracket or take too long, so any input ends.
+    Secant steps from `guess`, where the last group's threshold was: neighbouring groups are alike, so two or three
+    counts usually do. `slope` is the distance in keys between neighbours in rank. Halving takes over where steps
+    leave the bracket or take too long, so any input ends.
     """
     low, high, at, tries = np.int64(1), top, guess, 0  # at least k reach low, fewer than k reach high
     count = _count(keys, size, at)
@@ -62,6 +69,8 @@ def _find(keys, size, k, reached, top, guess, slope):
         if not low < new < high or tries > 4:
             new = (low + high) >> 1
         after = _count(keys, size, new)
+        # Only the first step is taken from where groups usually end, so only it says how dense keys are there; an
+        # eighth of it, because the next group must not start from one odd group's slope.
         if tries == 0 and after != count:
             slope += np.float32(0.125) * (np.float32(new - at) / np.float32(count - after) - slope)
         at, count, tries = new, after, tries + 1
@@ -70,10 +79,15 @@ def _find(keys, size, k, reached, top, guess, slope):
 
 @njit(nogil=True, inline="always")
 def _fill(keys, bits, taken, size, level, magnitude):
-    """Fill keys with the positions that `level` earlier vectors kept -> how many those are."""
+    """Fill keys with the positions that `level` earlier vectors kept -> how many those are.
+
+    By a product: for "key if taken[i] == level else 0" LLVM branches at each element on processors without AVX-512,
+    which takes five times as long (measured). And in as_key throughout: numba would widen each step to 64 bits, and a
+    register would hold a quarter of the keys.
+    """
     as_key = keys.dtype.type
     for i in range(size):
-        keys[i] = as_key(as_key(bits[i] & magnitude) + as_key(1)) if taken[i] == level else as_key(0)
+        keys[i] = as_key(as_key(as_key(bits[i] & magnitude) + as_key(1)) * as_key(taken[i] == level))
     return _count(keys, size, 1)
 
 
@@ -81,7 +95,8 @@ def _fill(keys, bits, taken, size, level, magnitude):
 def _fill_with_best_level(keys, bits, taken, size, k, magnitude):
     """Fill keys with the positions among which the k-th best is: those that the fewest earlier vectors kept.
 
-    Returns (how many vectors kept those, how many of k are left for them, how many they are).
+    Returns (how many vectors kept those, how many of k are left for them, how many they are). Zeros are counted: a
+    free zero ranks before a taken position and uses up budget, though it is not kept.
     """
     level, left, count = np.uint8(0), k, _fill(keys, bits, taken, size, 0, magnitude)
     while count < left:
@@ -93,7 +108,11 @@ def _fill_with_best_level(keys, bits, taken, size, k, magnitude):
 
 @njit(nogil=True, inline="always")
 def _keep_largest(keys, bits, taken, size, k, levels, magnitude, top, guess, slope, mask):
-    """mask = the k positions that rank first; returns threshold and slope, where the next run begins."""
+    """mask = the k positions that rank first, but for zeros; returns threshold and slope, where the next group begins.
+
+    The threshold never falls to a zero's key. That alone drops zeros of the level in question, and ties among them
+    need no counting; of a group that holds fewer than k others the next one learns to look there first.
+    """
     as_key = keys.dtype.type
     level, left, reached = np.uint8(0), k, np.int64(size)
     if levels:
@@ -102,14 +121,18 @@ def _keep_largest(keys, bits, taken, size, k, levels, magnitude, top, guess, slo
         for i in range(size):
             keys[i] = as_key(as_key(bits[i] & magnitude) + as_key(1))
     found, reached, slope = _find(keys, size, left, reached, top, guess, slope)
+    surplus = reached - left if found > _ZERO else 0
+    found = max(found, _ZERO + 1)
     threshold = as_key(found)
     for i in range(size):
         mask[i] = keys[i] >= threshold
     if level:
         for i in range(size):
-            mask[i] |= taken[i] < level
+            mask[i] |= (taken[i] < level) & ((bits[i] & magnitude) != 0)
+    # Of those that tie at the threshold the last are too many. From the end, and only in groups that have a surplus:
+    # a loop over all positions that counts ties does not vectorise.
     last = size
-    for _ in range(reached - left):  # of those that tie at the threshold the last are too many
+    for _ in range(surplus):
         last -= 1
         while last > 0 and keys[last] != threshold:
             last -= 1
@@ -119,22 +142,25 @@ def _keep_largest(keys, bits, taken, size, k, levels, magnitude, top, guess, slo
 
 @cache
 def nm_kernel(key_dtype, magnitude_bits, levels, m):
-    """The kernel for this m: nm(bits, taken, n, mask). `levels` 0: `taken` is not read; else: it ranks first."""
+    """The kernel for this m: nm(bits, taken, n, mask). `levels` 0: `taken` is not read; else: it ranks first.
+
+    m is a constant of the kernel: with a loop length that it knows, LLVM unrolls and leaves no remainder.
+    """
     as_key = np.dtype(key_dtype).type
     magnitude, top = np.uint32((1 << magnitude_bits) - 1), 1 << magnitude_bits
 
     @njit(nogil=True, cache=True)
     def nm(bits, taken, n, mask):
         keys = np.zeros((m + _LANES - 1) // _LANES * _LANES, as_key)  # what is behind m stays 0: out of the question
-        guess, slope = np.int64(top >> 2), np.float32(8.0)
+        guess, slope = np.int64(top >> 2), np.float32(8.0)  # any will do: both adapt to the data in a few groups
         full = bits.size // m * m
         for start in range(0, full, m):
-            run, earlier, kept = bits[start : start + m], taken[start : start + m], mask[start : start + m]
-            guess, slope = _keep_largest(keys, run, earlier, m, n, levels, magnitude, top, guess, slope, kept)
+            group, earlier, kept = bits[start : start + m], taken[start : start + m], mask[start : start + m]
+            guess, slope = _keep_largest(keys, group, earlier, m, n, levels, magnitude, top, guess, slope, kept)
         rest = bits.size - full
         if rest:
             keys[:] = 0
-            k, run, earlier, kept = (n * rest + m - 1) // m, bits[full:], taken[full:], mask[full:]
-            _keep_largest(keys, run, earlier, rest, k, levels, magnitude, top, guess, slope, kept)
+            k, group, earlier, kept = (n * rest + m - 1) // m, bits[full:], taken[full:], mask[full:]
+            _keep_largest(keys, group, earlier, rest, k, levels, magnitude, top, guess, slope, kept)
 
     return nm

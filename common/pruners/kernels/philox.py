@@ -1,4 +1,8 @@
-"""Random numbers by position: Philox4x32-10."""
+"""Random masks by position, from Philox4x32-10, the counter-based generator of Salmon et al. (SC 2011).
+
+Position p of the stream of a key is word p % 4 of the block with counter p // 4, so any part of the stream can be had
+without the rest: no shard layout, block size or number of processes changes a draw.
+"""
 
 from functools import cache
 
@@ -11,22 +15,24 @@ _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 @njit(nogil=True, inline="always")
 def _philox_round(c, key0, key1, step):
-    """Round number `step` of ten, on 32-bit words held in 64 bits."""
+    """Round number `step` of ten, on 32-bit words held in 64 bits, where the product of two of them fits."""
     k0 = (key0 + np.uint64(step) * np.uint64(0x9E3779B9)) & _LOW
     k1 = (key1 + np.uint64(step) * np.uint64(0xBB67AE85)) & _LOW
     a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
     return (b >> _HALF) ^ c[1] ^ k0, b & _LOW, (a >> _HALF) ^ c[3] ^ k1, a & _LOW
 
 
-_PIECE = 1024  # counters at a time: their words stay in the first-level cache
+_CHUNK = 1024  # counters at a time: their four words, 16 kB, stay in the first-level cache
 
 
 @njit(nogil=True, inline="always")
 def _philox(first, key0, key1, word0, word1, word2, word3):
+    """The four words of the counters from `first` on. Each kind of word has an array of its own: stores vectorise."""
     for i in range(word0.size):
         counter = np.uint64(first + np.uint64(i))
         c = counter & _LOW, counter >> _HALF, np.uint64(0), np.uint64(0)
-        c = _philox_round(_philox_round(c, key0, key1, 0), key0, key1, 1)  # unrolled, the loop over i vectorises
+        # Written out: with a loop over the ten rounds inside, the loop over i does not vectorise.
+        c = _philox_round(_philox_round(c, key0, key1, 0), key0, key1, 1)
         c = _philox_round(_philox_round(c, key0, key1, 2), key0, key1, 3)
         c = _philox_round(_philox_round(c, key0, key1, 4), key0, key1, 5)
         c = _philox_round(_philox_round(c, key0, key1, 6), key0, key1, 7)
@@ -35,36 +41,11 @@ def _philox(first, key0, key1, word0, word1, word2, word3):
 
 
 @njit(nogil=True, inline="always")
-def _interleave(word0, word1, word2, word3, out):
-    for i in range(word0.size):
-        out[i, 0], out[i, 1], out[i, 2], out[i, 3] = word0[i], word1[i], word2[i], word3[i]
-
-
-@njit(nogil=True, cache=True)
-def _draw_kernel(first, key0, key1, out):
-    words = np.empty((4, _PIECE), np.uint32)
-    for start in range(0, out.shape[0], _PIECE):
-        part = out[start : start + _PIECE]
-        size = part.shape[0]
-        word0, word1, word2, word3 = words[0, :size], words[1, :size], words[2, :size], words[3, :size]
-        _philox(np.uint64(first + np.uint64(start)), key0, key1, word0, word1, word2, word3)
-        _interleave(word0, word1, word2, word3, part)
-
-
-def draws(start, count, key):
-    """uint32 [count]: the random numbers of positions start, start + 1, … of the stream `key` (64 bits).
-
-    Philox4x32-10, the counter-based generator of Salmon et al. (SC 2011): position p is word p % 4 of the
-    block with counter p // 4, so any part of the stream can be had without the rest. `start` % 4 is 0.
-    """
-    out = np.empty((-(-count // 4), 4), np.uint32)
-    _draw_kernel(np.uint64(start // 4), np.uint64(key & 0xFFFFFFFF), np.uint64(key >> 32), out)
-    return out.reshape(-1)[:count]
-
-
-@njit(nogil=True, inline="always")
 def _below(word0, word1, word2, word3, last, out):
-    """Whether each draw is at most `last`: a byte each, those of a counter in one word of `out`, in order in memory."""
+    """Whether each draw is at most `last`: a byte each, those of a counter in one word of `out`, in order in memory.
+
+    The lowest byte of a word comes first in memory: on little-endian machines, which safetensors files are for, too.
+    """
     byte = np.uint32(8)
     for i in range(out.size):
         late = np.uint32(word3[i] <= last) << byte | np.uint32(word2[i] <= last)
@@ -88,11 +69,11 @@ def _take(mask, below, some, taken, level, is_one_of_several):
 def _random_kernel(levels):
     @njit(nogil=True, cache=True)
     def keep(first, key0, key1, taken, last, some, mask):
-        word0, word1, word2, word3 = np.empty((4, _PIECE), np.uint32)
-        packed = np.empty(_PIECE, np.uint32)
+        word0, word1, word2, word3 = np.empty((4, _CHUNK), np.uint32)
+        packed = np.empty(_CHUNK, np.uint32)
         below = packed.view(np.uint8)
-        for start in range(0, mask.size, 4 * _PIECE):
-            part, earlier = mask[start : start + 4 * _PIECE], taken[start : start + 4 * _PIECE]
+        for start in range(0, mask.size, 4 * _CHUNK):
+            part, earlier = mask[start : start + 4 * _CHUNK], taken[start : start + 4 * _CHUNK]
             _philox(np.uint64(first + np.uint64(start // 4)), key0, key1, word0, word1, word2, word3)
             for level in range(levels):
                 _below(word0, word1, word2, word3, last[level], packed)
@@ -104,9 +85,11 @@ def _random_kernel(levels):
 def random_mask(mask, start, key, taken, limits) -> None:
     """mask[i], uint8 = whether the draw of position start + i is below limits[taken[i]] (of 2**32).
 
-    With one limit `taken` is not read. `start` % 4 is 0.
+    With one limit `taken` is not read; else it counts earlier *draws*, so that masks depend on no value. Zeros are
+    left out of the masks afterwards, by drop_zeros. `start` % 4 is 0.
     """
     words = np.uint64(start // 4), np.uint64(key & 0xFFFFFFFF), np.uint64(key >> 32)
-    last = np.array([max(limit, 1) - 1 for limit in limits], np.uint32)  # 2**32 itself has no 32 bits
+    # The limits 0 to 2**32 are one more than a word has: "at most last", and a switch for the limit 0.
+    last = np.array([max(limit, 1) - 1 for limit in limits], np.uint32)
     some = np.array([limit > 0 for limit in limits], np.uint8)
     _random_kernel(len(limits))(*words, taken if len(limits) > 1 else mask, last, some, mask)

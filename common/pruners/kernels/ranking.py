@@ -1,7 +1,12 @@
 """Ranks: which positions to keep, by comparing bit patterns.
 
 A key ranks a position: fewest earlier vectors that kept it, then larger magnitude; among equal keys the lower
-index wins. nm_mask ranks runs of m; count_keys and threshold_mask rank scopes of any size in several passes.
+index wins. Of the positions that rank first, those whose value is zero are not kept: they would change nothing, and
+later vectors may have them. nm_mask ranks groups of m; count_keys and threshold_mask rank scopes of any size in
+several passes.
+
+A *block* is what a caller passes in one call, a *chunk* what fits the first-level cache: a kernel goes over a chunk
+several times, in loops so simple that each vectorises.
 """
 
 from functools import cache
@@ -11,31 +16,53 @@ import numpy as np
 from common.pruners.kernels.compiler import njit
 from common.pruners.kernels.groups import nm_kernel
 
-_CHUNK = 4096  # keys compared at a time
+_CHUNK = 4096  # keys; as 16-bit keys and their bytes of mask they take 12 kB of a first-level cache of 32 to 48 kB
 MAGNITUDE_BITS = {"F16": 15, "BF16": 15, "F32": 31}
 
 
-# --- ranking: keep the n largest of every m -------------------------------------------------------
-# Many runs side by side, for a small m: the lanes are runs.
-
-
-_SIDE_BY_SIDE = 128  # runs ranked together when m is small
+# --- keys -----------------------------------------------------------------------------------------
 
 
 @njit(nogil=True, inline="always")
 def _key(bits, taken, magnitude, as_key, magnitude_bits, levels):
-    """What ranks a position: first fewest earlier vectors that kept it, then larger magnitude."""
+    """What ranks a position: first fewest earlier vectors that kept it, then larger magnitude.
+
+    Each step is cast back to the width of a key: numba computes integers in 64 bits, which would halve or quarter
+    the number of keys in a register.
+    """
     key = as_key(bits & magnitude)
     if levels:
         key = as_key(key | as_key(as_key(levels - taken) << as_key(magnitude_bits)))
     return key
 
 
-@njit(nogil=True, inline="always")
-def _keep_largest_of_each(keys, k, key_bits, thresholds, counts, mask):
-    """mask = the k largest keys of each column of keys [m, runs]; among equal keys the first.
+def _key_dtype(dtype, levels):
+    """The narrowest unsigned integer that holds a magnitude and a count of earlier vectors."""
+    bits = MAGNITUDE_BITS[dtype] + levels.bit_length()
+    return "uint16" if bits <= 16 else "uint32" if bits <= 32 else "uint64"
 
-    Finds each column's k-th largest key bit by bit from the top: the largest threshold that k keys reach.
+
+def keys_of(bits, dtype, taken, levels) -> np.ndarray:
+    """int64 [elements]: the key of each position (see nm_mask)."""
+    found = bits.astype(np.int64) & ((1 << MAGNITUDE_BITS[dtype]) - 1)
+    return found if not levels else found | (levels - taken.astype(np.int64)) << MAGNITUDE_BITS[dtype]
+
+
+# --- ranking: keep the n largest of every m -------------------------------------------------------
+# Many groups side by side, for a small m: the lanes are groups. groups.py has the kernel for large m.
+
+
+# Groups ranked together when m is small: a multiple of every register's lanes, and few enough that keys and columns of
+# the largest small m (48 * 128 * 3 bytes = 18 kB) stay in the first-level cache.
+_SIDE_BY_SIDE = 128
+
+
+@njit(nogil=True, inline="always")
+def _keep_largest_of_each(keys, k, key_bits, magnitude, thresholds, counts, mask):
+    """mask = the k largest keys of each column of keys [m, groups], but for zeros; among equal keys the first.
+
+    Finds each column's k-th largest key bit by bit from the top: the largest threshold that k keys reach. So every
+    column takes the same steps, whatever its values, and the inner loops run over columns without a branch.
     """
     as_key = keys.dtype.type
     thresholds[:] = 0
@@ -48,7 +75,7 @@ def _keep_largest_of_each(keys, k, key_bits, thresholds, counts, mask):
                 counts[r] = as_key(counts[r] + as_key(row[r] >= as_key(thresholds[r] | one)))
         for r in range(_SIDE_BY_SIDE):
             thresholds[r] = as_key(thresholds[r] | one) if counts[r] >= k else thresholds[r]
-    counts[:] = k
+    counts[:] = k  # from here on: how many ties at the threshold are still to be kept
     for i in range(keys.shape[0]):
         row = keys[i]
         for r in range(_SIDE_BY_SIDE):
@@ -57,14 +84,15 @@ def _keep_largest_of_each(keys, k, key_bits, thresholds, counts, mask):
         row, kept = keys[i], mask[i]
         for r in range(_SIDE_BY_SIDE):
             tie = as_key(as_key(row[r] == thresholds[r]) & as_key(counts[r] > 0))
-            kept[r] = as_key(row[r] > thresholds[r]) | tie
+            # Zeros are left out last: a tie that is zero, or a free zero above taken values, has used its budget.
+            kept[r] = (as_key(row[r] > thresholds[r]) | tie) & as_key(as_key(row[r] & magnitude) > as_key(0))
             counts[r] = as_key(counts[r] - tie)
 
 
 @cache
 def _small_nm_kernel(key_dtype, magnitude_bits, levels, m):
     as_key = np.dtype(key_dtype).type
-    magnitude = np.uint32((1 << magnitude_bits) - 1)
+    magnitude = as_key((1 << magnitude_bits) - 1)
     key_bits = magnitude_bits + levels.bit_length()
     span = m * _SIDE_BY_SIDE
 
@@ -73,11 +101,12 @@ def _small_nm_kernel(key_dtype, magnitude_bits, levels, m):
         keys, columns = np.empty((m, _SIDE_BY_SIDE), as_key), np.empty((m, _SIDE_BY_SIDE), np.uint8)
         thresholds, counts = np.empty(_SIDE_BY_SIDE, as_key), np.empty(_SIDE_BY_SIDE, as_key)
         for start in range(0, bits.size, span):
-            runs, earlier = bits[start : start + span], taken[start : start + span]
+            groups, earlier = bits[start : start + span], taken[start : start + span]
+            # Transposed on the way in and out, so that a group is a column and a register holds one key of each.
             for r in range(_SIDE_BY_SIDE):
                 for i in range(m):
-                    keys[i, r] = _key(runs[r * m + i], earlier[r * m + i], magnitude, as_key, magnitude_bits, levels)
-            _keep_largest_of_each(keys, n, key_bits, thresholds, counts, columns)
+                    keys[i, r] = _key(groups[r * m + i], earlier[r * m + i], magnitude, as_key, magnitude_bits, levels)
+            _keep_largest_of_each(keys, n, key_bits, magnitude, thresholds, counts, columns)
             kept = mask[start : start + span]
             for r in range(_SIDE_BY_SIDE):
                 for i in range(m):
@@ -86,21 +115,17 @@ def _small_nm_kernel(key_dtype, magnitude_bits, levels, m):
     return nm
 
 
-_SMALL_M = 48  # up to here ranking runs side by side is faster than one after the other (measured)
-
-
-def _key_dtype(dtype, levels):
-    """The narrowest unsigned integer that holds a magnitude and a count of earlier vectors."""
-    bits = MAGNITUDE_BITS[dtype] + levels.bit_length()
-    return "uint16" if bits <= 16 else "uint32" if bits <= 32 else "uint64"
+_SMALL_M = 48  # up to here ranking groups side by side is faster than one after the other (measured)
 
 
 def nm_mask(mask, bits, dtype, taken, levels, n, m) -> None:
-    """mask, uint8 = n of every m consecutive elements; a last run of r keeps ceil(n*r/m).
+    """mask, uint8 = those of n of every m consecutive elements that are not zero; a last group of r has ceil(n*r/m).
 
     `taken[i]` (uint8) counts the `levels` earlier vectors that kept position i; with levels 0 it is not read.
-    Order within a run: fewest earlier vectors, larger magnitude, lower index. Values must be finite.
+    Order within a group: fewest earlier vectors, larger magnitude, lower index. Values must be finite.
     Source: CABS, section 3 (n:m balanced sparsification). `bits` starts at a multiple of m.
+
+    n 2, m 4: [4, -3, 2, 1] -> [1, 1, 0, 0]; [0, -3, 0, 0] -> [0, 1, 0, 0], not two.
     """
     taken = taken if levels else mask  # at level 0 any array of the right length: it is not read
     done = 0
@@ -108,7 +133,7 @@ def nm_mask(mask, bits, dtype, taken, levels, n, m) -> None:
         done = bits.size // (m * _SIDE_BY_SIDE) * (m * _SIDE_BY_SIDE)
         kernel = _small_nm_kernel(_key_dtype(dtype, levels), MAGNITUDE_BITS[dtype], levels, m)
         kernel(bits[:done], taken[:done], n, mask[:done])
-    if done < bits.size:
+    if done < bits.size:  # a large m; of a small one what does not fill the last span of groups
         key_dtype = "uint16" if MAGNITUDE_BITS[dtype] == 15 else "uint32"
         nm_kernel(key_dtype, MAGNITUDE_BITS[dtype], min(levels, 1), m)(bits[done:], taken[done:], n, mask[done:])
 
@@ -124,7 +149,11 @@ def _fill_keys(keys, bits, taken, magnitude, magnitude_bits, levels):
 
 @njit(nogil=True, inline="always")
 def _mark(keys, low, last, near):
-    """near[i] = whether key i lies in low..last -> (how many do, how many lie above); loops that vectorise."""
+    """near[i] = whether key i lies in low..last -> (how many do, how many lie above); loops that vectorise.
+
+    keys[i] - low wraps to something large where the key is below low, so one comparison tests both ends. Counts are
+    as wide as a key; a chunk's 4096 fit.
+    """
     as_key = keys.dtype.type
     reached, above = as_key(0), as_key(0)
     for i in range(keys.size):
@@ -149,12 +178,15 @@ def _count_kernel(key_dtype, magnitude_bits, levels):
             keys = scratch[: part.size]
             _fill_keys(keys, part, earlier, magnitude, magnitude_bits, levels)
             inside, more = _mark(keys, low, last, near)
-            near[keys.size :] = 0
+            near[keys.size :] = 0  # the last chunk is shorter, and `eights` sees what the one before it left
             above += more
-            if inside > keys.size >> 5:  # many: without branches, which would be guessed wrong
+            # Many: without branches, which would be guessed wrong. A key outside counts 0 in some bin: `which` keeps
+            # its wrapped distance within the array. Two banks: equal keys follow one another, and an addition to the
+            # bin that was just written waits for it.
+            if inside > keys.size >> 5:
                 for i in range(keys.size):
                     counts[i & 1, (np.int64(as_key(keys[i] - low)) >> shift) & which] += near[i]
-            else:
+            else:  # few: eight at a time are skipped
                 for eight in range(eights.size):
                     if eights[eight]:
                         for i in range(8 * eight, 8 * eight + 8):
@@ -165,30 +197,32 @@ def _count_kernel(key_dtype, magnitude_bits, levels):
     return count
 
 
-def keys_of(bits, dtype, taken, levels) -> np.ndarray:
-    """int64 [elements]: the key of each position (see nm_mask)."""
-    found = bits.astype(np.int64) & ((1 << MAGNITUDE_BITS[dtype]) - 1)
-    return found if not levels else found | (levels - taken.astype(np.int64)) << MAGNITUDE_BITS[dtype]
-
-
 def count_keys(counts, bits, dtype, taken, levels, low, high, shift) -> int:
     """Count keys in bins of 2**shift keys each, from `low` to below `high` -> how many keys are `high` and above.
 
     For the key see nm_mask. counts, int64 [2, a power of two that is at least the bins], is added to, in two banks: of
-    runs of equal keys, one would wait for the other.
+    many equal keys, one would wait for the other.
     """
     key_dtype = _key_dtype(dtype, levels)
     as_key, kernel = np.dtype(key_dtype).type, _count_kernel(key_dtype, MAGNITUDE_BITS[dtype], levels)
+    # `high` itself may be one more than a key can hold, so the kernel is given the last key that counts.
     return kernel(bits, taken if levels else bits, as_key(low), as_key(high - 1), shift, counts)
 
 
 @njit(nogil=True, inline="always")
-def _compare(keys, least, mask):
-    """mask = keys that reach `least`; how many equal it, counted as wide as a key, so that the loop vectorises."""
+def _compare(keys, least, magnitude, levels, mask):
+    """mask = keys that reach `least` and are no zeros; how many keys equal it.
+
+    Counted as wide as a key, so that the loop vectorises; a chunk's 4096 fit. Without levels only key 0 is a zero's,
+    and one comparison does; with levels each has one.
+    """
     as_key = keys.dtype.type
-    tied = as_key(0)
+    tied, floor = as_key(0), max(least, as_key(1))
     for i in range(keys.size):
-        mask[i] = keys[i] >= least
+        if levels:
+            mask[i] = as_key(keys[i] >= least) & as_key(as_key(keys[i] & magnitude) > as_key(0))
+        else:
+            mask[i] = keys[i] >= floor
         tied = as_key(tied + as_key(keys[i] == least))
     return np.int64(tied)
 
@@ -196,28 +230,24 @@ def _compare(keys, least, mask):
 @cache
 def _threshold_kernel(key_dtype, magnitude_bits, levels):
     as_key = np.dtype(key_dtype).type
-    magnitude = np.uint32((1 << magnitude_bits) - 1)
+    magnitude = as_key((1 << magnitude_bits) - 1)
 
     @njit(nogil=True, cache=True)
     def threshold(bits, taken, least, ties, mask):
-        scratch, left = np.empty(_CHUNK, as_key), ties
+        scratch, left, has_value = np.empty(_CHUNK, as_key), ties, np.uint8(as_key(least & magnitude) > as_key(0))
         for start in range(0, bits.size, _CHUNK):
-            part, earlier, kept = (
-                bits[start : start + _CHUNK],
-                taken[start : start + _CHUNK],
-                mask[start : start + _CHUNK],
-            )
-            keys = scratch[: part.size]
+            part, earlier = bits[start : start + _CHUNK], taken[start : start + _CHUNK]
+            kept, keys = mask[start : start + _CHUNK], scratch[: part.size]
             _fill_keys(keys, part, earlier, magnitude, magnitude_bits, levels)
-            tied = _compare(keys, least, kept)
-            if tied > left:  # from here on only the first `left` ties are kept
+            tied = _compare(keys, least, magnitude, levels, kept)
+            if tied > left:  # only the first `left` ties are kept: all are taken out, and those put back one by one
                 for i in range(keys.size):
-                    kept[i] = keys[i] > least
+                    kept[i] &= keys[i] != least
                 for i in range(keys.size):
                     if left == 0:
                         break
                     if keys[i] == least:
-                        kept[i] = 1
+                        kept[i] = has_value
                         left -= 1
             else:
                 left -= tied
@@ -227,7 +257,30 @@ def _threshold_kernel(key_dtype, magnitude_bits, levels):
 
 
 def threshold_mask(mask, bits, dtype, taken, levels, least, ties) -> int:
-    """mask, uint8 = keys above `least` and the first `ties` that equal it -> how many ties it used."""
+    """mask, uint8 = keys above `least` and the first `ties` that equal it, but for zeros -> how many ties it used.
+
+    A tie that is zero is used, though not kept: it is among those that rank first.
+    """
     key_dtype = _key_dtype(dtype, levels)
     kernel = _threshold_kernel(key_dtype, MAGNITUDE_BITS[dtype], levels)
     return kernel(bits, taken if levels else mask, np.dtype(key_dtype).type(least), ties, mask)
+
+
+# --- what was drawn and not ranked ----------------------------------------------------------------
+
+
+@cache
+def _drop_kernel(magnitude_bits):
+    magnitude = np.uint32((1 << magnitude_bits) - 1)
+
+    @njit(nogil=True, cache=True)
+    def drop(bits, mask):
+        for i in range(mask.size):
+            mask[i] &= (bits[i] & magnitude) != 0
+
+    return drop
+
+
+def drop_zeros(mask, bits, dtype) -> None:
+    """In place: mask, uint8, where the values are not zero; for random masks, of which no later one asks any more."""
+    _drop_kernel(MAGNITUDE_BITS[dtype])(bits, mask)

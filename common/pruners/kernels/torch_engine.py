@@ -5,20 +5,34 @@ Every step is an exact integer operation or a single correctly rounded float32 o
 device (the report's sums of squares may differ in digits that it does not print).
 """
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 from common.errors import DataError
-from common.pruners.kernels.ranking import MAGNITUDE_BITS
+from common.pruners.kernels import BLOCK, ENGINE, MAGNITUDE_BITS
 
 _FLOAT = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _INFINITY = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000}
-_BLOCK_ON_GPU, _BLOCK_ON_CPU = 1 << 22, 1 << 18  # elements; a thread holds a block of every input in memory
+# Elements. A GPU needs many at once to be busy, and each step is a launch; a thread holds a block of every input in its
+# memory, with keys of 4 or 8 bytes.
+_BLOCK_ON_GPU = 1 << 22
+
+
+def load(bits, device):
+    """numpy's unsigned bits on the device, as signed ones: torch compares and shifts no unsigned integers but bytes."""
+    return torch.from_numpy(bits.view(f"int{8 * bits.itemsize}")).to(device)
+
+
+def empty_masks(vectors: int, size: int, device):
+    """Room for the masks of a block: uint8 [vectors, size]."""
+    return torch.empty((vectors, size), dtype=torch.uint8, device=device)
 
 
 def _magnitudes(bits, dtype):
+    """Magnitudes as keys hold them: twice as wide as the bits, so that no key reaches the sign."""
     wide = torch.int64 if dtype == "F32" else torch.int32
     return bits.to(wide) & ((1 << MAGNITUDE_BITS[dtype]) - 1)
 
@@ -30,7 +44,10 @@ def _keys(bits, dtype, taken, levels):
 
 
 def _keep_largest(keys, k: int, key_bits: int):
-    """Mask of the k largest in each row of keys [runs, m]; among equal keys the first. -> bool [runs, m]"""
+    """Mask of the k largest in each row of keys [groups, m]; among equal keys the first. -> bool [groups, m]
+
+    Bit by bit, as the kernel for small m does: topk does not say which of equal keys it takes, and a sort takes longer.
+    """
     threshold = torch.zeros_like(keys[:, :1])
     for bit in range(key_bits - 1, -1, -1):
         candidate = threshold | (1 << bit)
@@ -42,7 +59,7 @@ def _keep_largest(keys, k: int, key_bits: int):
 
 
 def nm_mask(mask, bits, dtype, taken, levels, n, m) -> None:
-    """mask = n of every m consecutive elements; a last run of r keeps ceil(n*r/m)."""
+    """mask = those of n of every m consecutive elements that are not zero; a last group of r has ceil(n*r/m)."""
     keys = _keys(bits, dtype, taken, levels)
     key_bits = MAGNITUDE_BITS[dtype] + levels.bit_length()
     full = bits.numel() // m * m
@@ -51,6 +68,12 @@ def nm_mask(mask, bits, dtype, taken, levels, n, m) -> None:
     if full < bits.numel():
         rest = bits.numel() - full
         mask[full:] = _keep_largest(keys[full:].view(1, -1), -(-n * rest // m), key_bits).view(-1)
+    drop_zeros(mask, bits, dtype)
+
+
+def drop_zeros(mask, bits, dtype) -> None:
+    """In place: mask where the values are not zero."""
+    mask &= _magnitudes(bits, dtype) != 0
 
 
 def keys_of(bits, dtype, taken, levels) -> np.ndarray:
@@ -67,14 +90,15 @@ def count_keys(counts, bits, dtype, taken, levels, low, high, shift) -> int:
 
 
 def threshold_mask(mask, bits, dtype, taken, levels, least, ties) -> int:
-    """mask = keys above `least` and the first `ties` that equal it -> how many ties it used."""
+    """mask = keys above `least` and the first `ties` that equal it, but for zeros -> how many ties it used."""
     keys = _keys(bits, dtype, taken, levels)
     tied = keys == least
     mask[:] = (keys > least) | (tied & (tied.cumsum(0) <= ties))
+    drop_zeros(mask, bits, dtype)
     return min(ties, int(tied.sum()))
 
 
-def draws(start, count, key, device):
+def _draws(start, count, key, device):
     """int64 [count]: Philox4x32-10 words of positions start, start + 1, … (see common.pruners.kernels.philox)."""
     low = 0xFFFFFFFF
     counter = torch.arange(start // 4, start // 4 - (-count // 4), dtype=torch.int64, device=device)
@@ -89,8 +113,8 @@ def draws(start, count, key, device):
 
 
 def random_mask(mask, start, key, taken, limits) -> None:
-    """mask[i] = whether the draw of position start + i is below limits[taken[i]]."""
-    numbers = draws(start, mask.numel(), key, mask.device)
+    """mask[i] = whether the draw of position start + i is below limits[taken[i]]; zeros are left out by drop_zeros."""
+    numbers = _draws(start, mask.numel(), key, mask.device)
     table = torch.tensor(limits, dtype=torch.int64, device=mask.device)
     mask[:] = numbers < (table[taken.long()] if len(limits) > 1 else table)
 
@@ -120,30 +144,36 @@ def keep_vector(out, vector, dtype, mask, scale) -> bool:
     return _store(out, torch.where(mask.bool(), scaled.view(vector.dtype), torch.zeros_like(vector)), dtype)
 
 
-def _tally_runs(mask, at, m, runs) -> None:
-    first = min(-at % m, mask.numel())  # where in this block the first run begins that is not open already
-    runs[0] += int(mask[:first].sum())
+def _tally_groups(mask, at, m, counts) -> None:
+    """Count what is kept in each whole group of m: first what closes the open one, then whole ones, then the rest."""
+    first = min(-at % m, mask.numel())  # where in this block the first group begins that is not open already
+    counts["tail"] += int(mask[:first].sum())
     if at % m and (at + first) % m == 0:
-        runs += [-runs[0], 1, runs[0], runs[0] ** 2]
+        counts["groups"] += 1
+        counts["squares"] += counts["tail"] ** 2
+        counts["tail"] = 0
     if first < mask.numel():
         whole = mask[first : first + (mask.numel() - first) // m * m].view(-1, m).sum(1, dtype=torch.int64)
-        rest = mask[first + whole.numel() * m :]
-        runs += [int(rest.sum()), whole.numel(), int(whole.sum()), int((whole * whole).sum())]
+        counts["groups"] += whole.numel()
+        counts["squares"] += int((whole * whole).sum())
+        counts["tail"] += int(mask[first + whole.numel() * m :].sum())
 
 
 def tally(vector, dtype, masks, j, at, m, counts) -> bool:
-    """Add one block of vector number j and its mask to `counts`, in numpy (see common.pruners.kernels.arithmetic)."""
-    runs, energy, both = counts
-    squares = vector.view(_FLOAT[dtype]).double().square_()
-    energy += [float((squares * masks[j]).sum()), float(squares.sum())]
+    """Add one block of vector number j and its mask to counts[j], in numpy (see common.pruners.kernels.arithmetic)."""
+    own, squares = counts[j], vector.view(_FLOAT[dtype]).double().square_()
+    own["energy"] += float(squares.sum())
+    own["energy_kept"] += float((squares * masks[j]).sum())
+    own["nonzero"] += int((_magnitudes(vector, dtype) != 0).sum())
+    own["kept"] += int(masks[j].sum(dtype=torch.int64))
     for i, mask in enumerate(masks[:j]):
-        both[i] += int((mask & masks[j]).sum(dtype=torch.int64))
-    _tally_runs(masks[j], at, m, runs)
+        own["both"][i] += int((mask & masks[j]).sum(dtype=torch.int64))
+    _tally_groups(masks[j], at, m, own)
     return all_finite(vector, dtype)
 
 
 def engine(device: str) -> SimpleNamespace:
-    """The functions of common.pruners.kernels on a torch device. Raises DataError where torch has no such device."""
+    """The functions of ENGINE on a torch device. Raises DataError where torch has no such device."""
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -151,18 +181,7 @@ def engine(device: str) -> SimpleNamespace:
         raise DataError(
             f"--device {device}: not usable here ({reason:.120}); use --device cpu, or a torch built for it"
         ) from None
-    return SimpleNamespace(
-        BLOCK=_BLOCK_ON_CPU if torch.device(device).type == "cpu" else _BLOCK_ON_GPU,
-        MAGNITUDE_BITS=MAGNITUDE_BITS,
-        load=lambda bits: torch.from_numpy(bits.view(f"int{8 * bits.itemsize}")).to(device),
-        empty_masks=lambda vectors, size: torch.empty((vectors, size), dtype=torch.uint8, device=device),
-        add_kept=add_kept,
-        all_finite=all_finite,
-        count_keys=count_keys,
-        keep_vector=keep_vector,
-        keys_of=keys_of,
-        nm_mask=nm_mask,
-        random_mask=random_mask,
-        tally=tally,
-        threshold_mask=threshold_mask,
-    )
+    functions = {name: globals()[name] for name in ENGINE}
+    functions |= {name: partial(functions[name], device=device) for name in ("load", "empty_masks")}
+    block = BLOCK if torch.device(device).type == "cpu" else _BLOCK_ON_GPU
+    return SimpleNamespace(BLOCK=block, MAGNITUDE_BITS=MAGNITUDE_BITS, **functions)

@@ -1,0 +1,86 @@
+"""Masks of one tensor of all vectors, asked for block by block: the ranking rule applied.
+
+Nothing here knows files or devices: bits come from the caller, arithmetic from an engine (kernels.engine).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+from common.pruners.pruning import Pruning, in_passes, random_key, random_limits, scopes
+from common.pruners.thresholds import Scope, Threshold, in_order
+from common.shards.blocks import blocks
+
+
+class Masks:
+    """Which positions each vector keeps of one tensor.
+
+        masks = Masks(prunings, name, dtypes, numel, engine)
+        if masks.in_passes:                              # a scope is larger than a block: find its thresholds first
+            masks.find_thresholds(read, peek)
+        for start, stop in masks.blocks():               # in order, every block once
+            kept = masks.of(start, [bits of elements start:stop of each vector])
+
+    prunings: one a vector, in the order of pruning; they share method, seed and conflict_aware. name: what random masks
+    are drawn under. Masks do not depend on `block` (elements; default: the engine's).
+    """
+
+    def __init__(self, prunings: list[Pruning], name: str, dtypes: list[str], numel: int, engine, block=None):
+        self._prunings, self._first, self._dtypes, self._engine = prunings, prunings[0], dtypes, engine
+        block = block or engine.BLOCK
+        ms = {pruning.m for pruning in prunings}
+        self.in_passes = len(ms) == 1 and in_passes(self._first, block)
+        # A block is whole groups, so that nm ranks each without the others; of random numbers four come at a time.
+        unit = math.lcm(*ms) if self._first.method == "nm" else 4
+        self._step = block if self.in_passes else max(block // unit, 1) * unit
+        self._numel, self.block = numel, min(self._step, numel)  # elements of the largest block
+        self._room = engine.empty_masks(len(prunings), self.block)
+        self._limits = random_limits([pruning.density for pruning in prunings], self._first.conflict_aware)
+        self._keys = [random_key(pruning, j, name) for j, pruning in enumerate(prunings)]
+        self._scopes = self._plan_scopes() if self.in_passes else []
+
+    def _plan_scopes(self) -> list[Scope]:
+        cuts = [scopes(pruning, self._numel) for pruning in self._prunings]
+        aware = self._first.conflict_aware
+        return [
+            Scope(start, stop, [cut[i][2] for cut in cuts], self._dtypes, aware, self._engine)
+            for i, (start, stop, _) in enumerate(cuts[0])
+        ]
+
+    def find_thresholds(self, read: Callable, peek: Callable) -> None:
+        """What of() compares with, where a scope is larger than a block; reads all vectors, see Scope.find."""
+        for scope in self._scopes:
+            scope.find(read, peek, self._room, self._step)
+
+    @property
+    def thresholds(self) -> list[list[Threshold]]:
+        """Of each scope, each vector's threshold, once they were found; may be set to what was found before."""
+        return [scope.thresholds for scope in self._scopes]
+
+    @thresholds.setter
+    def thresholds(self, found: list[list[Threshold]]) -> None:
+        for scope, thresholds in zip(self._scopes, found, strict=True):
+            scope.thresholds = thresholds
+            scope.rewind()
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """(start, stop) of consecutive blocks, none of which reaches over the end of a scope."""
+        if not self.in_passes:
+            return blocks(self._numel, self._step)
+        return (span for scope in self._scopes for span in blocks(scope.stop, self._step, scope.start))
+
+    def of(self, start: int, vectors: list) -> list:
+        """The masks (uint8, 1 = keep) of the block at `start`, one a vector; valid until the next call."""
+        found = [mask[: len(vectors[0])] for mask in self._room]
+        if self.in_passes:
+            next(scope for scope in self._scopes if start < scope.stop).fill(found, vectors)
+            return found
+        for j, mask, taken, levels in in_order(found, self._first.conflict_aware):
+            if self._first.method == "nm":
+                n, m = self._prunings[j].n, self._prunings[j].m
+                self._engine.nm_mask(mask, vectors[j], self._dtypes[j], taken, levels, n, m)
+            else:
+                self._engine.random_mask(mask, start, self._keys[j], taken, self._limits[j])
+        if self._first.method == "random":  # after the last draw: draws depend on no value, conflicts are among draws
+            for mask, bits, dtype in zip(found, vectors, self._dtypes, strict=True):
+                self._engine.drop_zeros(mask, bits, dtype)
+        return found

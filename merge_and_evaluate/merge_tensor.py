@@ -1,0 +1,241 @@
+"""One tensor of a streamed merge: read blocks of all models, sum them by the recipe's method, write.
+
+What a method keeps (masks, thresholds, DARE's factors) does not depend on the weights. It is found once, in a pass of
+its own where a method needs one, and kept in `Found`, so that the next weight of a sweep does without that pass.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.errors import DataError
+from common.pruners import kernels
+from common.pruners.masks import Masks
+from common.pruners.pruning import Pruning
+from common.pruners.tally import new_counts, tallies, to_record
+from common.shards.blocks import Reader, Writer, blocks
+from common.shards.headers import DTYPE_CODES, DTYPE_NAMES, Tensor
+from common.shards.stream import Task, Worker, copy_tensor, new_hash, not_finite
+from merge_and_evaluate.budgets import add_norms, empty_norms, rescale_factor, ties_budget
+from merge_and_evaluate.streamed_methods import Values
+from merge_and_evaluate.sum_inputs import Block, Rule
+from merge_and_evaluate.sums import delta_sum, linear, vector_sum
+
+OURS = {"cabs": "nm", "magnitude": "magnitude", "random": "random"}  # {merge method: pruning method}
+
+
+@dataclass(frozen=True)
+class TensorMerge:
+    """How one tensor is merged: the recipe's method and values for it, what it is written in, what masks depend on."""
+
+    method: str
+    values: Values
+    dtype: str
+    mask_name: str
+    seed: int = 0
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return tuple(model["weight"] for model in self.values.models)
+
+    @property
+    def reads_twice(self) -> bool:
+        """Whether the models are read twice: once for thresholds or DARE's factors, once for the sum."""
+        if self.method == "magnitude":
+            return True
+        rescales = self.method.startswith("dare") and self.values.shared["rescale"]
+        return (self.method == "ties" or rescales) and min(self.densities) < 1
+
+    @property
+    def common_group(self) -> int:
+        """cabs: how many elements hold whole groups of every model."""
+        return math.lcm(*(model["m"] for model in self.values.models))
+
+    @property
+    def densities(self) -> list[float]:
+        """The fraction of each model's difference that is kept, from 0 to 1."""
+        return [min(max(model["density"], 0.0), 1.0) for model in self.values.models]
+
+
+@dataclass
+class Found:
+    """What does not depend on the weights: thresholds of each scope, and what each model's kept values are multiplied by."""
+
+    thresholds: list | None = None
+    scales: tuple[float, ...] | None = None
+
+
+# --- what is kept ---------------------------------------------------------------------------------
+
+
+def prunings_of(how: TensorMerge, numel: int) -> list[Pruning]:
+    """What each model keeps of its difference, as the prune script says it; empty where a method keeps everything."""
+    shared, models = how.values.shared, how.values.models
+    if how.method in OURS:
+        rule = {"conflict_aware": shared["conflict_aware"], "rescale": shared.get("rescale", False)}
+        if how.method == "cabs":
+            return [Pruning("nm", each["n"] / each["m"], each["n"], each["m"], **rule) for each in models]
+        # 1 - (1 - density): the float64 that --sparsity_level 1 - density comes to, so that the masks are the chain's.
+        densities = [1.0 - (1.0 - density) for density in how.densities]
+        return [Pruning(OURS[how.method], density, seed=shared.get("seed", 0), **rule) for density in densities]
+    if how.method in ("linear", "task_arithmetic") or min(how.densities) == 1.0:
+        return []
+    if how.method == "ties":  # density of the very k that mergekit keeps: round(k / numel * numel) is k again
+        shares = [ties_budget(density, numel) / max(numel, 1) for density in how.densities]
+        return [Pruning("magnitude", share, conflict_aware=False) for share in shares]
+    return [Pruning("random", density, seed=how.seed, conflict_aware=False) for density in how.densities]
+
+
+def vector_dtype_of(how: TensorMerge) -> str:
+    """What differences are formed in before they are ranked: as extraction does for our methods, else float32."""
+    return DTYPE_CODES[how.values.shared["vector_dtype"]] if how.method in OURS else "F32"
+
+
+class Differences:
+    """Each model minus the base, block by block, rounded as extract_task_vector_7b.py rounds (see kernels.subtract)."""
+
+    def __init__(self, base: Reader, models: list[Reader], dtype: str, block: int):
+        self._base, self._models, self._dtype = base, models, dtype
+        self._room = [np.empty(block, kernels.BITS_DTYPE[dtype]) for _ in models]
+
+    def _of(self, j: int, model: np.ndarray, base: np.ndarray) -> np.ndarray:
+        out = self._room[j][: base.size]
+        _, finite = kernels.subtract(model, self._models[j].dtype, base, self._base.dtype, out, self._dtype)
+        if not finite:
+            self._refuse(j, model, base)
+        return out
+
+    def _refuse(self, j: int, model: np.ndarray, base: np.ndarray) -> None:
+        for tensor, bits in ((self._base.tensor, base), (self._models[j].tensor, model)):
+            if not kernels.all_finite(bits, tensor.dtype):
+                raise not_finite(tensor)
+        tensor = self._models[j].tensor
+        raise DataError(
+            f"tensor {tensor.name!r} of {tensor.path.parent}: its difference from the base is beyond the largest "
+            f"{DTYPE_NAMES[self._dtype]}; set vector_dtype: bfloat16 or float32 under the recipe's `parameters`"
+        )
+
+    def read(self, j: int, start: int, stop: int) -> np.ndarray:
+        """Bits of elements start:stop of model j's difference, valid until the next read of this j."""
+        return self._of(j, self._models[j].read(start, stop), self._base.read(start, stop))
+
+    def peek(self, j: int, start: int, stop: int) -> np.ndarray:
+        """The same for a small part out of order."""
+        return self._of(j, self._models[j].peek(start, stop), self._base.peek(start, stop))
+
+
+def find_scales(how: TensorMerge, masks: Masks, differences: Differences) -> tuple[float, ...]:
+    """mergekit's `rescale`: each model's kept differences are brought to the L1 norm of all of them; reads them once."""
+    norms = [empty_norms() for _ in how.values.models]
+    for start, stop in masks.blocks():
+        vectors = [differences.read(j, start, stop) for j in range(len(norms))]
+        for sums, vector, mask in zip(norms, vectors, masks.of(start, vectors), strict=True):
+            add_norms(sums, vector, mask)
+    return tuple(float(rescale_factor(sums)) for sums in norms)
+
+
+# --- the merge ------------------------------------------------------------------------------------
+
+
+def merge_tensor(task: Task, worker: Worker, how: TensorMerge | None, found: Found) -> list[dict]:
+    """Merge one tensor; its record has the hash of every input's bytes and of what was written, and our methods' counts.
+
+    The task's inputs are the base and the models, for `linear` the models alone. A buffer (how is None) is the base's.
+    """
+    if how is None:
+        return copy_tensor(task, worker)
+    (writer,) = worker.writers(task)
+    if how.method == "linear":
+        return [_merge_linear(how, [worker.reader(tensor) for tensor in task.inputs], writer)]
+    prunings = prunings_of(how, task.inputs[0].numel)
+    readers = [worker.reader(tensor, again=how.reads_twice) for tensor in task.inputs]
+    if not prunings:
+        return [_merge_differences(how, readers, writer, None, None, found)]
+    dtype = vector_dtype_of(how)
+    masks = Masks(prunings, how.mask_name, [dtype] * len(prunings), task.inputs[0].numel, kernels)
+    differences = Differences(readers[0], readers[1:], dtype, masks.block)
+    if masks.in_passes:
+        if found.thresholds is None:
+            masks.find_thresholds(differences.read, differences.peek)
+            found.thresholds = masks.thresholds
+        masks.thresholds = found.thresholds
+    if how.method.startswith("dare") and how.reads_twice and found.scales is None:
+        found.scales = find_scales(how, masks, differences)
+    if how.method in OURS:
+        return [_merge_vectors(how, readers, writer, (prunings, masks, differences))]
+    return [_merge_differences(how, readers, writer, masks, differences, found)]
+
+
+class _Hashes:
+    """Hashes of what passes: of each input, and of what is written."""
+
+    def __init__(self, readers: list[Reader]):
+        self._inputs, self._written = [new_hash() for _ in readers], new_hash()
+
+    def update(self, inputs: list[np.ndarray], written: np.ndarray) -> None:
+        for state, bits in zip([*self._inputs, self._written], [*inputs, written], strict=True):
+            state.update(bits)
+
+    def record(self) -> dict:
+        return {"inputs": [state.hexdigest() for state in self._inputs], "written": self._written.hexdigest()}
+
+
+def _merge_linear(how: TensorMerge, readers: list[Reader], writer: Writer) -> dict:
+    hashes, normalize = _Hashes(readers), how.values.shared["normalize"]
+    for start, stop in blocks(readers[0].numel, kernels.BLOCK):
+        raw, out = [reader.read(start, stop) for reader in readers], writer.room(start, stop)
+        models = [Block(bits, reader.dtype) for bits, reader in zip(raw, readers, strict=True)]
+        if not linear(Block(out, how.dtype), models, how.weights, normalize):
+            refuse_sum(how, readers, raw)
+        hashes.update(raw, out)
+    return hashes.record()
+
+
+def _merge_differences(how: TensorMerge, readers, writer: Writer, masks, differences, found: Found) -> dict:
+    """task_arithmetic, ties, dare_linear, dare_ties."""
+    hashes, shared, numel = _Hashes(readers), how.values.shared, readers[0].numel
+    elect = how.method in ("ties", "dare_ties")
+    rule = Rule(how.weights, shared["normalize"], shared["lambda"], elect, found.scales)
+    for start, stop in masks.blocks() if masks else blocks(numel, kernels.BLOCK):
+        raw, out = [reader.read(start, stop) for reader in readers], writer.room(start, stop)
+        base, *models = (Block(bits, reader.dtype) for bits, reader in zip(raw, readers, strict=True))
+        kept = None
+        if masks:
+            kept = masks.of(start, [differences.read(j, start, stop) for j in range(len(models))])
+        if not delta_sum(Block(out, how.dtype), base, models, rule, (start, numel), kept):
+            refuse_sum(how, readers, raw)
+        hashes.update(raw, out)
+    return hashes.record()
+
+
+def _merge_vectors(how: TensorMerge, readers, writer: Writer, kept_by: tuple) -> dict:
+    """cabs, magnitude, random: base + Σ weight · pruned task vector, the masks of prune_task_vector_7b.py."""
+    prunings, masks, differences = kept_by
+    hashes, counts, count = _Hashes(readers), new_counts(len(prunings)), len(prunings)
+    weights = tuple(weight * pruning.scale for weight, pruning in zip(how.weights, prunings, strict=True))
+    dtype, consensus = vector_dtype_of(how), how.values.shared["consensus"] == "sign"
+    for start, stop in masks.blocks():
+        raw, out = [reader.read(start, stop) for reader in readers], writer.room(start, stop)
+        vectors = [differences.read(j, start, stop) for j in range(count)]
+        kept = masks.of(start, vectors)
+        for j, pruning in enumerate(prunings):
+            kernels.tally(vectors[j], dtype, kept, j, start, pruning.m, counts)
+        added = [Block(vector, dtype) for vector in vectors]
+        base = Block(raw[0], readers[0].dtype)
+        if not vector_sum(Block(out, how.dtype), base, added, kept, weights, consensus):
+            refuse_sum(how, readers, raw)
+        hashes.update(raw, out)
+    return hashes.record() | {"tallies": [to_record(tally) for tally in tallies(counts, readers[0].numel)]}
+
+
+def refuse_sum(how: TensorMerge, readers: list[Reader], raw: list[np.ndarray]) -> None:
+    """Raise DataError for a sum that is not finite: an input is not, or the sum is too large."""
+    for reader, bits in zip(readers, raw, strict=True):
+        if not kernels.all_finite(bits, reader.dtype):
+            raise not_finite(reader.tensor)
+    tensor: Tensor = readers[0].tensor
+    raise DataError(
+        f"tensor {tensor.name!r} of the merge: a sum is beyond the largest {DTYPE_NAMES[how.dtype]}; lower the weights, "
+        "or set out_dtype: bfloat16 or float32 in the recipe"
+    )

@@ -1,0 +1,206 @@
+"""Merge with mergekit, what a streamed merge does not do: it writes, every tensor is read back, then it is published.
+
+mergekit knows a model by its architecture and drops, without a word, what it does not know: what is missing is refused.
+"""
+
+import re
+import tempfile
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+
+from common.errors import DataError
+from common.shards.checkpoint import Checkpoint, copy_companions
+from common.shards.documents import write_json
+from common.shards.hashing import tensor_hashes
+from common.shards.headers import DTYPE_CODES, DTYPE_NAMES, FLOAT_DTYPES, Tensor, read_headers
+from common.shards.layout import tensor_bytes
+from common.shards.matching import tied_embedding
+from common.shards.places import check_disk
+from common.shards.staging import staged_directory
+from common.shards.verify import MERGE_REPORT
+from merge_and_evaluate.card import write_card
+from merge_and_evaluate.recipes import Recipe, with_paths
+from merge_and_evaluate.streamed_methods import model_path
+
+TOKEN_KEYS = ("tokenizer", "tokenizer_source", "chat_template")  # with one of these mergekit makes it
+RESHAPING_KEYS = {
+    "slices",
+    "modules",
+    "tokenizer",
+    "tokenizer_source",
+}  # with these the output is no longer the base's shape
+EXPONENT_BITS = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000, "F64": 0x7FF0000000000000}
+
+
+# --- merge ----------------------------------------------------------------------------------------
+
+
+def _local_config(merge_plan, links: Path) -> dict:
+    """The recipe's config with directories only: given a Hub id, mergekit would ask the Hub again.
+
+    To mergekit '+' and '@' in a path mean a LoRA and a revision, so such a directory goes by another name.
+    """
+    models = {model.label: model for model in merge_plan.checkpoints}
+
+    def local(path: str) -> str:
+        directory = path if Path(path).is_dir() else str(models[path].path)
+        if not set(directory) & set("+@"):
+            return directory
+        link = links / str(list(models).index(path))
+        if not link.exists():
+            link.symlink_to(Path(directory).resolve())
+        return str(link)
+
+    return with_paths(merge_plan.recipe.config, local)
+
+
+def _run_mergekit(merge_plan, directory: Path, settings, links: Path) -> None:
+    """Let mergekit write the merge into an empty directory. Raises DataError with mergekit's own reason."""
+    from mergekit.architecture.auto import infer_architecture_info
+    from mergekit.config import MergeConfiguration
+    from mergekit.io.tasks import LoaderCache
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    from merge_and_evaluate.merge_methods import register
+
+    register()
+    recipe = merge_plan.recipe
+    options = MergeOptions(
+        out_shard_size=settings.shard_bytes("mergekit"),
+        device=settings.device,
+        random_seed=settings.seed,
+        copy_tokenizer=any(recipe.config.get(key) for key in TOKEN_KEYS),
+    )
+    try:
+        run_merge(
+            MergeConfiguration.model_validate(_local_config(merge_plan, links)), str(directory), options, recipe.text
+        )
+    except DataError:
+        raise
+    except Exception as error:  # mergekit raises many types, and all mean the same to the user
+        if isinstance(error, OSError) and error.errno:  # a full disk and its like have their own line
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{recipe.path}: mergekit could not merge: {reason:.300}") from error
+    finally:  # mergekit keeps open files and guesses by path for the life of the process
+        LoaderCache().loaders.clear()
+        infer_architecture_info.cache_clear()
+
+
+def count_not_finite(dtype: str, bits) -> int:
+    """How many values of a block of bits are NaN or infinite: those whose exponent bits are all set."""
+    from common.pruners import kernels
+
+    exponent = EXPONENT_BITS.get(dtype)
+    if exponent is None or (dtype in FLOAT_DTYPES and kernels.all_finite(bits, dtype)):
+        return 0
+    return int((bits & exponent == exponent).sum())
+
+
+def check_merged(directory: Path, recipe: Recipe) -> dict[str, str]:
+    """{tensor: hash} of what mergekit wrote. Raises DataError if a value is NaN or infinite."""
+    tensors = read_headers(directory)
+    if not tensors:
+        raise DataError(f"{recipe.path}: mergekit wrote no tensors to {directory}; fix the recipe")
+    broken = {tensor.name: 0 for tensor in tensors}
+
+    def look(tensor: Tensor, bits) -> None:
+        broken[tensor.name] += count_not_finite(tensor.dtype, bits)
+
+    hashes = tensor_hashes(tensors, "check the merge", look)
+    for tensor in tensors:
+        if broken[tensor.name]:
+            raise DataError(
+                f"tensor {tensor.name!r} of the merge by {recipe.path} has {broken[tensor.name]} values that are NaN "
+                f"or infinite in {DTYPE_NAMES.get(tensor.dtype, tensor.dtype)}; lower the weights, or set "
+                "out_dtype: bfloat16 or float32 in the recipe"
+            )
+    return hashes
+
+
+def _add_tokenizer(directory: Path, merge_plan) -> None:
+    """Tokenizer and generation config of the base, or of the first model that has one, unless mergekit wrote one."""
+    if any(directory.glob("tokenizer*")):
+        return
+    asked = [key for key in TOKEN_KEYS if merge_plan.recipe.config.get(key)]
+    if asked:
+        raise DataError(
+            f"{merge_plan.recipe.path}: mergekit could not make the tokenizer that `{asked[0]}` asks for "
+            "(its reason is above); fix the recipe"
+        )
+    donor = next((model.path for model in merge_plan.checkpoints if any(model.path.glob("tokenizer*"))), None)
+    if donor:
+        copy_companions(donor, directory)
+
+
+def merge(merge_plan, made: dict, settings, overwrite: bool) -> None:
+    """Merge into `<save_path>.part`, check every tensor, publish under save_path."""
+    with staged_directory(merge_plan.save_path, overwrite) as part:
+        check_disk({merge_plan.save_path: merge_plan.nbytes})
+        with tempfile.TemporaryDirectory() as links:
+            _run_mergekit(merge_plan, part, settings, Path(links))
+        hashes = check_merged(part, merge_plan.recipe)
+        check_complete(part, merge_plan)
+        _add_tokenizer(part, merge_plan)
+        report = {**made, "engine": "mergekit", "mergekit": version("mergekit"), "hash": "xxh3_128", "tensors": hashes}
+        write_json(part / MERGE_REPORT, report)
+        write_card(part, merge_plan.save_path.name, report)
+
+
+def check_complete(directory: Path, merge_plan) -> None:
+    """Raise DataError unless every tensor of the first model is there with its shape, where the recipe keeps the shape.
+
+    A tied head may be left out. mergekit exits with 0 whatever it dropped, so this is the only place where it shows.
+    """
+    whole, written = merge_plan.checkpoints[0], {tensor.name: tensor for tensor in read_headers(directory)}
+    if RESHAPING_KEYS & merge_plan.recipe.config.keys():
+        return
+    missing = [
+        tensor.name
+        for tensor in whole.tensors.values()
+        if tensor.is_parameter
+        and not tied_embedding(whole, tensor.name)
+        and (tensor.name not in written or written[tensor.name].shape != tensor.shape)
+    ]
+    if missing:
+        patterns = Counter(re.sub(r"\d+", "*", name) for name in missing)
+        some = ", ".join(f"{pattern} ({count})" for pattern, count in patterns.most_common(4))
+        raise DataError(
+            f"{merge_plan.recipe.path}: mergekit left out {len(missing)} of {len(whole.tensors)} tensors of {whole.label}, "
+            f"or changed their shape: {some}{' and more' if len(patterns) > 4 else ''}; it does not know this "
+            "architecture: use a method that streams (--engine stream)"
+        )
+
+
+def output_bytes(recipe: Recipe, checkpoints: tuple[Checkpoint, ...]) -> int:
+    """Bytes of the merged tensors: the first model's shapes in the recipe's output dtype, or its slices' layers."""
+    code = DTYPE_CODES.get(recipe.config.get("out_dtype") or recipe.config.get("dtype"))
+
+    def size(tensor: Tensor) -> int:
+        return tensor_bytes(code if code and tensor.is_parameter else tensor.dtype, tensor.shape)
+
+    slices = recipe.config.get("slices")
+    if not slices:
+        return sum(size(tensor) for tensor in checkpoints[0].tensors.values())
+    by_name = {checkpoint.label: checkpoint for checkpoint in checkpoints}
+    total = sum(size(tensor) for tensor in checkpoints[0].tensors.values() if layer_of(tensor.name) is None)
+    for part in slices:
+        source = part["sources"][0]
+        layers = range(*source["layer_range"])
+        model = by_name.get(model_path(source["model"]), checkpoints[0])
+        total += sum(size(tensor) for tensor in model.tensors.values() if layer_of(tensor.name) in layers)
+    return total
+
+
+def layer_of(name: str) -> int | None:
+    """The number of a tensor's layer: layer_of("model.layers.3.mlp.up_proj.weight") -> 3; None outside the layers."""
+    found = re.search(r"\.(\d{1,9})\.", name)
+    return int(found[1]) if found else None
+
+
+def memory_needed(checkpoints: tuple[Checkpoint, ...], max_shard_size: int) -> int:
+    """Bytes that mergekit holds at its peak, about: one output shard, and one tensor of each model in float32."""
+    largest = max(tensor.numel for tensor in checkpoints[0].tensors.values())
+    return max_shard_size + 4 * largest * (len(checkpoints) + 2)

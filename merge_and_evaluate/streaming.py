@@ -1,0 +1,179 @@
+"""A streamed merge: every decision from headers, then one job (common.shards.job), like the first three scripts.
+
+By names alone, whatever the architecture: the output has the tensors of the base (for `linear` without a base, of the
+first model), each with its shape, and nothing else.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from common.errors import DataError
+from common.pruners import report
+from common.shards.checkpoint import Checkpoint, config_with_dtype, copy_companions
+from common.shards.documents import write_json
+from common.shards.hashing import text_hash
+from common.shards.headers import Tensor
+from common.shards.job import Job, begin, identity
+from common.shards.layout import Output, plan_shards, slots_of
+from common.shards.matching import check_floats, mask_names, match, must_be_equal
+from common.shards.stream import Task, Worker, same_bytes
+from common.shards.verify import MERGE_REPORT, recorded_hashes_of
+from merge_and_evaluate.card import write_card
+from merge_and_evaluate.merge_tensor import OURS, Found, TensorMerge, merge_tensor
+from merge_and_evaluate.parameters import parameters_of, written_dtype
+from merge_and_evaluate.recipes import Recipe, with_paths
+from merge_and_evaluate.streamed_methods import model_path, summed_models
+
+LARGEST_GROUP = (
+    1 << 24
+)  # elements: nm with an m of its own for each model is ranked in blocks of a common multiple of them
+
+
+@dataclass(frozen=True)
+class StreamedMerge:
+    """What is decided: the job, and for each tensor how it is merged (None: carried over). `whole` lends names and config."""
+
+    job: Job
+    whole: Checkpoint
+    models: tuple[Checkpoint, ...]
+    how: dict[str, TensorMerge | None]
+    equal: dict[str, list[tuple[Tensor, Tensor]]]
+    recorded: dict[str, dict[str, str]]  # {label of a model: {tensor: hash}}, where an earlier step left them
+
+    def sources(self, task: Task) -> list[Checkpoint]:
+        """The model that each input of a task is from."""
+        if self.how.get(task.name) is None:
+            return [self.whole]
+        return [*self.models] if self.how[task.name].method == "linear" else [self.whole, *self.models]
+
+
+def plan_streamed(recipe: Recipe, checkpoints: tuple[Checkpoint, ...], save_path: Path, settings) -> StreamedMerge:
+    """Everything decided before a weight is read. `checkpoints` are labelled as the recipe names them."""
+    by_name = {checkpoint.label: checkpoint for checkpoint in checkpoints}
+    models = tuple(by_name[path] for path in summed_models(recipe.config))
+    base = model_path(recipe.config.get("base_model"))
+    whole = by_name[base] if base else models[0]
+    check_floats(whole)
+    pairs = [match(whole, model) for model in models]
+    names = [tensor.name for tensor in whole.tensors.values() if tensor.is_parameter]
+    is_linear, mask_name = recipe.config["merge_method"] == "linear", mask_names(whole)
+
+    def inputs(name: str) -> tuple[Tensor, ...]:
+        own = whole.tensors[name]
+        if not own.is_parameter:  # a buffer is carried over
+            return (own,)
+        return (() if is_linear else (own,)) + tuple(each[name] for each in pairs)
+
+    dtypes = {name: written_dtype(recipe.config, [tensor.dtype for tensor in inputs(name)]) for name in names}
+    how = {
+        name: TensorMerge(recipe.config["merge_method"], values, dtypes[name], mask_name[name], settings.seed)
+        for name, values in parameters_of(recipe, names).items()
+    }
+    check_groups(recipe, how)
+    shards = plan_shards(
+        [(t.name, dtypes.get(t.name, t.dtype), t.shape) for t in whole.tensors.values()], settings.shard_bytes("stream")
+    )
+    tasks = [Task(slot.name, inputs(slot.name), (slot,), i) for i, slot in slots_of(shards)]
+    paths = with_paths(recipe.config, lambda path: str(by_name[path].path) if path in by_name else path)
+    parameters = {"recipe": paths, "seed": settings.seed, "max_shard_size": settings.shard_bytes("stream")}
+    job = Job(
+        title=f"merge {recipe.config['merge_method']}",
+        identity=identity("merge_and_evaluate_7b.py", parameters, list(checkpoints), [save_path]),
+        outputs=[Output(save_path, tuple(shards))],
+        tasks=tasks,
+        passes=2 if any(each.reads_twice for each in how.values()) else 1,
+    )
+    equal: dict[str, list] = {}
+    for model in models:
+        for head, embedding in must_be_equal(whole, model):
+            equal.setdefault(embedding.name, []).append((head, embedding))
+    return StreamedMerge(job, whole, models, how, equal, {c.label: recorded_hashes_of(c) for c in checkpoints})
+
+
+def check_groups(recipe: Recipe, how: dict[str, TensorMerge]) -> None:
+    """Refuse n:m whose m differ so that a block would be too large for the memory that is promised."""
+    for name, each in how.items():
+        if each.method == "cabs" and each.common_group > LARGEST_GROUP:
+            ms = " and ".join(str(model["m"]) for model in each.values.models)
+            raise DataError(
+                f"{recipe.path}: tensor {name!r}: m is {ms}, whose least common multiple is {each.common_group}, at most "
+                f"{LARGEST_GROUP} are ranked together; take multiples of one another"
+            )
+
+
+# --- the job --------------------------------------------------------------------------------------
+
+
+def merge_and_check(task: Task, worker: Worker, merge: StreamedMerge, found: dict[str, Found]) -> list[dict]:
+    """One tensor, its inputs held against the hashes that earlier steps recorded beside them."""
+    for head, embedding in merge.equal.get(task.name, ()):
+        if not same_bytes(worker, head, embedding):
+            raise DataError(
+                f"tensor {head.name!r} in {head.path} differs from {embedding.name!r}, to which the base ties it; "
+                "take a base that has a head of its own"
+            )
+    (record,) = merge_tensor(task, worker, merge.how.get(task.name), found.setdefault(task.name, Found()))
+    hashes = record.get("inputs") or [record["base"]]
+    for tensor, source, digest in zip(task.inputs, merge.sources(task), hashes, strict=True):
+        if merge.recorded[source.label].get(tensor.name, digest) != digest:
+            raise DataError(
+                f"tensor {tensor.name!r} in {tensor.path}: not the bytes that were recorded when it was written; "
+                "write or copy the directory again"
+            )
+    return [record]
+
+
+def run_streamed(merge: StreamedMerge, origin: dict, overwrite: bool, found: dict[str, Found]) -> bool:
+    """Merge, or resume; publish with config, tokenizer, merge_report.json and model card -> whether by this process."""
+    with begin(merge.job, overwrite) as running:
+        running.stream(partial(merge_and_check, merge=merge, found=found))
+        for _, part, records in running.whole():
+            finish(part, merge, origin, records)
+    return running.is_main
+
+
+def finish(part: Path, merge: StreamedMerge, origin: dict, records: dict[str, dict]) -> None:
+    """What lies beside the weights."""
+    donor = next((c for c in (merge.whole, *merge.models) if any(c.path.glob("tokenizer*"))), merge.whole)
+    copy_companions(donor.path, part)
+    dtypes = {how.dtype for how in merge.how.values()}
+    config = config_with_dtype(merge.whole.config, dtypes.pop()) if len(dtypes) == 1 else None
+    text = config or (merge.whole.path / "config.json").read_text(encoding="utf-8")
+    (part / "config.json").write_text(text, encoding="utf-8")
+    content = {
+        **origin,
+        "engine": "stream",
+        "inputs": input_hashes(merge, records),
+        "vectors": vector_figures(merge, records),
+        "hash": "xxh3_128",
+        "tensors": {name: record["written"] for name, record in records.items()},
+    }
+    write_json(part / MERGE_REPORT, content)
+    write_card(part, merge.job.outputs[0].final.name, content)
+
+
+def input_hashes(merge: StreamedMerge, records: dict[str, dict]) -> dict[str, str]:
+    """{model: one hash of all its tensors that were read}, from what passed by."""
+    found: dict[str, list] = {}
+    for task in merge.job.tasks:
+        record = records[task.name]
+        for source, digest in zip(merge.sources(task), record.get("inputs") or [record["base"]], strict=True):
+            found.setdefault(source.label, []).append([task.name, digest])
+    return {label: text_hash(json.dumps(passed)) for label, passed in found.items()}
+
+
+def vector_figures(merge: StreamedMerge, records: dict[str, dict]) -> list[dict]:
+    """For our methods, what each task vector's pruning did: totals and kinds of tensors as in prune_report.json."""
+    if next(iter(merge.how.values())).method not in OURS:
+        return []
+    labels, figures = [model.label for model in merge.models], []
+    for j, label in enumerate(labels):
+        own = {
+            name: {"written": record["written"], **({"tally": record["tallies"][j]} if "tallies" in record else {})}
+            for name, record in records.items()
+        }
+        built = report.build({}, labels, j, own)
+        figures.append({"model": label, "order": labels} | {key: built[key] for key in ("position", "totals", "kinds")})
+    return figures

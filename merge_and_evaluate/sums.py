@@ -1,0 +1,378 @@
+"""Sums of one block: what streamed merges compute, in one compiled call a block.
+
+    linear      Σ wᵢ·xᵢ / Σ wᵢ                        mergekit's `linear`
+    delta_sum   base + lambda · Σ wᵢ·(xᵢ − base) / d   mergekit's task_arithmetic, ties, dare_linear, dare_ties
+    vector_sum  base + Σ wᵢ·vectorᵢ where masks keep   our cabs, magnitude, random
+
+All arithmetic is float32, each operation rounded by itself unless said otherwise, the result rounded once to the
+dtype written. Blocks are bits (uint16 for "F16" and "BF16", uint32 for "F32"), widened a chunk at a time. A block that
+is given where it lies in its tensor gives the same bits however the tensor is cut.
+
+mergekit 0.1.5 is followed in its order of operations with `dtype: float32` (tests/test_sums.py compares every bit).
+Differs from mergekit: where a sum of differences is zero the base's own bits are kept; mergekit makes a base of −0.0
++0.0 there.
+
+The conversions stand here a second time (common/pruners/kernels/arithmetic.py has them too): numba's cache does not
+notice a change in another file's compiled functions.
+"""
+
+from functools import cache, partial
+
+import numpy as np
+from llvmlite import ir
+
+from common.pruners.kernels.compiler import carray, intrinsic, njit, types
+from merge_and_evaluate.sum_inputs import BF16, F16, Block, Rule, check_size, in_order, sum_of_weights, terms_of
+
+_CHUNK = 2048  # elements: float32 rows of ten models stay in a core's second-level cache, those of two in its first
+# Division as in numpy: x / 0 is infinite, which is reported as not finite. Python's would raise, and does not vectorise.
+_njit = partial(njit, nogil=True, error_model="numpy")
+
+
+# --- bits to values and back ----------------------------------------------------------------------
+
+
+@intrinsic
+def _float32_of_half(context, bits):
+    def codegen(_, builder, __, args):
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), codegen
+
+
+@intrinsic
+def _half_of_float32(context, value):
+    def codegen(_, builder, __, args):
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), codegen
+
+
+@intrinsic
+def _fused(context, factor, other, addend):
+    def codegen(_, builder, __, args):
+        return builder.fma(*args)
+
+    return types.float32(types.float32, types.float32, types.float32), codegen
+
+
+@intrinsic
+def _pointer(context, address):
+    def codegen(_, builder, __, args):
+        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+
+    return types.CPointer(types.uint8)(types.int64), codegen
+
+
+@_njit()
+def _widen(address, kind, start, values):
+    """values, float32 = elements start, start + 1, … of what lies at the address, exactly."""
+    size = values.size
+    raw = carray(_pointer(address), 4 * (start + size), np.uint8)
+    if kind == F16:
+        halves = raw[2 * start : 2 * (start + size)].view(np.uint16)
+        for i in range(size):
+            values[i] = _float32_of_half(halves[i])
+    elif kind == BF16:
+        halves, words = raw[2 * start : 2 * (start + size)].view(np.uint16), values.view(np.uint32)
+        for i in range(size):
+            words[i] = np.uint32(halves[i]) << np.uint32(16)
+    else:
+        values[:] = raw[4 * start : 4 * (start + size)].view(np.float32)
+
+
+@_njit()
+def _all_finite(values):
+    most, words = np.uint32(0), values.view(np.uint32)
+    for i in range(words.size):
+        most = max(most, np.uint32(words[i] & np.uint32(0x7FFFFFFF)))
+    return most < np.uint32(0x7F800000)
+
+
+@_njit()
+def _store(values, place, start):
+    """Elements from `start` on = values, rounded to nearest even -> whether all of them are finite."""
+    size, most, kind = values.size, np.uint16(0), place[1]
+    raw = carray(_pointer(place[0]), 4 * (start + size), np.uint8)
+    if kind == F16:
+        halves = raw[2 * start : 2 * (start + size)].view(np.uint16)
+        for i in range(size):
+            halves[i] = _half_of_float32(values[i])
+        for i in range(size):
+            most = max(most, np.uint16(halves[i] & np.uint16(0x7FFF)))
+        return most < np.uint16(0x7C00)
+    if kind == BF16:
+        # A NaN may become an infinity here or a zero: either way it was refused, since values are looked at first.
+        halves, words = raw[2 * start : 2 * (start + size)].view(np.uint16), values.view(np.uint32)
+        finite = _all_finite(values)
+        for i in range(size):
+            word = words[i]
+            even = (word >> np.uint32(16)) & np.uint32(1)
+            halves[i] = np.uint16(np.uint32(word + np.uint32(0x7FFF) + even) >> np.uint32(16))
+        for i in range(size):
+            most = max(most, np.uint16(halves[i] & np.uint16(0x7FFF)))
+        return finite and most < np.uint16(0x7F80)
+    raw[4 * start : 4 * (start + size)].view(np.float32)[:] = values
+    return _all_finite(values)
+
+
+# --- sums in torch's order ------------------------------------------------------------------------
+# torch's sum(dim=0) of k stacked tensors adds k values one after the other in columns that it takes 32 at a time, and
+# as four interleaved sums in the columns that are left (ATen, SumKernel.cpp: multi_row_sum, row_sum; on every x86
+# processor, whatever the number of threads). From five models on the two differ in the last bit.
+
+
+@_njit()
+def _interleaved(rows, i):
+    whole = rows.shape[0] // 4 * 4
+    a = b = c = d = np.float32(0)
+    for j in range(0, whole, 4):
+        a, b, c, d = a + rows[j, i], b + rows[j + 1, i], c + rows[j + 2, i], d + rows[j + 3, i]
+    for j in range(whole, rows.shape[0]):
+        a += rows[j, i]
+    return ((a + b) + c) + d
+
+
+@_njit()
+def _sum_rows(rows, in_order, total):
+    """total = the sum of rows' columns: in plain order before column `in_order`, interleaved from there on."""
+    total[:] = rows[0][: total.size]
+    for j in range(1, rows.shape[0]):
+        row = rows[j][: total.size]
+        for i in range(total.size):
+            total[i] += row[i]
+    for i in range(in_order, total.size):
+        total[i] = _interleaved(rows, i)
+
+
+# --- linear ---------------------------------------------------------------------------------------
+
+
+@cache
+def _linear_kernel():
+    @_njit(cache=True)
+    def linear(out, size, models, weights, divisor):
+        addresses, kinds, _ = models
+        finite = True
+        sums, scratch = np.empty(_CHUNK, np.float32), np.empty(_CHUNK, np.float32)
+        for start in range(0, size, _CHUNK):
+            total, values = sums[: min(_CHUNK, size - start)], scratch[: min(_CHUNK, size - start)]
+            total[:] = 0
+            for j in range(addresses.size):
+                _widen(addresses[j], kinds[j], start, values)
+                weight = weights[j]
+                for i in range(total.size):
+                    total[i] = _fused(values[i], weight, total[i])
+            for i in range(total.size):
+                total[i] /= divisor
+            finite &= _store(total, out, start)
+        return finite
+
+    return linear
+
+
+def linear(out: Block, models: list[Block], weights: tuple[float, ...], normalize: bool = True) -> bool:
+    """out = Σ weight·model, divided by the sum of the weights if `normalize` -> whether all of it is finite.
+
+    mergekit's `linear`, bit for bit: weight times value is added with one rounding (torch's addcmul is a fused
+    multiply-add), in the recipe's order, from +0.0 on. Weights that sum to zero make a result that is not finite.
+    """
+    size, divisor = out.bits.size, sum_of_weights(weights) if normalize else np.float32(1)
+    numbers = np.array(weights, np.float32)
+    return bool(_linear_kernel()(out.place, size, terms_of(models, (), size), numbers, divisor))
+
+
+# --- mergekit's sums of differences ---------------------------------------------------------------
+
+
+@_njit()
+def _mask(address, start, size):
+    return carray(_pointer(address), start + size, np.uint8)[start:]
+
+
+@_njit()
+def _drop(row, mask):
+    for i in range(row.size):
+        value = row[i]  # read first: a read in one branch alone does not vectorise
+        row[i] = value if mask[i] != 0 else np.float32(0)
+
+
+@_njit()
+def _differences(terms, scales, weights, start, below, rows):
+    """rows[j] = (model j − base) · scale j · weight j, +0.0 where its mask drops -> whether the differences are finite."""
+    addresses, kinds, masks = terms
+    size, finite = below.size, True
+    for j in range(addresses.size):
+        row, scale, weight = rows[j][:size], scales[j], weights[j]
+        _widen(addresses[j], kinds[j], start, row)
+        for i in range(size):
+            row[i] -= below[i]
+        finite &= _all_finite(row)
+        if masks.size:
+            _drop(row, _mask(masks[j], start, size))
+        for i in range(size):
+            row[i] = row[i] * scale * weight
+    return finite
+
+
+@_njit()
+def _agrees(value, total):
+    """Whether a value has the sign of the total, where a total of 0 counts as +; 0 itself has none."""
+    return ((value > np.float32(0)) & (total >= np.float32(0))) | ((value < np.float32(0)) & (total < np.float32(0)))
+
+
+@_njit()
+def _elect(rows, weights, total, votes):
+    """Where a row's sign is not that of the total (0 counts as +) its value becomes 0; votes[j] = weight j where it is."""
+    for j in range(rows.shape[0]):
+        row, vote, weight = rows[j][: total.size], votes[j][: total.size], weights[j]
+        for i in range(total.size):
+            value = row[i]
+            agrees = _agrees(value, total[i])
+            row[i] = value if agrees else np.float32(0)
+            vote[i] = weight if agrees else np.float32(0)
+
+
+@_njit()
+def _divide(total, divisors):
+    for i in range(total.size):
+        divisor = divisors[i]
+        total[i] /= np.float32(1) if divisor == np.float32(0) else divisor
+
+
+@cache
+def _delta_kernel():
+    @_njit(cache=True)
+    def delta_sum(out, base, terms, rule, extent):
+        scales, weights, elect, by_votes, divisor, scale = rule
+        size, in_order = extent
+        models, finite = terms[0].size, True
+        scratch = np.empty((3, _CHUNK), np.float32)
+        rows = np.empty((models, _CHUNK), np.float32)
+        votes = np.empty((models if elect else 0, _CHUNK), np.float32)
+        for start in range(0, size, _CHUNK):
+            stop = min(_CHUNK, size - start)
+            below, total, divisors = scratch[0][:stop], scratch[1][:stop], scratch[2][:stop]
+            plain = min(max(in_order - start, 0), stop)
+            _widen(base[0], base[1], start, below)
+            finite &= _differences(terms, scales, weights, start, below, rows)
+            _sum_rows(rows, plain, total)
+            if elect:
+                _elect(rows, weights, total, votes)
+                _sum_rows(rows, plain, total)
+                if by_votes:
+                    _sum_rows(votes, plain, divisors)
+                    _divide(total, divisors)
+            for i in range(stop):
+                change, own = total[i] / divisor * scale, below[i]
+                # A change of zero must not touch the base: −0.0 + 0.0 is +0.0.
+                total[i] = own if change == np.float32(0) else own + change
+            finite &= _store(total, out, start)
+        return finite
+
+    return delta_sum
+
+
+def delta_sum(out: Block, base: Block, models: list[Block], rule: Rule, place: tuple[int, int], masks=None) -> bool:
+    """out = base + lambda · Σ wᵢ·(modelᵢ − base) / divisor -> whether the result and all differences are finite.
+
+    masks: uint8 [elements] a model, 1 = keep (default: all). place: (where the block begins in its tensor, the tensor's
+    elements), which decides the order of the sum from five models on. Steps, each rounded to float32: model − base;
+    0 where the mask drops; times the model's scale; times its weight; with rule.elect, what has not the sign of the sum
+    becomes 0; sum; divided (normalize) by Σ wᵢ, 1 if that is below 1e-8, or with rule.elect by the Σ wᵢ of those that
+    agree, 1 if that is 0; times lambda; plus base. Where the change is zero: the base's own bits, rounded to out's dtype.
+
+    Rule((0.5, 0.5), elect=True): differences 0.2 and −0.1 -> sum 0.05, sign + -> base + 0.1.
+    """
+    size, (at, numel) = out.bits.size, place
+    shared = rule.normalize and not rule.elect
+    divisor = sum_of_weights(rule.weights) if shared else np.float32(1)
+    if abs(divisor) < np.float32(1e-8):
+        divisor = np.float32(1)
+    scales = np.array(rule.scales or [1.0] * len(models), np.float32)
+    numbers = (scales, np.array(rule.weights, np.float32), rule.elect, rule.elect and rule.normalize)
+    terms = terms_of(models, () if masks is None else masks, size)
+    check_size(base, size)
+    how = (*numbers, divisor, np.float32(rule.scale))
+    return bool(_delta_kernel()(out.place, base.place, terms, how, (size, in_order(numel) - at)))
+
+
+# --- our sums of pruned vectors -------------------------------------------------------------------
+
+
+@_njit()
+def _add_kept(total, values, mask, weight):
+    for i in range(total.size):
+        own = total[i]
+        added = own + values[i] * weight
+        total[i] = added if mask[i] != 0 else own
+
+
+@_njit()
+def _weigh(row, mask, weight, total):
+    for i in range(row.size):
+        value = row[i] * weight
+        row[i] = value if mask[i] != 0 else np.float32(0)
+        total[i] += row[i]
+
+
+@_njit()
+def _add_agreed(below, rows, total, agreed, count):
+    """below += the mean of the values in a column that have the sign of its total."""
+    agreed[:], count[:] = 0, 0
+    for j in range(rows.shape[0]):
+        row = rows[j][: below.size]
+        for i in range(below.size):
+            value = row[i]
+            agrees = _agrees(value, total[i])
+            agreed[i] += value if agrees else np.float32(0)
+            count[i] += np.float32(1) if agrees else np.float32(0)
+    for i in range(below.size):
+        own = below[i]
+        added = own + agreed[i] / max(count[i], np.float32(1))
+        below[i] = added if count[i] > np.float32(0) else own
+
+
+@cache
+def _vector_kernel():
+    @_njit(cache=True)
+    def vector_sum(out, base, terms, size, how):
+        addresses, kinds, masks = terms
+        weights, consensus = how
+        vectors, finite = addresses.size, True
+        scratch, rows = np.empty((4, _CHUNK), np.float32), np.empty((vectors, _CHUNK), np.float32)
+        for start in range(0, size, _CHUNK):
+            stop = min(_CHUNK, size - start)
+            below, total, agreed, count = scratch[0][:stop], scratch[1][:stop], scratch[2][:stop], scratch[3][:stop]
+            _widen(base[0], base[1], start, below)
+            total[:] = 0
+            for j in range(vectors):
+                row, mask = rows[j][:stop], _mask(masks[j], start, stop)
+                _widen(addresses[j], kinds[j], start, row)
+                if consensus:
+                    _weigh(row, mask, weights[j], total)
+                else:
+                    _add_kept(below, row, mask, weights[j])
+            if consensus:
+                _add_agreed(below, rows, total, agreed, count)
+            finite &= _store(below, out, start)
+        return finite
+
+    return vector_sum
+
+
+def vector_sum(
+    out: Block, base: Block, vectors: list[Block], masks, weights: tuple[float, ...], consensus: bool = False
+) -> bool:
+    """out = ((base + w₁·v₁) + w₂·v₂) + … where masks keep, rounded once -> whether all of it is finite.
+
+    masks: uint8 [elements] a vector. weights: `weight` times what `rescale` multiplies by, as one float32 factor. Where
+    no mask keeps: the base's own bits, rounded to out's dtype.
+
+    consensus (CABS+ III-A): with cᵢ = wᵢ·vᵢ where mask i keeps, else 0, and s the sign of Σ cᵢ in the recipe's order (0
+    counts as +), out = base + Σ{cᵢ of sign s} / how many those are; no cᵢ of sign s: the base's bits. A position that one
+    vector alone keeps gets its w·v, as without. 0.3, 0.1 and −0.2 kept by three -> base + 0.2.
+    """
+    size, how = out.bits.size, (np.array(weights, np.float32), consensus)
+    check_size(base, size)
+    return bool(_vector_kernel()(out.place, base.place, terms_of(vectors, masks, size), size, how))

@@ -1,0 +1,86 @@
+"""Every command of recipes/README.md, as printed, in a workplace after the README's first steps."""
+
+import json
+import shutil
+
+import pytest
+from checkpoints import files
+from conftest import ROOT
+from workplace import bash_commands, run_all
+
+PAGE = bash_commands((ROOT / "recipes" / "README.md").read_text())
+PRUNE = [command for command in PAGE if "prune_task_vector_7b.py" in command]
+THE_CHAIN_BEFORE = [
+    "python convert_dtype.py",
+    *(
+        f"python extract_task_vector_7b.py --finetuned_model_path models/{model} "
+        f"--base_model_path models/Mistral-7b-v0.1-float16 --save_path models/task_vector_{name}"
+        for model, name in (("WildMarcoroni-Variant1-7B", "wildmarcoroni"), ("WestSeverus-7B-DPO-v2", "westseverus"))
+    ),
+]
+PRUNED = ("pruned_vector_wildmarcoroni", "pruned_vector_westseverus")
+
+
+@pytest.fixture(scope="module")
+def extracted(workplace):
+    """The workplace with both task vectors; its tasks stand for the leaderboard, whose data are out of reach."""
+    run_all(THE_CHAIN_BEFORE, workplace)
+    shutil.copy(workplace / "local_eval.yml", workplace / "recipes" / "open_llm_leaderboard.yml")
+    return workplace
+
+
+def flags(command: str) -> dict[str, list[str]]:
+    """{flag: its values}: flags("python x.py --n 1 --paths a b") -> {"n": ["1"], "paths": ["a", "b"]}."""
+    found = {}
+    for word in command.split()[2:]:
+        if word.startswith("--"):
+            found[word.removeprefix("--")] = []
+        else:
+            found[list(found)[-1]].append(word)
+    return found
+
+
+def test_there_are_as_many_as_rows():
+    """Ten ways to prune, a merge, a comparison; the comparison, first on the page, needs the results of the others."""
+    assert len(PRUNE) == 10 and len(PAGE) == 12
+    assert PAGE[0].startswith("python merge_and_evaluate_7b.py --compare")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", PRUNE, ids=lambda command: command.split("--overwrite ")[1].split(" --task")[0])
+def test_prune(extracted, command):
+    """What was asked for is what the reports say; the first of the list was pruned first."""
+    run_all([command], extracted)
+    asked = flags(command)
+    for position, directory in enumerate(asked["save_directories"], 1):
+        report = json.loads((extracted / directory / "prune_report.json").read_text())
+        assert report["position"] == position and report["pruning_method"] == asked["pruning_method"][0]
+        assert report["vector"].endswith(asked["task_vector_paths"][position - 1].removeprefix("./"))
+        assert report["conflict_aware"] == ("no-conflict_aware" not in asked and "n" in asked)
+        for number in asked.keys() & {"n", "m", "seed"}:
+            assert report[number] == int(asked[number][0])
+    assert not list((extracted / "models").glob("*.part"))
+
+
+@pytest.mark.slow
+def test_a_merge_of_every_row_and_the_table(extracted):
+    """Prune, merge and score as the page says, twice; then the table of both rows; plain mergekit reads the pair, too."""
+    merge = next(command for command in PAGE if "--name" in command)
+    for row, command in enumerate(PRUNE[::6]):
+        named = merge.replace("results_cabs_1_4.json", f"results_{row}.json").replace('"CABS 1:4"', f'"row {row}"')
+        assert named != merge
+        run_all([command, named], extracted)
+    run_all([merge.replace("results_", "again_"), PAGE[0], "mergekit-yaml recipes/ties.yml ./models/ties"], extracted)
+    names = [json.loads((extracted / f"results_{row}.json").read_text())["summary"]["name"] for row in (0, 1)]
+    assert names == ["row 0", "row 1"]
+    assert (extracted / "results_comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert all((extracted / "models" / name / "model.safetensors").is_file() for name in ("merged", "ties", *PRUNED))
+
+
+@pytest.mark.slow
+def test_the_same_command_gives_the_same_bytes(extracted):
+    """--overwrite replaces the pair by the same files, nothing left beside them."""
+    run_all([PRUNE[0]], extracted)
+    before = {name: files(extracted / "models" / name) for name in PRUNED}
+    run_all([PRUNE[0]], extracted)
+    assert {name: files(extracted / "models" / name) for name in PRUNED} == before
