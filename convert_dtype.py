@@ -1,30 +1,34 @@
 #!/usr/bin/env python3
-"""Convert a model to one dtype, so that base and fine-tuned models are subtracted in the same numbers.
+"""Convert a model to one dtype, so that base and fine-tuned models use the same number format.
 
     python convert_dtype.py --model_path mistralai/Mistral-7B-v0.1 --save_path models/Mistral-7b-v0.1-float16
 
 Every parameter is rounded to --dtype, to nearest even. Integer buffers and rotary inv_freq stay as they are;
-config, tokenizer and chat template are copied. A finite value that would become infinite is an error that names
+config, tokenizer and chat template are copied; convert_report.json has a hash of every tensor, for --verify. A finite value that would become infinite is an error that names
 its tensors, unless --clamp. Streams: 0.2 GB of memory on 2 cores, 0.5 GB on 8, whatever the size of the model.
 If it is stopped,
 run the same command again: it resumes at the last complete shard.
 """
 
 import argparse
+import sys
 from functools import partial
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which PYTHONSAFEPATH leaves out
 
 from common import cli
 from common.errors import DataError
 from common.exits import run_and_leave
 from common.shards.blocks import blocks
-from common.shards.checkpoint import Checkpoint, config_with_dtype, copy_companions, open_checkpoint
+from common.shards.checkpoint import Checkpoint, code_notes, config_with_dtype, copy_companions, open_checkpoint
 from common.shards.headers import DTYPE_CODES, DTYPE_NAMES
 from common.shards.job import Job, begin, describe, identity
 from common.shards.layout import Output, plan_shards, slots_of
 from common.shards.matching import check_floats
 from common.shards.places import check_places
 from common.shards.stream import Task, Worker, copy_tensor, new_hash, not_finite
+from common.shards.verify import write_convert_report
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -129,10 +133,13 @@ def main(argv=None) -> None:
                 refuse_overflow(model, dtype, overflowed)
             copy_companions(model.path, part)
             (part / "config.json").write_text(config_with_dtype(model.config, dtype), encoding="utf-8")
+            write_convert_report(part, model, dtype, records)
             print_changes(model, records)
             if overflowed:
                 print(f"clamped: values in {len(overflowed)} tensor(s), the first {overflowed[0]!r}")
     if running.is_main:
+        for note in code_notes(model):
+            print(f"note: {note}")
         print(f"wrote {args.save_path} ({job.outputs[0].nbytes / 1e9:.3f} GB, {args.dtype})")
 
 

@@ -16,14 +16,17 @@ run the same command again: it resumes at the last complete shard.
 """
 
 import argparse
+import sys
 from functools import partial
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which PYTHONSAFEPATH leaves out
 
 from common import cli
 from common.errors import DataError
 from common.exits import run_and_leave
 from common.shards.blocks import blocks
-from common.shards.checkpoint import Checkpoint, config_with_dtype, copy_companions, open_checkpoint
+from common.shards.checkpoint import Checkpoint, code_notes, config_with_dtype, copy_companions, open_checkpoint
 from common.shards.headers import DTYPE_CODES, DTYPE_NAMES, Tensor
 from common.shards.job import Job, begin, describe, identity
 from common.shards.layout import Output, plan_shards, slots_of
@@ -145,7 +148,7 @@ def main(argv=None) -> None:
             differs = sum(record.get("differs", 0) for record in records.values())
             print(f"{differs} of {values} values differ from the base ({100 * differs / max(values, 1):.2f} %)")
     if running.is_main:
-        for note in config_notes(finetuned, base):
+        for note in [*config_notes(finetuned, base), *code_notes(finetuned, base)]:
             print(f"note: {note}")
         print(f"wrote {args.save_path} ({job.outputs[0].nbytes / 1e9:.3f} GB, {args.dtype})")
 

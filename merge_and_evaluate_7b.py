@@ -38,13 +38,15 @@ Are these files still what was written? Every tensor against its recorded hash:
 """
 
 import argparse
-import os
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which PYTHONSAFEPATH leaves out
 
 from common import cli
 from common.exits import run
 from common.shards.checkpoint import open_checkpoint
-from common.shards.places import refuse_existing
+from common.shards.places import refuse_existing, refuse_existing_file
 from common.shards.verify import verify
 from merge_and_evaluate.announcement import planned
 from merge_and_evaluate.comparison import compare
@@ -85,23 +87,22 @@ EVAL_DEFAULTS = {"eval_recipe": "recipes/open_llm_leaderboard.yml", "output_path
 def add_everyday_flags(parser: argparse.ArgumentParser) -> None:
     """What is merged, what is scored, where it goes."""
     add = parser.add_argument_group("every day").add_argument
-    path = os.path.expanduser  # a shell expands no ~ after --flag=; `x/` and `./x` become one where paths are opened
-    add("--recipe", type=path, metavar="FILE", help=f"merge recipe (default: {MERGE_DEFAULTS['recipe']})")
+    add("--recipe", type=cli.path, metavar="FILE", help=f"merge recipe (default: {MERGE_DEFAULTS['recipe']})")
     add(
         "--save_path",
-        type=path,
+        type=cli.path_or_hub_id,
         metavar="DIR",
         help=f"the merged model; with --eval_only the one to score (default: {MERGE_DEFAULTS['save_path']})",
     )
     add(
         "--eval_recipe",
-        type=path,
+        type=cli.path,
         metavar="FILE",
         help=f"what `lm_eval run --config` takes; flags win (default: {EVAL_DEFAULTS['eval_recipe']})",
     )
     add(
         "--output_path",
-        type=path,
+        type=cli.path,
         metavar="FILE",
         help=f"the results; lm-eval's messages go to a .log beside them (default: {EVAL_DEFAULTS['output_path']})",
     )
@@ -122,9 +123,14 @@ def add_everyday_flags(parser: argparse.ArgumentParser) -> None:
 def add_merge_flags(parser: argparse.ArgumentParser) -> None:
     """Details of the merge."""
     add = parser.add_argument_group("the merge in detail").add_argument
-    path = os.path.expanduser  # a shell expands no ~ after --flag=; `x/` and `./x` become one where paths are opened
-    add("--base_model", type=path, metavar="DIR", help="this base instead of the recipe's")
-    add("--models", type=path, nargs="+", metavar="DIR", help="these models instead of the recipe's, in its order")
+    add("--base_model", type=cli.path_or_hub_id, metavar="DIR", help="this base instead of the recipe's")
+    add(
+        "--models",
+        type=cli.path_or_hub_id,
+        nargs="+",
+        metavar="DIR",
+        help="these models instead of the recipe's, in its order",
+    )
     add(
         "--max_shard_size",
         type=cli.byte_size,
@@ -197,11 +203,10 @@ def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
 def add_compare_flags(parser: argparse.ArgumentParser) -> None:
     """Results files side by side; nothing is merged or scored."""
     add = parser.add_argument_group("compare results").add_argument
-    path = os.path.expanduser  # a shell expands no ~ after --flag=; `x/` and `./x` become one where paths are opened
     add(
         "--compare",
+        type=cli.path,
         nargs="+",
-        type=path,
         metavar="FILE",
         help="print these results files as one table, then each row's difference from one of them, item by item, with "
         "a verdict; draw both",
@@ -211,7 +216,7 @@ def add_compare_flags(parser: argparse.ArgumentParser) -> None:
         metavar="ROW",
         help="the row that the others are compared with, by its name or file (default: the first)",
     )
-    add("--plot_path", type=path, metavar="FILE", help="the picture of --compare (default: results_comparison.png)")
+    add("--plot_path", type=cli.path, metavar="FILE", help="the picture of --compare (default: results_comparison.png)")
     cli.add_verify_flag(parser.add_argument_group("look at what was written"))
 
 
@@ -291,7 +296,7 @@ def print_scoring(choosing: Scoring, reporting: Scoring | None, files: list[Path
 
 
 def merged_model(merge_plan: MergePlan, settings: MergeSettings, name: str, overwrite: bool) -> Model:
-    """Merge, unless the output holds this very merge from an earlier run that did not get to scoring."""
+    """Merge, unless the output holds this merge from an earlier run that did not get to scoring."""
     if not (merge_plan.save_path / REPORT_NAME).is_file():
         refuse_existing(merge_plan.save_path, overwrite)
     digests = input_digests(merge_plan)
@@ -315,7 +320,7 @@ def eval_flags(args: argparse.Namespace) -> dict:
 
 def evaluate_only(args: argparse.Namespace) -> None:
     """Score the model in --save_path."""
-    eval_recipe = read_eval_recipe(args.eval_recipe, **eval_flags(args))
+    eval_recipe = read_eval_recipe(str(args.eval_recipe), **eval_flags(args))
     checkpoint, output_path = open_checkpoint(args.save_path), Path(args.output_path)
     scoring, _ = plan_scorings(eval_recipe, None, None)
     check_tokenizer(eval_recipe, [checkpoint])
@@ -333,7 +338,7 @@ def merge_and_evaluate(args: argparse.Namespace) -> None:
     """Merge by --recipe, for every weight that is asked for, and score what comes out."""
     check_device(args.device)
     settings = MergeSettings(args.max_shard_size, args.device or "cpu", args.seed, args.engine)
-    recipe = with_models(read_recipe(args.recipe), args.base_model, args.models)
+    recipe = with_models(read_recipe(str(args.recipe)), args.base_model, args.models)
     merge_plan = plan_merge(recipe, args.save_path, settings)
     choices = weight_choices(args.weights, args.weight_grid)
     trials = {weights: with_weights(merge_plan.recipe, weights) for weights in choices}
@@ -341,13 +346,13 @@ def merge_and_evaluate(args: argparse.Namespace) -> None:
     if merge_plan.reason or not args.merge_only:
         check_one_process()
     if not args.merge_only:
-        eval_recipe = read_eval_recipe(args.eval_recipe, **eval_flags(args))
+        eval_recipe = read_eval_recipe(str(args.eval_recipe), **eval_flags(args))
         choosing, reporting = plan_scorings(eval_recipe, args.choose_on, args.report_on)
         check_tokenizer(eval_recipe, merge_plan.checkpoints)
         made = any(merge_plan.recipe.config.get(key) for key in TOKEN_KEYS)
         check_chat_template(eval_recipe, merge_plan.checkpoints, made_by_recipe=made)
     if not args.merge_only and not trials:
-        refuse_existing(output_path, args.overwrite)
+        refuse_existing_file(output_path, args.overwrite)
     if args.dry_run:
         print_merge(merge_plan, settings, max(len(trials), 1))
         if not args.merge_only:
@@ -368,7 +373,7 @@ def merge_and_evaluate(args: argparse.Namespace) -> None:
 def main(argv=None) -> None:
     args = parse_args(argv)
     if args.compare:
-        compare(args.compare, Path(args.plot_path), args.against)
+        compare([str(path) for path in args.compare], Path(args.plot_path), args.against)
     elif args.verify:
         verify(args.verify)
     elif args.eval_only:

@@ -31,9 +31,12 @@ Later: a picture of two ways of pruning side by side, from their reports; and ar
 
 import argparse
 import os
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which PYTHONSAFEPATH leaves out
 
 from common import cli
 from common.errors import DataError
@@ -106,7 +109,7 @@ def add_pruning_flags(parser: argparse.ArgumentParser) -> None:
         default="model",
         help="model: base + pruned vector; task_vector: the pruned vector (default: model)",
     )
-    add("--device", default="cpu", metavar="cpu|cuda|cuda:1", help="where to prune; same bits (default: cpu)")
+    add("--device", default="cpu", metavar="cpu|cuda|cuda:1|mps", help="where to prune; same bits (default: cpu)")
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -178,9 +181,14 @@ def parameters_of(args: argparse.Namespace, pruning: Pruning) -> dict:
 
 def engine_for(device: str):
     """What does the arithmetic; `cuda` under torchrun is each process's own GPU. Raises DataError if it is not there."""
+    from common.pruners.devices import check_bits
     from common.pruners.kernels import engine
 
-    return engine(f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device)
+    own = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+    arithmetic = engine(own)
+    if device != "cpu" and not device.startswith("cuda"):  # which the tests cover
+        check_bits(arithmetic, device)
+    return arithmetic
 
 
 def plan(
@@ -259,8 +267,7 @@ def finish(part: Path, base: Checkpoint | None, vector: TaskVector, report: dict
     copy_companions(vector.checkpoint.path, part)
     source = base or vector.checkpoint
     dtypes = {source.tensors[name].dtype for name in records if source.tensors[name].is_parameter}
-    config = config_with_dtype(source.config, dtypes.pop()) if len(dtypes) == 1 else None
-    text = config or (source.path / "config.json").read_text(encoding="utf-8")
+    text = config_with_dtype(source.config, dtypes.pop() if len(dtypes) == 1 else None)
     (part / "config.json").write_text(text, encoding="utf-8")
     if base is None:
         write_pruned_vector_json(part, vector, records)

@@ -28,6 +28,7 @@ from benchmarks.make_checkpoints import model_bytes
 from common.cli import positive_int
 from common.exits import run
 from common.shards.places import check_disk
+from common.shards.systems import cores
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS_ON_DISK = 5  # at most: base, 2 vectors, 2 outputs or copies
@@ -156,7 +157,7 @@ def measure_kernels() -> dict[str, float]:
 
     values = (np.random.default_rng(0).standard_normal(1 << 22) * 0.002).astype(np.float16)
     blocks = values.view(np.uint16).reshape(-1, kernels.BLOCK)
-    threads = len(os.sched_getaffinity(0))
+    threads = cores()
     torch.set_num_threads(threads)
 
     def ours(block):

@@ -8,6 +8,10 @@ errors.py   the one exception that users see
 """
 
 import os
+import sys
+
+if sys.platform == "win32":  # no locks, no fsync of directories, no signals as the scripts use them
+    sys.exit("error: Windows is not supported as it is; install WSL (wsl --install) and run the same command in it")
 
 # numpy's and scipy's OpenBLAS would each start a thread per core, which spin and are never used here.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

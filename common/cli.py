@@ -5,7 +5,35 @@ import math
 import os
 from pathlib import Path
 
+from common.shards.hub import is_hub_id
+from common.shards.places import plain
+
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def path(text: str) -> Path:
+    """A path flag's value: '~/x' -> the home directory's x, './x', 'x/' and 'a/../x' -> x.
+
+    A shell expands no ~ after `=`, and a directory named `~` is in nobody's mind; nor is an empty path, which is what
+    an unset shell variable leaves. Both are usage errors where they cannot be resolved.
+    """
+    expanded = os.path.expanduser(text)
+    if not expanded:
+        raise argparse.ArgumentTypeError("an empty path; is a shell variable in it not set?")
+    if expanded.startswith("~") and not os.path.lexists(expanded):
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no such home directory; write the path out")
+    return plain(Path(expanded))
+
+
+def path_or_hub_id(text: str) -> str:
+    """The same as text, but 'org/name' is left alone: a Hub id unless there is such a directory.
+
+    What is no Hub id as it was typed stays none: './org/name' and 'org/name/' that are not there -> './org/name'.
+    """
+    if is_hub_id(text) and not os.path.isdir(text):
+        return text
+    place = str(path(text))
+    return f"./{place}" if is_hub_id(place) and not os.path.isdir(place) else place
 
 
 def positive_int(text: str) -> int:
@@ -69,16 +97,6 @@ def batch_size(text: str) -> int | str:
     return positive_int(text)
 
 
-def path(text: str) -> Path:
-    """'~/x/' -> Path('/home/me/x'): a shell leaves the ~ of --flag=~/x as it is."""
-    return Path(os.path.expanduser(text))
-
-
-def path_or_hub_id(text: str) -> str:
-    """The same for what may be a Hugging Face Hub id: '~/x' -> '/home/me/x', './x/' -> 'x', 'org/name' as it is."""
-    return str(path(text))
-
-
 def add_output_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that every script that writes checkpoints has."""
     group = parser.add_argument_group("output")
@@ -101,9 +119,10 @@ def add_verify_flag(group) -> None:
     """--verify, of the scripts at the end of the chain; see common.shards.verify."""
     group.add_argument(
         "--verify",
+        type=path,
         nargs="+",
         metavar="DIR",
-        help="read these task vectors, pruned or merged models back and compare every tensor with its recorded "
+        help="read these converted models, task vectors, pruned or merged models back and compare every tensor with its recorded "
         "hash; nothing else is done",
     )
 
@@ -118,15 +137,17 @@ def add_plot_flags(group) -> None:
     )
     group.add_argument(
         "--plot_reports",
+        type=path,
         nargs="+",
         metavar="DIR",
         help="with --plot_path: draw these outputs of an earlier run, and prune nothing",
     )
     group.add_argument(
         "--plot_with",
+        type=path,
         nargs="+",
         metavar="DIR",
-        help="with --plot_path: the outputs of another run to put beside, as many as this run has",
+        help="with --plot_path: the outputs of another way of pruning to put beside, as many as this one has",
     )
 
 
@@ -135,14 +156,16 @@ def check_plot_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, 
     if (args.plot_reports or args.plot_with) and not args.plot_path:
         parser.error("--plot_reports and --plot_with need --plot_path, where the picture goes")
     if args.plot_with and len(args.plot_with) != len(drawn):
-        parser.error(f"--plot_with names {len(args.plot_with)} outputs of another run, and this run has {len(drawn)}")
+        parser.error(
+            f"--plot_with names {len(args.plot_with)} outputs of another way of pruning, and this job has {len(drawn)}"
+        )
 
 
-def picture(text: str) -> str:
-    """'a/b.png' -> the same; a file name that does not end in .png, .pdf or .svg is a usage error."""
+def picture(text: str) -> Path:
+    """'a/b.png' -> its path; a file name that does not end in .png, .pdf or .svg is a usage error."""
     if not text.lower().endswith((".png", ".pdf", ".svg")):
         raise argparse.ArgumentTypeError(f"{text!r} does not end in .png, .pdf or .svg")
-    return text
+    return path(text)
 
 
 def is_alone(parser: argparse.ArgumentParser, args: argparse.Namespace, flag: str, *companions: str) -> bool:

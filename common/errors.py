@@ -7,3 +7,14 @@ class DataError(Exception):
     The line names the tensor or file, says what was found, what was needed, and what to do:
     "tensor 'lm_head.weight' is [32002, 4096] in ft but [32000, 4096] in base; ...".
     """
+
+
+def reason_of(error: BaseException) -> str:
+    """A library's reason in one line. What asks for trust_remote_code, a flag that no script here has, is put plainly."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if "trust_remote_code" in reason:
+        return (
+            "config.json names code of its own (auto_map), which is never run, and transformers does not know the "
+            "architecture without it; take a version of the model that transformers knows"
+        )
+    return reason

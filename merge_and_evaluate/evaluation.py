@@ -6,7 +6,7 @@ import random
 from dataclasses import asdict
 from importlib.metadata import version
 
-from common.errors import DataError
+from common.errors import DataError, reason_of
 from common.shards.hashing import file_hash, text_hash
 from merge_and_evaluate.announcement import announcement
 from merge_and_evaluate.eval_machine import on_this_machine
@@ -98,7 +98,7 @@ def evaluate(recipe: EvalRecipe, model: str, tasks: Tasks, identity: str) -> dic
             print(announcement(recipe, model, loaded), flush=True)
         document = _simple_evaluate(recipe, model, loaded, tasks.manager, _cache(recipe, identity))
     except Exception as error:  # lm-eval and what it uses raise many types; the user needs the reason
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason_of(error)
         line = f"{recipe.path}: lm-eval could not score {model} on {', '.join(tasks.names)}: {reason:.300}"
         raise DataError(line) from error
     return document and {**document, "items": items_of_document(document, loaded["tasks"])}

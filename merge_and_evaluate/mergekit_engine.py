@@ -4,13 +4,13 @@ mergekit knows a model by its architecture and drops, without a word, what it do
 """
 
 import re
-import tempfile
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
-from common.errors import DataError
+from common.errors import DataError, reason_of
 from common.shards.checkpoint import Checkpoint, copy_companions
+from common.shards.companions import has_tokenizer
 from common.shards.documents import write_json
 from common.shards.hashing import tensor_hashes
 from common.shards.headers import DTYPE_CODES, DTYPE_NAMES, FLOAT_DTYPES, Tensor, read_headers
@@ -20,7 +20,7 @@ from common.shards.places import check_disk
 from common.shards.staging import staged_directory
 from common.shards.verify import MERGE_REPORT
 from merge_and_evaluate.card import write_card
-from merge_and_evaluate.recipes import Recipe, with_paths
+from merge_and_evaluate.recipes import Recipe, explicit_path, with_paths
 from merge_and_evaluate.streamed_methods import model_path
 
 TOKEN_KEYS = ("tokenizer", "tokenizer_source", "chat_template")  # with one of these mergekit makes it
@@ -36,26 +36,13 @@ EXPONENT_BITS = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000, "F64": 0x7FF0
 # --- merge ----------------------------------------------------------------------------------------
 
 
-def _local_config(merge_plan, links: Path) -> dict:
-    """The recipe's config with directories only: given a Hub id, mergekit would ask the Hub again.
-
-    To mergekit '+' and '@' in a path mean a LoRA and a revision, so such a directory goes by another name.
-    """
+def _local_config(merge_plan) -> dict:
+    """The recipe's config with directories only: given a Hub id, mergekit would ask the Hub again."""
     models = {model.label: model for model in merge_plan.checkpoints}
-
-    def local(path: str) -> str:
-        directory = path if Path(path).is_dir() else str(models[path].path)
-        if not set(directory) & set("+@"):
-            return directory
-        link = links / str(list(models).index(path))
-        if not link.exists():
-            link.symlink_to(Path(directory).resolve())
-        return str(link)
-
-    return with_paths(merge_plan.recipe.config, local)
+    return with_paths(merge_plan.recipe.config, lambda p: explicit_path(p if Path(p).is_dir() else str(models[p].path)))
 
 
-def _run_mergekit(merge_plan, directory: Path, settings, links: Path) -> None:
+def _run_mergekit(merge_plan, directory: Path, settings) -> None:
     """Let mergekit write the merge into an empty directory. Raises DataError with mergekit's own reason."""
     from mergekit.architecture.auto import infer_architecture_info
     from mergekit.config import MergeConfiguration
@@ -74,15 +61,13 @@ def _run_mergekit(merge_plan, directory: Path, settings, links: Path) -> None:
         copy_tokenizer=any(recipe.config.get(key) for key in TOKEN_KEYS),
     )
     try:
-        run_merge(
-            MergeConfiguration.model_validate(_local_config(merge_plan, links)), str(directory), options, recipe.text
-        )
+        run_merge(MergeConfiguration.model_validate(_local_config(merge_plan)), str(directory), options, recipe.text)
     except DataError:
         raise
     except Exception as error:  # mergekit raises many types, and all mean the same to the user
         if isinstance(error, OSError) and error.errno:  # a full disk and its like have their own line
             raise
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason_of(error)
         raise DataError(f"{recipe.path}: mergekit could not merge: {reason:.300}") from error
     finally:  # mergekit keeps open files and guesses by path for the life of the process
         LoaderCache().loaders.clear()
@@ -122,7 +107,7 @@ def check_merged(directory: Path, recipe: Recipe) -> dict[str, str]:
 
 def _add_tokenizer(directory: Path, merge_plan) -> None:
     """Tokenizer and generation config of the base, or of the first model that has one, unless mergekit wrote one."""
-    if any(directory.glob("tokenizer*")):
+    if has_tokenizer(directory):
         return
     asked = [key for key in TOKEN_KEYS if merge_plan.recipe.config.get(key)]
     if asked:
@@ -130,7 +115,7 @@ def _add_tokenizer(directory: Path, merge_plan) -> None:
             f"{merge_plan.recipe.path}: mergekit could not make the tokenizer that `{asked[0]}` asks for "
             "(its reason is above); fix the recipe"
         )
-    donor = next((model.path for model in merge_plan.checkpoints if any(model.path.glob("tokenizer*"))), None)
+    donor = next((model.path for model in merge_plan.checkpoints if has_tokenizer(model.path)), None)
     if donor:
         copy_companions(donor, directory)
 
@@ -139,8 +124,7 @@ def merge(merge_plan, made: dict, settings, overwrite: bool) -> None:
     """Merge into `<save_path>.part`, check every tensor, publish under save_path."""
     with staged_directory(merge_plan.save_path, overwrite) as part:
         check_disk({merge_plan.save_path: merge_plan.nbytes})
-        with tempfile.TemporaryDirectory() as links:
-            _run_mergekit(merge_plan, part, settings, Path(links))
+        _run_mergekit(merge_plan, part, settings)
         hashes = check_merged(part, merge_plan.recipe)
         check_complete(part, merge_plan)
         _add_tokenizer(part, merge_plan)

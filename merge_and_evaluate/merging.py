@@ -5,7 +5,7 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,7 +24,6 @@ from merge_and_evaluate import mergekit_engine
 from merge_and_evaluate.card import command
 from merge_and_evaluate.recipes import Recipe, model_paths
 from merge_and_evaluate.streamed_methods import stream_reason
-from merge_and_evaluate.streaming import StreamedMerge, plan_streamed, run_streamed
 
 ENGINES = ("auto", "stream", "mergekit")
 
@@ -61,8 +60,10 @@ class MergePlan:
     def engine(self) -> str:
         return "mergekit" if self.reason else "stream"
 
-    def streamed(self, settings: MergeSettings) -> StreamedMerge:
-        """The plan of a streamed merge, from headers."""
+    def streamed(self, settings: MergeSettings):
+        """The plan of a streamed merge (streaming.StreamedMerge), from headers."""
+        from merge_and_evaluate.streaming import plan_streamed  # numba takes its time: not for --help
+
         return plan_streamed(self.recipe, self.checkpoints, self.save_path, settings)
 
 
@@ -71,6 +72,11 @@ class MergePlan:
 
 def open_model(recipe: Recipe, path: str) -> Checkpoint:
     """A model of the recipe, its headers read. A missing directory of the chain names the script that makes it."""
+    if set(path) & set("+@") and not Path(path).is_dir():
+        raise DataError(
+            f"{recipe.path}: {path!r}: mergekit takes '+' and '@' in a path for a LoRA or a revision, and there is no such "
+            "directory; fix the path, or merge the LoRA and download the revision first"
+        )
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or path.startswith("models/")
     if looks_local and not Path(path).is_dir():
         raise DataError(f"{recipe.path}: model {path} is not there; {_maker(path)}")
@@ -102,8 +108,8 @@ def plan_merge(recipe: Recipe, save_path: str | Path, settings: MergeSettings = 
     output = Path(save_path)
     check_places([checkpoint.path for checkpoint in checkpoints], [output])
     if reason is None:
-        planned = plan_streamed(recipe, checkpoints, output, settings)
-        return MergePlan(recipe, checkpoints, output, planned.job.outputs[0].nbytes)
+        merge_plan = MergePlan(recipe, checkpoints, output, 0)
+        return replace(merge_plan, nbytes=merge_plan.streamed(settings).job.outputs[0].nbytes)
     for other in checkpoints[1:] if not mergekit_engine.RESHAPING_KEYS & recipe.config.keys() else ():
         match(checkpoints[0], other)
     return MergePlan(recipe, checkpoints, output, mergekit_engine.output_bytes(recipe, checkpoints), reason)
@@ -169,7 +175,7 @@ def origin(recipe: Recipe, digests: dict[str, str], settings: MergeSettings) -> 
 
 
 def already_merged(save_path: Path, identity: str) -> bool:
-    """Whether `save_path` holds the whole result of this very merge."""
+    """Whether `save_path` holds the whole result of this merge."""
     report = save_path / REPORT_NAME
     return report.is_file() and read_json(report).get("identity") == identity
 
@@ -182,6 +188,8 @@ def merge(merge_plan: MergePlan, digests: dict[str, str], settings: MergeSetting
     made = origin(merge_plan.recipe, digests, settings)
     made = {"identity": merge_identity(merge_plan.recipe, digests, settings), **made}
     if merge_plan.reason is None:
+        from merge_and_evaluate.streaming import run_streamed
+
         return run_streamed(merge_plan.streamed(settings), made, overwrite, merge_plan.found)
     mergekit_engine.merge(merge_plan, made, settings, overwrite)
     return True

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import DataError
+from common.shards.places import plain
 from merge_and_evaluate.streamed_methods import METHODS, is_plain, model_path
 from merge_and_evaluate.yaml_files import read_yaml
 
@@ -67,12 +68,16 @@ def model_paths(config: dict) -> list[str]:
 
 
 def safe_path(path: str) -> str:
-    """'models/x' -> './models/x' where that is a directory: mergekit's model card looks a path with at most
+    """'models/x', 'models/x/', '~/x' -> './models/x', … where that is a directory: mergekit's model card looks a path with at most
     one slash up on the Hub, and fails offline before it has copied the tokenizer."""
-    expanded = os.path.normpath(os.path.expanduser(path))  # one spelling each: it decides whether a merge is resumed
-    if not path or not os.path.isdir(expanded):
+    if not path or not (place := plain(Path(os.path.expanduser(path)))).is_dir():
         return path
-    return expanded if os.path.isabs(expanded) or expanded.startswith("..") else f"./{expanded}"
+    return str(place) if place.is_absolute() or str(place).startswith(".") else f"./{place}"
+
+
+def explicit_path(path: str) -> str | dict:
+    """A directory with '+' or '@' in its path in mergekit's longer form: as text it would be a LoRA or a revision."""
+    return {"model": {"path": path}} if set(path) & set("+@") and os.path.isdir(path) else path
 
 
 def with_paths(config: dict, new_path) -> dict:
@@ -152,13 +157,13 @@ def check_keys(path: str, config: dict) -> None:
     if isinstance(config.get("tokenizer"), dict):
         _refuse_unknown(path, "tokenizer", config["tokenizer"], TokenizerConfig.model_fields)
     try:
-        MergeConfiguration.model_validate(config)
+        MergeConfiguration.model_validate(with_paths(config, explicit_path))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the recipe"
-        raise DataError(f"{path}: {where}: {first['msg']}; mend the recipe") from None
+        raise DataError(f"{path}: {where}: {first['msg']}; fix the recipe") from None
     except RuntimeError as error:
-        raise DataError(f"{path}: {error}; mend the recipe") from None
+        raise DataError(f"{path}: {error}; fix the recipe") from None
 
 
 def _method(path: str, name: str):
@@ -259,7 +264,7 @@ def _check_inputs(path: str, method, config: dict) -> None:
     try:
         method.validate_inputs(models if base is None or base in models else [*models, base], base)
     except ValueError as error:
-        raise DataError(f"{path}: merge_method {method.spec.name}: {error}; mend the recipe") from None
+        raise DataError(f"{path}: merge_method {method.spec.name}: {error}; fix the recipe") from None
 
 
 def check_method(path: str, config: dict) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from common.errors import DataError
 from common.shards.checkpoint import Checkpoint
+from common.shards.companions import has_tokenizer
 from common.shards.documents import read_json
 from common.shards.places import refuse_existing
 from merge_and_evaluate.eval_log import logged_to
@@ -47,7 +48,7 @@ def check_one_process() -> None:
 
 
 def finished(scoring: Scoring, model: Model, path: Path) -> dict | None:
-    """The document at `path`, if it holds the scores of this very model on these very tasks."""
+    """The document at `path`, if it holds the scores of this model on these tasks."""
     if not path.is_file():
         return None
     document = read_json(path)
@@ -69,7 +70,7 @@ def check_chat_template(recipe: EvalRecipe, models: list[Checkpoint], made_by_re
     the tokenizer of the first of `models` that has one (the base), unless the merge recipe makes it."""
     if not recipe.config.get("apply_chat_template") or made_by_recipe or "tokenizer" in recipe.model_args:
         return
-    donor = next((model for model in models if any(model.path.glob("tokenizer*"))), models[0])
+    donor = next((model for model in models if has_tokenizer(model.path)), models[0])
     if has_chat_template(donor.path):
         return
     having = [model for model in models if has_chat_template(model.path)]
@@ -85,7 +86,7 @@ def check_chat_template(recipe: EvalRecipe, models: list[Checkpoint], made_by_re
 
 def check_tokenizer(recipe: EvalRecipe, models: list[Checkpoint]) -> None:
     """Without a tokenizer there is nothing to score with; better said before the merge than after it."""
-    if "tokenizer" not in recipe.model_args and not any(any(model.path.glob("tokenizer*")) for model in models):
+    if "tokenizer" not in recipe.model_args and not any(has_tokenizer(model.path) for model in models):
         raise DataError(
             f"{models[0].label}: no tokenizer in it, scoring needs one; copy tokenizer.json and "
             "tokenizer_config.json there from where the model came from"

@@ -5,6 +5,7 @@ mergekit would accept too, and what it does not accept goes to mergekit's own ch
 set of refusals.
 """
 
+import os
 import re
 from dataclasses import dataclass
 
@@ -94,7 +95,7 @@ def stream_reason(config: dict) -> str | None:
         if config.get(key) == "float64":
             return f"{key}: float64 is summed and written by mergekit only"
     for model in [config.get("base_model"), *_models(config)]:
-        if isinstance(model, dict) or "+" in (model or ""):
+        if isinstance(model, dict) or ("+" in (model or "") and not os.path.isdir(model)):
             return f"model: {model!r:.80} asks mergekit for more than a path (a LoRA, a revision)"
     return None
 
@@ -107,7 +108,8 @@ def model_path(model) -> str | None:
 
 
 def _models(config: dict) -> list[dict]:
-    return [entry.get("model") for entry in config.get("models") or [] if isinstance(entry, dict)]
+    listed = config.get("models")
+    return [entry.get("model") for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
 
 
 def summed_models(config: dict) -> list[str]:

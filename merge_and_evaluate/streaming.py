@@ -12,6 +12,7 @@ from pathlib import Path
 from common.errors import DataError
 from common.pruners import report
 from common.shards.checkpoint import Checkpoint, config_with_dtype, copy_companions
+from common.shards.companions import has_tokenizer
 from common.shards.documents import write_json
 from common.shards.hashing import text_hash
 from common.shards.headers import Tensor
@@ -136,11 +137,10 @@ def run_streamed(merge: StreamedMerge, origin: dict, overwrite: bool, found: dic
 
 def finish(part: Path, merge: StreamedMerge, origin: dict, records: dict[str, dict]) -> None:
     """What lies beside the weights."""
-    donor = next((c for c in (merge.whole, *merge.models) if any(c.path.glob("tokenizer*"))), merge.whole)
+    donor = next((c for c in (merge.whole, *merge.models) if has_tokenizer(c.path)), merge.whole)
     copy_companions(donor.path, part)
     dtypes = {how.dtype for how in merge.how.values()}
-    config = config_with_dtype(merge.whole.config, dtypes.pop()) if len(dtypes) == 1 else None
-    text = config or (merge.whole.path / "config.json").read_text(encoding="utf-8")
+    text = config_with_dtype(merge.whole.config, dtypes.pop() if len(dtypes) == 1 else None)
     (part / "config.json").write_text(text, encoding="utf-8")
     content = {
         **origin,

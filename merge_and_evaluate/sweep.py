@@ -1,6 +1,6 @@
 """Try several weights (the method's lambda): merge, score, choose, report.
 
-Every weight has a results file of its own, recognised by content, so an interrupted sweep goes on where it
+Every weight has a results file of its own, recognised by content, so an interrupted sweep resumes where it
 was. Of the merged models only the best so far stays on disk.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from common.errors import DataError
 from common.shards.documents import read_json
 from common.shards.hashing import text_hash
-from common.shards.places import refuse_existing
+from common.shards.places import refuse_existing, refuse_existing_file
 from common.shards.staging import move
 from merge_and_evaluate import merging, scoring
 from merge_and_evaluate.comparison import label
@@ -140,12 +140,12 @@ def check_outputs(sweep: Sweep, overwrite: bool) -> None:
     """Refuse whatever lies under an output's name and is not this sweep's own, unless it may be replaced."""
     for candidate in sweep.candidates:
         if not scoring.finished(sweep.choosing, candidate.model(sweep.name), candidate.results_path):
-            refuse_existing(candidate.results_path, overwrite)
+            refuse_existing_file(candidate.results_path, overwrite)
         if not merging.already_merged(candidate.merge.save_path, candidate.identity):
             refuse_existing(candidate.merge.save_path, overwrite)
     if not any(merging.already_merged(sweep.save_path, candidate.identity) for candidate in sweep.candidates):
         refuse_existing(sweep.save_path, overwrite)
-    refuse_existing(sweep.output_path, overwrite)
+    refuse_existing_file(sweep.output_path, overwrite)
 
 
 # --- run ------------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ def chosen_record(sweep: Sweep, documents: dict, winner: Candidate) -> dict:
 
 
 def already_done(sweep: Sweep) -> bool:
-    """Whether the results file and the model are the outcome of this very sweep."""
+    """Whether the results file and the model are the outcome of this sweep."""
     if not sweep.output_path.is_file() or not (sweep.save_path / merging.REPORT_NAME).is_file():
         return False
     return read_json(sweep.output_path).get("summary", {}).get("chosen", {}).get("sweep") == sweep.identity

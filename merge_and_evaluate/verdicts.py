@@ -1,7 +1,9 @@
 """Is this row better than that one? Paired differences from one row, and what they prove, in words."""
 
 import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from common.errors import DataError
 from merge_and_evaluate import statistics
@@ -29,7 +31,7 @@ def reference_row(rows: list[Row], against: str | None) -> Row:
     """The row named by --against (its name, or its file); the first if none is. DataError if there is no such row."""
     if against is None:
         return rows[0]
-    by_file = [row for row in rows if row.path == against]
+    by_file = [row for row in rows if row.path and Path(row.path) == Path(os.path.expanduser(against))]
     by_name = [row for row in rows if row.name == against]
     if not by_file and len(by_name) > 1:
         raise DataError(f"--against {against!r}: {len(by_name)} rows have that name; give the file instead")

@@ -16,7 +16,7 @@ def read_yaml(path: str) -> tuple[str, dict]:
         raise DataError(f"{path}: no such recipe; the ones that come with this collection are in recipes/") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise DataError(f"{path}: no valid YAML ({reason:.160}); mend the recipe") from None
+        raise DataError(f"{path}: no valid YAML ({reason:.160}); fix the recipe") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: found {type(value).__name__}, needed is a mapping of keys to values")
     return text, value

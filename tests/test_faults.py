@@ -18,7 +18,7 @@ from common.shards import sink, stream
 
 pytestmark = pytest.mark.slow  # hundreds of jobs, each killed at another place
 SIZE = ["--max_shard_size", "300B"]  # several shards
-GOES_ON = "free some space and run the same command again: it goes on from there"
+RESUMES = "free some space and run the same command again: it resumes there"
 
 
 class Laboratory:
@@ -235,7 +235,7 @@ def test_signals(jobs, script, kind, status):
         assert done["status"] == status
         assert "Traceback" not in done["stderr"]
         assert done["stderr"].strip().splitlines()[-1] == (
-            "interrupted; nothing half-written was published. The same command goes on from what is whole."
+            "interrupted; nothing half-written was published. Run the same command again: it resumes at the last complete shard."
         )
         assert job.published() == []
         job.finish()
@@ -256,7 +256,7 @@ def test_disk_full(jobs, script, step):
             continue
         struck += 1
         line = done["stderr"].strip().splitlines()[-1]
-        assert done["status"] == 1 and line.startswith("error: the disk is full") and line.endswith(GOES_ON), line
+        assert done["status"] == 1 and line.startswith("error: the disk is full") and line.endswith(RESUMES), line
         assert "Traceback" not in done["stderr"] and job.published() == []
         job.finish()
         job.clean()
@@ -287,7 +287,7 @@ def test_a_disk_that_really_fills_up(tmp_path):
         pytest.skip(f"no tmpfs of one's own here: {done.stderr.strip()}")
     assert Path(f"{disk}.status").read_text() == "1\n"
     last = Path(f"{disk}.first").read_text().strip().splitlines()[-1]
-    assert last.startswith("error: the disk is full") and last.endswith(GOES_ON), last
+    assert last.startswith("error: the disk is full") and last.endswith(RESUMES), last
     assert Path(f"{disk}.listing").read_text().split() == [".", "..", "p.part"]
     assert files(Path(f"{disk}.copy") / "p") == files(folder / "p"), Path(f"{disk}.second").read_text()
 
@@ -336,7 +336,7 @@ def test_two_at_once(jobs, laboratory):
         second = laboratory.ask(script="prune", arguments=[*job.arguments, *more])
         assert second["status"] == 1
         assert second["stderr"].strip() == (
-            f"error: {job.outputs[0]}.part: another run is writing there; wait for it, or write elsewhere"
+            f"error: {job.outputs[0]}.part: another job is writing there; wait for it, or write elsewhere"
         )
     assert laboratory.ask(resume=stopped)["status"] == 0
     assert {output: files(output) for output in job.outputs} == job.whole
@@ -360,7 +360,7 @@ def test_another_command_does_not_go_on(jobs, folder):
         assert job.start(kind="SIGKILL", at=half)["status"] == -9
         refused = changed(job, *more)
         assert refused["status"] == 1 and refused["stderr"].strip() == (
-            f"error: {job.outputs[0]}.part: left by another run ({difference}); finish that run with its own command, "
+            f"error: {job.outputs[0]}.part: left by another job ({difference}); finish that job with its own command, "
             "delete the directory, or give --overwrite to start afresh"
         )
         job.finish()
@@ -378,7 +378,7 @@ def test_changed_inputs_do_not_go_on(jobs, folder):
     assert job.start(kind="SIGKILL", at=len(job.calls) // 2)["status"] == -9
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 5))
     refused = job.start()
-    assert refused["status"] == 1 and f"left by another run ({path}: [" in refused["stderr"]
+    assert refused["status"] == 1 and f"left by another job ({path}: [" in refused["stderr"]
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     job.finish()
     job.clean()

@@ -260,7 +260,7 @@ USAGE = [
     ),
     (
         ["--plot_reports", "a", "--plot_path", "p.png", "--plot_with", "b", "c"],
-        "--plot_with names 2 outputs of another run, and this run has 1",
+        "--plot_with names 2 outputs of another way of pruning, and this job has 1",
     ),
 ]
 

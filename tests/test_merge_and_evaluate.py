@@ -256,25 +256,25 @@ RECIPE_REFUSALS = [
     (
         recipe_with(models=[RECIPE["models"][0], {"model": "./pruned_vector_x", "parameters": {"weight": 1}}]),
         "model ./pruned_vector_x is not there; run prune_task_vector_7b.py first (README, 'Sparsification of Task "
-        "Vectors'), or mend the path",
+        "Vectors'), or fix the path",
     ),
     (
         recipe_with(base_model="./Mistral-7b-v0.1-float16"),
-        "model ./Mistral-7b-v0.1-float16 is not there; run convert_dtype.py first (README, 'Convert dtype'), or mend the path",
+        "model ./Mistral-7b-v0.1-float16 is not there; run convert_dtype.py first (README, 'Convert dtype'), or fix the path",
     ),
     (
         recipe_with(models=models_with(weight=1.0) + [{"model": "./a+b", "parameters": {"weight": 1}}]),
-        "'./a+b': mergekit takes '+' and '@' in a path for a LoRA or a revision; rename the directory, or merge the LoRA "
+        "'./a+b': mergekit takes '+' and '@' in a path for a LoRA or a revision, and there is no such directory; fix the path, or merge the LoRA "
         "and download the revision first",
     ),
-    (recipe_with(base_model=None), "merge_method task_arithmetic: Merge method requires a base input; mend the recipe"),
-    (recipe_with(models=RECIPE["models"] * 2), "merge_method task_arithmetic: Duplicate merge inputs; mend the recipe"),
+    (recipe_with(base_model=None), "merge_method task_arithmetic: Merge method requires a base input; fix the recipe"),
+    (recipe_with(models=RECIPE["models"] * 2), "merge_method task_arithmetic: Duplicate merge inputs; fix the recipe"),
     (recipe_with(base_model=""), "the path of a model is empty; write it out, or leave out the entry"),
     (recipe_with(models=models_with(weight=[])), "model ./west has no weight; "),
     (recipe_with(dtype="half"), "dtype is 'half', needed is one of float16, bfloat16, float32, float64"),
     (recipe_with(chat_template="{x"), "mergekit could not make the tokenizer that `chat_template` asks for"),
     (recipe_with(models=None), "Exactly one of 'models', 'slices', or 'modules' must be present"),
-    (recipe_with(models=7), "models: Input should be a valid list; mend the recipe"),
+    (recipe_with(models=7), "models: Input should be a valid list; fix the recipe"),
     (["models"], "found list, needed is a mapping of keys to values"),
 ]
 
@@ -318,6 +318,10 @@ def test_float16_overflow_is_refused_and_leaves_nothing(here):
         DataError,
         match=r"tensor '.*' of the merge by recipe.yml has \d+ values that are NaN or infinite "
         r"in float16; lower the weights, or set out_dtype",
+    ):
+        merge("--engine", "mergekit")
+    with pytest.raises(
+        DataError, match="tensor '.*' of the merge: a sum is beyond the largest float16; lower the weights"
     ):
         merge()
     assert left_over(here) == set()
@@ -421,12 +425,14 @@ def test_exit_codes(here):
 def test_several_processes_do_not_merge(here, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(DataError, match="several processes were started, and a merge needs one"):
-        merge()
+        merge("--engine", "mergekit")
 
 
 def test_what_a_killed_merge_left_is_not_published(here):
     (here / "merged.part").mkdir()
     (here / "merged.part" / "model-00007-of-00009.safetensors").write_bytes(b"half")
-    merge()
+    with pytest.raises(DataError, match="left by another"):
+        merge()
+    merge("--engine", "mergekit")
     assert {path.name for path in (here / "merged").glob("*.safetensors")} == {"model.safetensors"}
     assert left_over(here) == {"merged"}

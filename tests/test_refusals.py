@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 Q, HEAD, EMBED = "model.layers.0.self_attn.q_proj.weight", "lm_head.weight", "model.embed_tokens.weight"
 INV_FREQ = "model.layers.0.rotary_emb.inv_freq"
 NAN, INF = float("nan"), float("inf")
-SOUND = "holds NaN or infinity; take a sound copy of the model"
+NOT_FINITE = "holds NaN or infinity; take an undamaged copy of the model"
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ CASES = {
         f"{value} to {script}: {who}": (
             put(who, Q, value),
             [script, *more],
-            f"tensor '{Q}' in {{d}}/{who}/model.safetensors: {SOUND}",
+            f"tensor '{Q}' in {{d}}/{who}/model.safetensors: {NOT_FINITE}",
         )
         for value in (NAN, INF, -INF)
         for script, who, *more in (
@@ -244,7 +244,7 @@ CASES = {
         "{d}/pa: output and {d}/pa overlap; give the output a directory of its own",
     ),
     "taken": (
-        lambda folder: (folder / "out").mkdir(),
+        text("out", "a file"),
         ["convert"],
         "{d}/out: already there; give --overwrite to replace it, or write elsewhere",
     ),
@@ -256,7 +256,7 @@ CASES = {
     "a strange .part": (
         together(lambda folder: (folder / "out.part").mkdir(), text("out.part/mine", "")),
         ["convert"],
-        "{d}/out.part: left by another run (no record of a run in it); finish that run with its own command, "
+        "{d}/out.part: left by another job (no record of a job in it); finish that job with its own command, "
         "delete the directory, or give --overwrite to start afresh",
     ),
     "a device that is not there": (lambda folder: None, ["prune", "--device", "nonsense"], None),
@@ -405,7 +405,7 @@ def test_exit_codes_and_one_line(chained, script):
     done = start(*arguments(name, chained))
     assert done.returncode == 1
     last = done.stderr.replace("\r", "\n").splitlines()[-1]
-    assert last == f"error: tensor '{Q}' in {chained}/base/model.safetensors: {SOUND}"
+    assert last == f"error: tensor '{Q}' in {chained}/base/model.safetensors: {NOT_FINITE}"
     assert "Traceback" not in done.stderr and not list(chained.glob("out*")) + list(chained.glob("p*"))
     assert start("--nonsense").returncode == 2
 

@@ -198,7 +198,8 @@ INDEXES = {
     "a number": ({"lm_head.weight": 3}, f"{INDEX}: tensor 'lm_head.weight' is mapped to 3, {PLAIN}"),
     "no such file": (
         {"lm_head.weight": "x.safetensors"},
-        "{m}/x.safetensors: missing, though model.safetensors.index.json names it; download the checkpoint again",
+        "{m}/x.safetensors: missing, though model.safetensors.index.json names it (2 of 3 files are there); download the "
+        "rest",
     ),
     "another file": (
         {"lm_head.weight": TWO},
@@ -257,10 +258,59 @@ def test_single_file_and_index(tmp_path):
     )
 
 
+def test_single_file_and_an_index_of_it(tmp_path):
+    """mlx_lm writes both, and they agree (cases.md D1); an index that says something else of the file is refused."""
+    model = write(tmp_path / "model", state())
+    index = {"metadata": {}, "weight_map": dict.fromkeys(state(), "model.safetensors")}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    run("convert", "--model_path", model, "--save_path", tmp_path / "out", "--dtype", "float16")
+    assert load(tmp_path / "out").keys() == state().keys()
+    index["weight_map"].pop("model.norm.weight")
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    line = refusal("convert", "--model_path", model, "--save_path", tmp_path / "out2")
+    assert line == (
+        f"tensor 'model.norm.weight' of {model / 'model.safetensors'} is not in model.safetensors.index.json; download the "
+        "checkpoint again"
+    )
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 14483498224\n"
+POINTERS = [
+    "model.safetensors",
+    "model-00002-of-00002.safetensors",
+    "pytorch_model.bin",
+    "model.safetensors.index.json",
+    "config.json",
+    "tokenizer.model",
+    "tokenizer.json",
+]
+
+
+@pytest.mark.parametrize("name", POINTERS)
+def test_git_lfs_pointers(tmp_path, name):
+    """`git clone` without LFS leaves three lines of text (cases.md D8)."""
+    suffix = ".bin" if name.endswith(".bin") else ".safetensors"
+    model = write(tmp_path / "model", state(), files=2 if "-" in name or "index" in name else 1, suffix=suffix)
+    (model / name).write_bytes(POINTER)
+    expect_refused(model, f"{{m}}/{name}: a Git LFS pointer, not the file; run `git lfs pull` in {{m}}")
+
+
+def test_config_as_transformers_reads_it(tmp_path):
+    """A byte order mark, a name twice: accepted of config.json, the last one counts (cases.md D11)."""
+    model = write(tmp_path / "model", state())
+    text = '{"model_type": "llama", "model_type": "mistral", "tie_word_embeddings": false}'
+    (model / "config.json").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    (model / "tokenizer_config.json").write_bytes(b"\xef\xbb\xbf" + b'{"a": 1, "a": 2}')
+    run("convert", "--model_path", model, "--save_path", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "mistral"
+
+
 def test_no_weights_no_config(model):
     (model / "config.json").rename(model.parent / "config.json")
     expect_refused(model, "{m}: no config.json in it; copy it from where the model came from")
     (model / "model.safetensors").unlink()
+    expect_refused(model, "{m}: an empty directory; point at the one that holds the weights")
+    (model / "tokenizer.json").write_text("{}")
     expect_refused(
         model,
         "{m}: no model.safetensors, no model.safetensors.index.json, no pytorch_model.bin in it; "
@@ -269,7 +319,7 @@ def test_no_weights_no_config(model):
     shutil.rmtree(model)
     expect_refused(model, "{m}: no such directory; check the path, or give a Hugging Face Hub id such as org/name")
     model.write_text("")
-    expect_refused(model, "{m}: a file; needed is the directory of a checkpoint")
+    expect_refused(model, f"{{m}}: a file; give the directory that holds it, {model.parent}")
 
 
 @pytest.mark.parametrize(
@@ -296,7 +346,27 @@ def test_config(model, text, line):
 
 def test_quantised(model):
     (model / "config.json").write_text('{"quantization_config": {"bits": 4}}')
-    expect_refused(model, "{m}: config.json has a quantization_config; take an unquantised version of the model")
+    expect_refused(
+        model,
+        "{m}: config.json has a quantization_config, but no weight is quantised; if it is left over, remove it from "
+        "config.json, or else take an unquantised version of the model",
+    )
+    save_file(state() | {"a.qweight": torch.ones(2, 2, dtype=torch.int32)}, model / "model.safetensors")
+    expect_refused(
+        model,
+        "tensor 'a.qweight' is I32 in {m}, whose config.json has a quantization_config; take an unquantised version of the "
+        "model",
+    )
+
+
+@pytest.mark.parametrize("value", ["null", "{}"])
+def test_not_quantised(model, value):
+    """Both say that there is none; outputs do not repeat them, since transformers stumbles over {}."""
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config)[:-1] + f', "quantization_config": {value}}}')
+    run("convert", "--model_path", model, "--save_path", model.parent / "out")
+    written = json.loads((model.parent / "out" / "config.json").read_text())
+    assert written.keys() == config.keys() - {"torch_dtype"} | {"dtype"}
 
 
 # --- pickles --------------------------------------------------------------------------------------
@@ -334,7 +404,7 @@ GOOD = saved({"a": torch.ones(200)})
 BINS = {
     "empty": (b"", f"{BIN}: {OLD}"),
     "old format": (saved({"a": torch.ones(2)}, _use_new_zipfile_serialization=False), f"{BIN}: {OLD}"),
-    "cut": (GOOD[:700], f"{BIN}: no sound zip (File is not a zip file); it is cut short or damaged, {AGAIN}"),
+    "cut": (GOOD[:700], f"{BIN}: not a valid zip file (File is not a zip file); it is cut short or damaged, {AGAIN}"),
     "compressed": (rezipped(GOOD, zipfile.ZIP_DEFLATED), f"{BIN}: its zip is compressed; {SAFE}"),
     "big-endian": (rezipped(GOOD, byteorder=b"big"), f"{BIN}: not in little-endian byte order; {SAFE}"),
     "short record": (

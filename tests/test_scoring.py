@@ -209,7 +209,7 @@ def test_with_models_replaces_paths_in_order(here):
     assert with_models(recipe, None, None) is recipe
     for models, line in [
         (["./base"], "recipe.yml: --models names 1 and the recipe has 2 (./wild, ./west); name as many, in its order"),
-        (["./wild", "./wild"], "recipe.yml: merge_method task_arithmetic: Duplicate merge inputs; mend the recipe"),
+        (["./wild", "./wild"], "recipe.yml: merge_method task_arithmetic: Duplicate merge inputs; fix the recipe"),
     ]:
         with pytest.raises(DataError) as error:
             with_models(recipe, None, models)

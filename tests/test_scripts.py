@@ -424,6 +424,7 @@ def test_hub_ids(tmp_path, monkeypatch, suffix):
     expect(out, {n: oracle.convert(t, torch.float16) for n, t in state(dtype=torch.float32).items()})
     assert {path.name for path in out.iterdir()} == {
         "config.json",
+        "convert_report.json",
         "model.safetensors",
         "tokenizer.json",
         "tokenizer.model",
@@ -452,4 +453,4 @@ def test_a_directory_wins_over_the_hub(tmp_path, monkeypatch):
     write(tmp_path / "org" / "name", state(shapes=SHAPES))
     monkeypatch.chdir(tmp_path)
     run("convert", "--model_path", "org/name", "--save_path", "out")
-    assert set(files(tmp_path / "out")) == {"config.json", "model.safetensors"}
+    assert set(files(tmp_path / "out")) == {"config.json", "convert_report.json", "model.safetensors"}

@@ -14,7 +14,13 @@ import merge_and_evaluate_7b
 from common.exits import run as run_main
 from common.shards.headers import read_headers
 
-KINDS = {"va": "task_vector.json", "pa": "prune_report.json", "ta": "prune_report.json", "merged": "merge_report.json"}
+KINDS = {
+    "cv": "convert_report.json",
+    "va": "task_vector.json",
+    "pa": "prune_report.json",
+    "ta": "prune_report.json",
+    "merged": "merge_report.json",
+}
 RECIPE_TEXT = """
 merge_method: task_arithmetic
 base_model: {0}/base
@@ -28,6 +34,7 @@ out_dtype: float16
 def written(tmp_path_factory) -> Path:
     """A task vector, a pruned model in several files, a pruned task vector and a merged model."""
     folder = chain(tmp_path_factory.mktemp("verify"))
+    run("convert", "--model_path", folder / "base", "--save_path", folder / "cv", "--max_shard_size", 300)
     run("prune", *prune_arguments(folder, "--max_shard_size", 300))
     prune([folder / "va"], [folder / "ta"], "--save_format", "task_vector")
     merged = folder / "merged"
@@ -74,7 +81,7 @@ def flip(directory: Path, name: str, at: int = 0) -> Path:
 def test_what_was_written_is_sound(written, capsys):
     before = {kind: files(written / kind) for kind in KINDS}
     run("prune", "--verify", *(written / kind for kind in KINDS))
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.splitlines()[: len(KINDS)]
     assert lines == [f"{written / kind}: 6 tensors, 0.000 GB, every byte of them as it was written" for kind in KINDS]
     assert {kind: files(written / kind) for kind in KINDS} == before
     assert sum(path.suffix == ".safetensors" for path in (written / "pa").iterdir()) > 1
@@ -88,7 +95,7 @@ def test_a_model_that_mergekit_merged_is_sound(models, tmp_path, capsys, monkeyp
     Path("recipe.yml").write_text(RECIPE_TEXT.format("."))
     merge_and_evaluate_7b.main(["--recipe", "recipe.yml", "--save_path", "merged", "--merge_only"])
     merge_and_evaluate_7b.main(["--verify", "merged"])
-    assert capsys.readouterr().out.endswith("GB, every byte of them as it was written\n")
+    assert "GB, every byte of them as it was written\nmerged: not known: whether its inputs" in capsys.readouterr().out
     path = flip(Path("merged"), "model.norm.weight")
     assert verify_refusal("merged").startswith(f"tensor 'model.norm.weight' in {path}: not the bytes that merge_report")
 
@@ -120,7 +127,7 @@ def test_sound_ones_before_a_damaged_one_are_told(written, copy, capsys):
     directory = copy("pa")
     flip(directory, "model.norm.weight")
     verify_refusal(written / "va", directory, written / "pa")
-    line = f"{written / 'va'}: 6 tensors, 0.000 GB, every byte of them as it was written\n"
+    line = f"{written / 'va'}: 6 tensors, 0.000 GB, every byte of them as it was written\n"  # and nothing of inputs
     assert capsys.readouterr().out == 2 * line  # once by each script
 
 
@@ -174,16 +181,44 @@ def test_other_files_of_the_same_tensors_are_sound(copy):
     run("prune", "--verify", directory)
 
 
+# --- inputs ---------------------------------------------------------------------------------------
+
+
+def test_what_is_not_known_of_inputs(written, tmp_path, capsys):
+    """A vector's base is recognised by its hashes, wherever it lies; what was not read is named."""
+    run("prune", "--verify", written / "va", written / "pa", written / "cv")
+    assert capsys.readouterr().out.splitlines()[3:] == [
+        f"{written / 'va'}: its base is {written / 'cv'}, verified too",
+        f"{written / 'va'}: not known: whether its inputs are as they were: {written / 'a'}",
+        f"{written / 'cv'}: not known: whether its inputs are as they were: {written / 'base'}",
+    ]
+    run("prune", "--verify", written / "va")
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        f"{written / 'va'}: not known: whether its inputs are as they were: {written / 'base'} (by its hashes none of those "
+        f"verified here), {written / 'a'}"
+    ]
+
+
+def test_another_base_is_not_taken_for_it(written, copy, capsys):
+    """The same names and the recorded path, but other bytes: not the base."""
+    from checkpoints import state, write
+
+    other = write(copy("cv").parent / "other", state(9))
+    run("convert", "--model_path", other, "--save_path", other.with_name("base"))
+    run("prune", "--verify", written / "va", other.with_name("base"))
+    assert "its base is" not in capsys.readouterr().out
+
+
 # --- nothing to compare with ----------------------------------------------------------------------
 
 
 def test_a_directory_without_record_or_weights_is_refused(written, tmp_path, copy):
     assert verify_refusal(written / "base") == (
-        f"{written / 'base'}: no merge_report.json, prune_report.json, task_vector.json in it, so nothing says what its "
-        "bytes were; only what extract, prune and merge wrote can be verified"
+        f"{written / 'base'}: no merge_report.json, prune_report.json, task_vector.json, convert_report.json in it, "
+        "so nothing says what its bytes were; only what convert, extract, prune and merge wrote can be verified"
     )
     assert verify_refusal(tmp_path / "no") == (
-        f"{tmp_path / 'no'}: no such directory; give one that extract, prune or merge wrote"
+        f"{tmp_path / 'no'}: no such directory; give one that convert, extract, prune or merge wrote"
     )
     directory = copy("va")
     (directory / "model.safetensors").unlink()

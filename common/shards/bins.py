@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 
 from common.errors import DataError
-from common.shards.documents import MAX_HEADER_BYTES
+from common.shards.documents import MAX_HEADER_BYTES, refuse_lfs_pointer
 from common.shards.headers import Tensor, check_index, read_index, shard_paths
 
 INDEX_NAME = "pytorch_model.bin.index.json"
@@ -32,6 +32,7 @@ def _check_record(path: Path, archive: zipfile.ZipFile, record: zipfile.ZipInfo)
 
 def _records(path: Path) -> dict[int, int]:
     """{offset of its first byte: bytes} of every record of the zip."""
+    refuse_lfs_pointer(path)
     found = {}
     with open(path, "rb") as file:
         if file.read(4) != b"PK\x03\x04":
@@ -55,7 +56,7 @@ def _records(path: Path) -> dict[int, int]:
             struct.error,
         ) as error:
             raise DataError(
-                f"{path}: no sound zip ({error!s:.80}); it is cut short or damaged, download it again"
+                f"{path}: not a valid zip file ({error!s:.80}); it is cut short or damaged, download it again"
             ) from None
     return found
 

@@ -1,29 +1,18 @@
 """A checkpoint directory: tensors, config, companion files."""
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import DataError
 from common.shards import bins, headers
+from common.shards.companions import check_companions, code_note, without_code
+from common.shards.companions import companion_files as companion_files  # where scripts look for these two
+from common.shards.companions import copy_companions as copy_companions
 from common.shards.documents import read_json
+from common.shards.findings import not_gathered, what_is_there
 from common.shards.headers import DTYPE_NAMES, Tensor
 from common.shards.hub import local_directory
-
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.tiktoken",
-    "*.model",
-    "chat_template*",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-)
 
 
 @dataclass(frozen=True)
@@ -48,36 +37,36 @@ def open_checkpoint(label: str) -> Checkpoint:
     if tensors is None:
         tensors = bins.read_headers(path)
     if not tensors:
-        raise DataError(
-            f"{label}: no model.safetensors, no model.safetensors.index.json, no pytorch_model.bin in it; "
-            "point at the directory that holds the weights"
-        )
+        raise DataError(f"{label}: {what_is_there(path)}")
+    if reason := not_gathered(tensors):
+        raise DataError(f"{label}: {reason}")
     config = path / "config.json"
     if not config.is_file():
         raise DataError(f"{label}: no config.json in it; copy it from where the model came from")
-    return Checkpoint(label, path.resolve(), {tensor.name: tensor for tensor in tensors}, read_json(config))
+    check_companions(path)
+    described = {tensor.name: tensor for tensor in tensors}
+    return Checkpoint(label, path.resolve(), described, read_json(config, strict=False))
 
 
-def config_with_dtype(config: dict, dtype: str) -> str:
-    """config.json's text with `dtype` (e.g. 'F16'), nested configs included: from_pretrained believes it."""
+def config_with_dtype(config: dict, dtype: str | None) -> str:
+    """config.json's text with `dtype` (e.g. 'F16'; None: as it was), nested configs included: from_pretrained believes it.
+
+    Left out is what would no longer be true: code that is not copied (see without_code), and a quantization_config,
+    which models whose weights are floating point have only as null, {} or a left-over.
+    """
 
     def renamed(section: dict) -> dict:
         changed = {k: renamed(v) if isinstance(v, dict) and k.endswith("_config") else v for k, v in section.items()}
         had_old_key = changed.pop("torch_dtype", None) is not None
-        if "dtype" in changed or had_old_key or section is config:
+        if "dtype" in changed or had_old_key or section is kept:
             changed["dtype"] = DTYPE_NAMES[dtype]
         return changed
 
-    return json.dumps(renamed(config), indent=2, ensure_ascii=False) + "\n"
+    kept = {key: value for key, value in without_code(config).items() if key != "quantization_config"}
+    return json.dumps(renamed(kept) if dtype else kept, indent=2, ensure_ascii=False) + "\n"
 
 
-def companion_files(directory: Path) -> list[Path]:
-    """Tokenizer, chat template and generation config of a model directory; never code."""
-    found = {path for pattern in TOKENIZER_FILES for path in directory.glob(pattern)}
-    return sorted(path for path in found if path.is_file() and path.suffix != ".py")
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy them, following symbolic links (the Hub's cache is made of links)."""
-    for path in companion_files(source):
-        shutil.copyfile(path, target / path.name)
+def code_notes(*checkpoints: Checkpoint) -> list[str]:
+    """A line for each model that brings code along, which is never run."""
+    notes = [code_note(checkpoint.config, checkpoint.path, checkpoint.label) for checkpoint in checkpoints]
+    return [note for note in notes if note]

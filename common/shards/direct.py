@@ -4,7 +4,7 @@ Filling it costs a core more than pruning does: pages are found, cleared, filled
 what others use is pushed out. So what the cache holds is read from there; everything else is read directly, in large
 pieces at multiples of PAGE. What is written leaves the cache as soon as it is on disk (RWF_DONTCACHE, Linux 6.14: the
 same few pages again and again, many requests at a time); on older systems it goes directly too. Where a file system has
-neither, the same calls go through its cache.
+neither, the same calls go through its cache; so they do on systems without these calls, such as macOS.
 """
 
 import contextlib
@@ -17,16 +17,20 @@ from pathlib import Path
 
 import numpy as np
 
+from common.shards.systems import make_durable
+
 PAGE = 4096  # offsets, sizes and addresses of direct I/O are multiples of it: enough for every common disk
 _DONTCACHE = 0x80  # Linux's RWF_DONTCACHE, which Python has no name for yet
-_LIBC = ctypes.CDLL(None)
+_TAKES_FLAGS = hasattr(os, "pwritev") and hasattr(os, "RWF_DSYNC")  # elsewhere pwritev refuses any flag
+_MINCORE = getattr(ctypes.CDLL(None), "mincore", None)
 
 
 def aligned(nbytes: int) -> np.ndarray:
     """uint8 [nbytes] that begins at a multiple of PAGE, in huge pages where the kernel has them."""
     memory = mmap.mmap(-1, nbytes)
-    with contextlib.suppress(OSError):  # a kernel built without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel built without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8)
 
 
@@ -44,12 +48,11 @@ class File:
     """A file open twice: through the page cache, and past it. Threads may share it."""
 
     def __init__(self, path: Path, flags: int):
-        self._cached = os.open(path, flags, 0o666)
-        try:
-            self._direct = os.open(path, flags & ~os.O_CREAT & ~os.O_TRUNC | os.O_DIRECT)
-        except OSError:
-            self._direct = None  # this file system has no direct I/O
-        self._is_direct, self._drops = self._direct is not None, True
+        self._path, self._cached, self._direct = path, os.open(path, flags, 0o666), None
+        if hasattr(os, "O_DIRECT"):
+            with contextlib.suppress(OSError):  # this file system has no direct I/O
+                self._direct = os.open(path, flags & ~os.O_CREAT & ~os.O_TRUNC | os.O_DIRECT)
+        self._is_direct, self._drops = self._direct is not None, _TAKES_FLAGS
         self._map = None
 
     def close(self) -> None:
@@ -65,7 +68,7 @@ class File:
 
     def sync(self) -> None:
         """Make durable what was written either way."""
-        os.fsync(self._cached)
+        make_durable(self._cached, self._path)
 
     def _call(self, call, data: np.ndarray, offset: int) -> int:
         """call(descriptor, data, offset), past the cache where alignment allows it and the file system does."""
@@ -99,6 +102,8 @@ class File:
 
         Of another user's file that we may not write the kernel says that it does; it is then read through the cache.
         """
+        if _MINCORE is None:
+            return False
         try:
             if self._map is None:  # of addresses only: what is mapped here is never touched
                 self._map = np.frombuffer(mmap.mmap(self._cached, 0, prot=mmap.PROT_READ), np.uint8)
@@ -107,7 +112,7 @@ class File:
         if end > self._map.size:
             return False
         pages = np.zeros(page_up(end - begin) // PAGE, np.uint8)
-        failed = _LIBC.mincore(
+        failed = _MINCORE(
             ctypes.c_void_p(self._map.ctypes.data + begin),
             ctypes.c_size_t(end - begin),
             ctypes.c_void_p(pages.ctypes.data),
@@ -116,7 +121,7 @@ class File:
 
     def read_cached(self, data: np.ndarray, offset: int) -> int:
         """Fill `data` from `offset` through the page cache -> how many bytes; fewer only at the end of the file."""
-        return _fill(data, lambda rest, done: os.preadv(self._cached, [rest], offset + done))
+        return _fill(data, lambda rest, done: _pread(self._cached, rest, offset + done))
 
     def read(self, data: np.ndarray, offset: int) -> int:
         """Fill `data` from `offset`, past the page cache -> how many bytes; fewer only at the end of the file."""
@@ -124,7 +129,11 @@ class File:
 
 
 def _pread(descriptor: int, data: np.ndarray, offset: int) -> int:
-    return os.preadv(descriptor, [data], offset)
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [data], offset)
+    found = os.pread(descriptor, data.size, offset)  # macOS before 11
+    data[: len(found)] = np.frombuffer(found, np.uint8)
+    return len(found)
 
 
 def _fill(data: np.ndarray, read: Callable[[np.ndarray, int], int]) -> int:

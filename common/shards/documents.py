@@ -16,18 +16,36 @@ MAX_HEADER_BYTES = 25_000_000  # the largest public checkpoints have shards with
 MAX_DEPTH = 50  # of objects and lists in a config.json; Python's own limit would be hit while writing it
 
 
-def parse_json(data: bytes, where: str):
-    """The value of one JSON text; a name that occurs twice in an object is refused, and text that is no Unicode."""
+_LFS = b"version https://git-lfs.github.com/spec/"
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is what Git leaves in place of a large one until `git lfs pull`: a few lines of text."""
+    with open(path, "rb") as file:
+        return file.read(len(_LFS)) == _LFS
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """DataError for a Git LFS pointer, which says nothing of the file that belongs there."""
+    if is_lfs_pointer(path):
+        raise DataError(f"{path}: a Git LFS pointer, not the file; run `git lfs pull` in {path.parent}")
+
+
+def parse_json(data: bytes, where: str, strict: bool = True):
+    """The value of one JSON text. Text that is no Unicode is refused; so is, if `strict`, a name twice in an object.
+
+    Not strict is what transformers does with a config.json: a byte order mark is skipped, the last of two names counts.
+    """
 
     def unique(pairs):
         found = dict(pairs)
-        if len(found) != len(pairs):
+        if strict and len(found) != len(pairs):
             double = Counter(key for key, _ in pairs).most_common(1)[0][0]
             raise DataError(f"{where}: the name {double!r:.80} occurs twice; download or write the file again")
         return found
 
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8" if strict else "utf-8-sig")
         value = json.loads(text, object_pairs_hook=unique)
         if re.search(r"\\u[dD]", text):
             json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair could not be written again
@@ -45,13 +63,14 @@ def _is_deeper(value, depth: int) -> bool:
     return depth == 0 or any(_is_deeper(item, depth - 1) for item in inner)
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file of at most MAX_HEADER_BYTES, nested at most MAX_DEPTH deep."""
+def read_json(path: Path, strict: bool = True) -> dict:
+    """The object in a JSON file of at most MAX_HEADER_BYTES, nested at most MAX_DEPTH deep; see parse_json."""
+    refuse_lfs_pointer(path)
     if path.stat().st_size > MAX_HEADER_BYTES:
         raise DataError(
             f"{path}: {path.stat().st_size} bytes, more than the {MAX_HEADER_BYTES} a JSON file here may have"
         )
-    value = parse_json(path.read_bytes(), str(path))
+    value = parse_json(path.read_bytes(), str(path), strict)
     if not isinstance(value, dict):
         raise DataError(f"{path}: a JSON object is needed, found {type(value).__name__}")
     if _is_deeper(value, MAX_DEPTH):

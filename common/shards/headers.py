@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import DataError
-from common.shards.documents import MAX_HEADER_BYTES, parse_json, read_json
+from common.shards.documents import MAX_HEADER_BYTES, parse_json, read_json, refuse_lfs_pointer
 
 DTYPE_BYTES = {
     "F64": 8,
@@ -107,6 +107,7 @@ def _check_entry(path: Path, name: str, entry, data_bytes: int) -> tuple[str, tu
 
 def _header_bytes(path: Path) -> tuple[bytes, int]:
     """(header JSON, size of the file) of a safetensors file."""
+    refuse_lfs_pointer(path)
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
@@ -202,23 +203,27 @@ def shard_paths(index: Path, weight_map: dict[str, str]) -> list[Path]:
     paths = [index.parent / file for file in sorted(set(weight_map.values()))]
     for path in paths:
         if not path.is_file():
-            raise DataError(f"{path}: missing, though {index.name} names it; download the checkpoint again")
+            there = sum(other.is_file() for other in paths)
+            raise DataError(
+                f"{path}: missing, though {index.name} names it ({there} of {len(paths)} files are there); download the rest"
+            )
     return paths
 
 
 def read_headers(directory: Path) -> list[Tensor] | None:
-    """The tensors of a safetensors checkpoint, in file order; None if the directory holds none."""
+    """The tensors of a safetensors checkpoint, in file order; None if the directory holds none.
+
+    A single file with an index that maps all of it to it (mlx_lm writes both) is what both say it is.
+    """
     single, index = directory / SINGLE_NAME, directory / INDEX_NAME
-    if single.is_file() and index.is_file():
+    if not index.is_file():
+        return read_file_header(single) if single.is_file() else None
+    weight_map = read_index(index, ".safetensors")
+    if single.is_file() and set(weight_map.values()) != {SINGLE_NAME}:
         raise DataError(
             f"{directory}: holds both {SINGLE_NAME} and {INDEX_NAME}, and tools disagree on which counts; "
             "delete the one that is stale"
         )
-    if single.is_file():
-        return read_file_header(single)
-    if not index.is_file():
-        return None
-    weight_map = read_index(index, ".safetensors")
     tensors = [t for path in shard_paths(index, weight_map) for t in read_file_header(path)]
     check_index(index, weight_map, tensors)
     return tensors

@@ -4,24 +4,18 @@ import re
 from pathlib import Path
 
 from common.errors import DataError
+from common.shards.companions import COMPANIONS
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 PICKLED_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
-CONFIGS_AND_TOKENIZER = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "task_vector.json",
-)
+CONFIGS_AND_TOKENIZER = ("config.json", "task_vector.json", *COMPANIONS)
 NEVER = ("consolidated*", "*.py", "*/*")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text can be a Hub id: is_hub_id("org/name") -> True, and False for "./name" and "a/b/c"."""
+    return bool(_HUB_ID.fullmatch(text)) and not text.startswith(".")
 
 
 def download(hub_id: str) -> Path:
@@ -53,8 +47,8 @@ def local_directory(path: str) -> Path:
     """A path that is a directory is that directory; otherwise `org/name` is a Hub id, downloaded."""
     if Path(path).is_dir():
         return Path(path)
-    if _HUB_ID.fullmatch(path) and not path.startswith("."):
+    if is_hub_id(path):
         return download(path)
     if Path(path).exists():
-        raise DataError(f"{path}: a file; needed is the directory of a checkpoint")
+        raise DataError(f"{path}: a file; give the directory that holds it, {Path(path).parent}")
     raise DataError(f"{path}: no such directory; check the path, or give a Hugging Face Hub id such as org/name")

@@ -20,7 +20,7 @@ from common.shards import publish, stream
 from common.shards.buffers import READ, WRITE
 from common.shards.checkpoint import Checkpoint
 from common.shards.layout import Output
-from common.shards.places import check_disk, existing_parent, one_spelling
+from common.shards.places import check_disk, existing_parent, is_empty, whole_path
 from common.shards.processes import Group, deal, group, wait_for_everyone
 from common.shards.sink import Sink
 from common.shards.stream import SHELVES, Task
@@ -44,7 +44,7 @@ class Job:
 
 def identity(script: str, parameters: dict, inputs: list[Checkpoint], outputs: list[Path]) -> dict:
     """What tells a job from every other: JSON that decides every byte it writes, and where it writes them."""
-    places = [one_spelling(path) for path in outputs]
+    places = [whole_path(path) for path in outputs]
     return {"script": script, "parameters": parameters | {"outputs": places}, "inputs": input_files(inputs)}
 
 
@@ -53,7 +53,7 @@ def input_files(checkpoints: list[Checkpoint]) -> dict[str, list[int]]:
     files = {tensor.path for checkpoint in checkpoints for tensor in checkpoint.tensors.values()}
     beside = (checkpoint.path / name for checkpoint in checkpoints for name in ("config.json", "task_vector.json"))
     files |= {path for path in beside if path.is_file()}
-    stats = {str(path): os.stat(path) for path in sorted(files)}
+    stats = {whole_path(path): os.stat(path) for path in sorted(files)}
     return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
 
 
@@ -67,7 +67,7 @@ def describe(job: Job, inputs: list[Checkpoint]) -> str:
         lines.append(f"        vectors are read {job.passes} times (see --help)")
     for output in job.outputs:
         lines.append(f"writes  {output.nbytes / 1e9:8.3f} GB  {output.final} ({len(output.shards)} files)")
-        if output.final.exists():
+        if output.final.exists() and not is_empty(output.final):
             lines.append(f"exists             {output.final}: refused without --overwrite")
     total = sum(output.nbytes for output in job.outputs)
     workers = stream.worker_count()

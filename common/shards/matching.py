@@ -68,9 +68,18 @@ def check_floats(checkpoint: Checkpoint) -> None:
                 f"tensor {tensor.name!r} is {tensor.dtype} in {checkpoint.label}; needed is float16, "
                 "bfloat16 or float32: take an unquantised version of the model"
             )
-    if "quantization_config" in checkpoint.config:
+    if checkpoint.config.get("quantization_config"):  # null and {} say that there is none
+        packed = [
+            t.name for t in checkpoint.tensors.values() if not t.is_parameter and "weight" in t.name.split(".")[-1]
+        ]
+        if packed:
+            raise DataError(
+                f"tensor {packed[0]!r} is {checkpoint.tensors[packed[0]].dtype} in {checkpoint.label}, whose config.json "
+                "has a quantization_config; take an unquantised version of the model"
+            )
         raise DataError(
-            f"{checkpoint.label}: config.json has a quantization_config; take an unquantised version of the model"
+            f"{checkpoint.label}: config.json has a quantization_config, but no weight is quantised; if it is left over, "
+            "remove it from config.json, or else take an unquantised version of the model"
         )
 
 

@@ -1,18 +1,42 @@
 """Where outputs go: is the place free, is there room for them?"""
 
 import os
+import re
 import shutil
 from pathlib import Path
 
 from common.errors import DataError
 
+INSIDE = ".part"  # where an output is made that has to be made within the directory it goes to; see staging.part_of
+MOVING = ".run.moving"  # there while files are moved out of it; see staging.move
+LOST_AND_FOUND = "lost+found"  # a disk's own
 
-def one_spelling(path: Path) -> str:
-    """What a path is called, however it was typed: 'x', './x', 'a/../x' and the absolute path give one text.
 
-    A link in the last place is not followed: an output that replaces it is another file than what it points to.
+def plain(path: Path) -> Path:
+    """The shortest spelling of the same place: plain(Path("./a/../x/")) -> x, plain(Path("/a//b/.")) -> /a/b.
+
+    `..` behind a symbolic link leads to the parent of what the link points at, so there the link is resolved; behind a
+    directory that is not there yet it leads back, as os.path.normpath has it, and not to an error as the kernel has it.
     """
-    return str(path.parent.resolve() / path.name)
+    found = Path(path.anchor)
+    for part in path.parts[1:] if path.anchor else path.parts:
+        if part != "..":
+            found = found / part
+        elif found.is_symlink():
+            found = found.resolve().parent
+        elif found.name not in ("", ".."):
+            found = found.parent
+        elif not found.anchor or found.name:  # above the working directory; / has nothing above it
+            found = found / ".."
+    return found
+
+
+def whole_path(path: Path | str) -> str:
+    """The one spelling that a place has everywhere: absolute, no links in it. Jobs are told apart by it.
+
+    whole_path("./x") == whole_path("y/../x") == whole_path(Path.cwd() / "x")
+    """
+    return str(plain(Path(path)).resolve())
 
 
 def check_places(inputs: list[Path], outputs: list[Path]) -> None:
@@ -52,7 +76,46 @@ def check_disk(needs: dict[Path, int]) -> None:
             )
 
 
+def is_empty(path: Path) -> bool:
+    """Whether a directory holds nothing of anybody's: nothing, or what a disk or an unfinished job of ours puts there."""
+    return path.is_dir() and all(entry.name in (INSIDE, LOST_AND_FOUND) for entry in path.iterdir())
+
+
+def is_half_published(path: Path) -> bool:
+    """Whether a job was stopped while it moved its files out of path/.part; see staging.move."""
+    return (path / INSIDE / ".run" / MOVING).is_file() or (path / MOVING).is_dir()
+
+
 def refuse_existing(path: Path, overwrite: bool) -> None:
-    """DataError if something is there already, unless it may be replaced."""
-    if os.path.lexists(path) and not overwrite:
+    """DataError if something is there already, unless it may be replaced. An empty directory is nothing."""
+    if os.path.lexists(path) and not overwrite and not is_empty(path) and not is_half_published(path):
         raise DataError(f"{path}: already there; give --overwrite to replace it, or write elsewhere")
+
+
+def refuse_existing_file(path: Path, overwrite: bool) -> None:
+    """The same of a file to be written: a directory in its place is refused, even with overwrite."""
+    if path.is_dir():
+        raise DataError(f"{path}: a directory; give a file's name")
+    refuse_existing(path, overwrite)
+
+
+def cannot_be_renamed(path: Path) -> bool:
+    """Whether a directory stays where it is: a mount point, or one in a directory that we may not write to.
+
+    os.path.ismount does not see what is bound from the same disk (docker -v): the kernel's own list does.
+    """
+    if not path.is_dir():
+        return False
+    place = os.path.realpath(path)
+    in_place = os.path.ismount(place) or place in _mount_points()
+    return in_place or not os.access(os.path.dirname(place), os.W_OK | os.X_OK)
+
+
+def _mount_points() -> set[str]:
+    """What Linux's mountinfo lists: the fifth field, its blanks and backslashes as octal numbers."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:  # another system
+        return set()
+    points = (line.split(b" ", 5)[4] for line in lines)
+    return {os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), point)) for point in points}

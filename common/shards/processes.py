@@ -32,7 +32,7 @@ def wait_for_everyone(processes: Group) -> None:
     try:
         PartialState(cpu=True).wait_for_everyone()
     except RuntimeError:
-        raise DataError("another process of this run has stopped; its own line says why") from None
+        raise DataError("another process of this job has stopped; its own line says why") from None
 
 
 def deal(sizes: list[int], processes: Group) -> set[int]:

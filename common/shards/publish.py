@@ -3,7 +3,7 @@
 A run writes to `<save_path>.part`. A shard is written under a temporary name, made durable, and renamed, with a
 record of its tensors (hashes, statistics) beside it under `.run/`. When every shard of every output is there, each
 directory is renamed to its final name. `.run/run.json` says which run a directory belongs to: the same command
-goes on from the last whole shard, any other is refused.
+resumes at the last complete shard, any other is refused.
 """
 
 import json
@@ -29,7 +29,7 @@ def _state(directory: Path) -> dict | None:
 
 
 def difference(theirs: dict, ours: dict) -> str:
-    """What sets two runs apart, in one phrase: "seed 1 there, 2 here"."""
+    """What sets two jobs apart, in one phrase: "seed 1 there, 2 here"."""
     for key in [*ours, *theirs]:
         if theirs.get(key) != ours.get(key):
             if isinstance(theirs.get(key), dict) and isinstance(ours.get(key), dict):
@@ -39,7 +39,7 @@ def difference(theirs: dict, ours: dict) -> str:
 
 
 def unpublished(outputs: list[Output], identity: dict) -> list[Output]:
-    """The outputs that this very run, if it was stopped while it published, has yet to rename; else all of them.
+    """Outputs still to be renamed: all, unless an earlier attempt was stopped between renames.
 
     Outputs are renamed in order, and the first one's record goes last: while it is there, the run is not over.
     """
@@ -49,7 +49,7 @@ def unpublished(outputs: list[Output], identity: dict) -> list[Output]:
 
 
 def claim(output: Output, identity: dict, overwrite: bool) -> int:
-    """Lock the output's .part for this run; returns a descriptor to hold. Raises DataError if it is not ours."""
+    """Lock the output's .part for this job; returns a descriptor to hold. Raises DataError if it is not ours."""
     refuse_existing(output.final, overwrite)
     part = output.part
     fresh = not part.exists()
@@ -59,10 +59,10 @@ def claim(output: Output, identity: dict, overwrite: bool) -> int:
         return descriptor
     strangers = [path for path in part.iterdir() if path.name != RUN]
     if strangers and not overwrite:
-        what = difference(theirs, identity) if theirs else "no record of a run in it"
+        what = difference(theirs, identity) if theirs else "no record of a job in it"
         os.close(descriptor)
         raise DataError(
-            f"{part}: left by another run ({what}); finish that run with its own command, "
+            f"{part}: left by another job ({what}); finish that job with its own command, "
             "delete the directory, or give --overwrite to start afresh"
         )
     for path in strangers:
@@ -74,7 +74,7 @@ def claim(output: Output, identity: dict, overwrite: bool) -> int:
 
 
 def whole_shards(waiting: list[Output], outputs: list[Output]) -> set[int]:
-    """The numbers of the shards that are whole in every output that waits to be published (of all `outputs`)."""
+    """Numbers of the shards that are complete in every output still to be published."""
     return {
         i
         for i in range(len(outputs[0].shards))
@@ -83,7 +83,7 @@ def whole_shards(waiting: list[Output], outputs: list[Output]) -> set[int]:
 
 
 def release(output: Output, descriptor: int) -> None:
-    """Give up a claim; a .part in which nothing was written goes."""
+    """Give up a claim; a .part in which nothing was written is deleted."""
     if all(path.name == RUN for path in output.part.iterdir()):
         shutil.rmtree(output.part, ignore_errors=True)
     os.close(descriptor)
@@ -118,7 +118,7 @@ def publish(outputs: list[Output]) -> None:
 
 
 def _forget(directory: Path) -> None:
-    """Remove a record of a run, run.json last: killed in here, the same command goes on."""
+    """Delete the record of a job, run.json last: if this is interrupted, the same command resumes."""
     if directory.is_dir():
         for path in sorted(directory.iterdir(), key=lambda path: path.name == "run.json"):
             path.unlink(missing_ok=True)
@@ -126,6 +126,6 @@ def _forget(directory: Path) -> None:
 
 
 def discard(outputs: list[Output]) -> None:
-    """Remove what a run that was refused on its data has written: going on would only meet the same data."""
+    """Delete what a job that was refused on its data has written: resuming would only meet the same data."""
     for output in outputs:
         shutil.rmtree(output.part, ignore_errors=True)

@@ -3,26 +3,35 @@
 Work happens under another name on the same file system, is made durable, and is renamed at the end.
 """
 
-import fcntl
 import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
 from common.errors import DataError
-from common.shards.places import refuse_existing
+from common.shards.places import INSIDE, LOST_AND_FOUND, MOVING, cannot_be_renamed, refuse_existing
+from common.shards.systems import make_durable, try_lock
+
+
+def _meant(final: Path) -> Path:
+    """Of a link to a directory, that directory: it may be on another disk, which is what the link is for."""
+    return final.resolve() if final.is_symlink() and final.is_dir() else final
 
 
 def part_of(final: Path) -> Path:
-    """The name a directory has until it is whole: part_of(Path("a/b")) -> a/b.part."""
-    return final.with_name(final.name + ".part")
+    """The name a directory has until it is whole: part_of(Path("a/b")) -> a/b.part.
+
+    A mount point cannot be renamed over, and its bytes belong on its own disk: there the work is done in a/b/.part.
+    """
+    final = _meant(final)
+    return final / INSIDE if cannot_be_renamed(final) else final.with_name(final.name + ".part")
 
 
 def sync(path: Path) -> None:
     """Make a file's bytes, or a directory's names, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        make_durable(descriptor, path)
     finally:
         os.close(descriptor)
 
@@ -36,13 +45,16 @@ def lock(directory: Path) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if path.stat().st_ino == os.fstat(descriptor).st_ino:  # not one that was renamed away meanwhile
+        # Not one that was renamed away meanwhile.
+        if try_lock(descriptor, path) and path.stat().st_ino == os.fstat(descriptor).st_ino:
             return descriptor
-    except (BlockingIOError, FileNotFoundError):
+    except FileNotFoundError:
         pass
+    except OSError:
+        os.close(descriptor)
+        raise
     os.close(descriptor)
-    raise DataError(f"{directory}: another run is writing there; wait for it, or write elsewhere")
+    raise DataError(f"{directory}: another job is writing there; wait for it, or write elsewhere")
 
 
 def _remove(path: Path) -> None:
@@ -69,14 +81,41 @@ def settle(part: Path) -> None:
 
 
 def move(part: Path, final: Path) -> None:
-    """Rename a directory; what was under the new name goes once the new one is in its place."""
+    """Make `part` what is under the new name; what was there is deleted once the new one is in its place."""
+    if part.name == INSIDE:
+        _move_out(part)
+        return
+    final = _meant(final)
     old = part.with_name(part.name + ".old")  # a name that only we use
-    if os.path.lexists(final):
+    if os.path.lexists(final) and not (final.is_dir() and not any(final.iterdir())):
         _remove(old)
         os.rename(final, old)
-    os.rename(part, final)
+    os.rename(part, final)  # over an empty directory, too
     sync(final.absolute().parent)
     _remove(old)
+
+
+def _move_out(part: Path) -> None:
+    """Move the files of a/b/.part to a/b, which has to stay the directory that it is.
+
+    config.json is deleted first and comes last: without it a directory is no checkpoint, so nobody takes half of one for
+    whole. The job's record arrives under its own name once .part has gone: killed anywhere in here, the same command
+    makes again what has left .part and gets to the end, or finds that the job is done.
+    """
+    final, run = part.parent, part / ".run"
+    (run / MOVING).touch()
+    (final / "config.json").unlink(missing_ok=True)
+    for path in final.iterdir():
+        if path.name not in (INSIDE, LOST_AND_FOUND):
+            _remove(path)
+    files = [path for path in part.iterdir() if path != run]
+    for path in sorted(files, key=lambda path: path.name == "config.json"):
+        os.rename(path, final / path.name)
+    sync(final)
+    os.rename(run, final / MOVING)
+    part.rmdir()
+    os.rename(final / MOVING, final / ".run")
+    sync(final)
 
 
 @contextmanager
@@ -108,7 +147,7 @@ def write_file(path: Path, data: bytes) -> None:
         with open(part, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            make_durable(file.fileno(), part)
         os.rename(part, path)
         sync(path.parent)
     finally:

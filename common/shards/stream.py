@@ -23,6 +23,7 @@ from common.shards.buffers import InputBuffer, OutputBuffer, Shelf
 from common.shards.direct import File
 from common.shards.headers import Tensor
 from common.shards.layout import Slot
+from common.shards.systems import cores
 
 _COPY_BLOCK = 1 << 18  # elements
 SHELVES = 512 << 20  # bytes that all workers together keep of what a task reads from disk more than once
@@ -101,7 +102,9 @@ def new_hash():
 
 def not_finite(tensor: Tensor) -> DataError:
     """What to raise for a tensor that holds NaN or infinity."""
-    return DataError(f"tensor {tensor.name!r} in {tensor.path}: holds NaN or infinity; take a sound copy of the model")
+    return DataError(
+        f"tensor {tensor.name!r} in {tensor.path}: holds NaN or infinity; take an undamaged copy of the model"
+    )
 
 
 def copy_tensor(task: Task, worker: Worker) -> list[dict]:
@@ -185,4 +188,4 @@ def run(tasks: list[Task], do: Callable[[Task, Worker], list], moved: Callable, 
 
 def worker_count() -> int:
     """Threads to use: two more than the cores this process may run on, for when some wait for the disk; at most 10."""
-    return min(len(os.sched_getaffinity(0)), 8) + 2
+    return min(cores(), 8) + 2

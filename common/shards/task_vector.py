@@ -30,7 +30,7 @@ class TaskVector:
     hashes: dict[str, dict[str, str]]
 
 
-def _whereabouts(checkpoint: Checkpoint) -> str:
+def whereabouts(checkpoint: Checkpoint) -> str:
     """An absolute path, or the Hub id as it was given."""
     return str(Path(checkpoint.label).resolve()) if Path(checkpoint.label).is_dir() else checkpoint.label
 
@@ -38,8 +38,8 @@ def _whereabouts(checkpoint: Checkpoint) -> str:
 def write_task_vector_json(directory: Path, finetuned: Checkpoint, base: Checkpoint, dtype: str, records: dict) -> None:
     """Write task_vector.json from the records of an extraction."""
     content = {
-        "finetuned_model_path": _whereabouts(finetuned),
-        "base_model_path": _whereabouts(base),
+        "finetuned_model_path": whereabouts(finetuned),
+        "base_model_path": whereabouts(base),
         "dtype": DTYPE_NAMES[dtype],
         "hash": HASH,
         "tensors": {name: {"base": r["base"], "vector": r["written"]} for name, r in records.items()},
@@ -55,7 +55,7 @@ def write_pruned_vector_json(directory: Path, vector: TaskVector, records: dict)
 
 
 def read_task_vector(checkpoint: Checkpoint) -> TaskVector:
-    """The task vector in a checkpoint. Raises DataError if there is no sound task_vector.json for its tensors."""
+    """The task vector in a checkpoint. Raises DataError if there is no undamaged task_vector.json for its tensors."""
     path = checkpoint.path / NAME
     if not path.is_file():
         raise DataError(

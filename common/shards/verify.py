@@ -1,7 +1,8 @@
 """Is a directory still what was written? Hash every tensor and compare.
 
-Every script that writes weights leaves a hash of each tensor beside them, in task_vector.json, prune_report.json or
-merge_report.json. Checked here: each tensor's bytes, that none is missing and none was added, and every header.
+Every script that writes weights leaves a hash of each tensor beside them, in convert_report.json, task_vector.json,
+prune_report.json or merge_report.json. Checked here: each tensor's bytes, that none is missing and none was added, and
+every header. What the record says of other directories, the inputs, is known only as far as these are verified too.
 """
 
 from pathlib import Path
@@ -9,13 +10,25 @@ from pathlib import Path
 from common.errors import DataError
 from common.shards import task_vector
 from common.shards.checkpoint import Checkpoint
-from common.shards.documents import read_json
+from common.shards.documents import read_json, write_json
 from common.shards.hashing import tensor_hashes
-from common.shards.headers import Tensor, read_headers
+from common.shards.headers import DTYPE_NAMES, Tensor, read_headers
+from common.shards.places import whole_path
 
 # {file: the key of a tensor's hash; None where the hash itself is the value}
-MERGE_REPORT, PRUNE_REPORT = "merge_report.json", "prune_report.json"
-RECORDS = {MERGE_REPORT: None, PRUNE_REPORT: "hash", task_vector.NAME: "vector"}
+CONVERT_REPORT, MERGE_REPORT, PRUNE_REPORT = "convert_report.json", "merge_report.json", "prune_report.json"
+RECORDS = {MERGE_REPORT: None, PRUNE_REPORT: "hash", task_vector.NAME: "vector", CONVERT_REPORT: None}
+
+
+def write_convert_report(directory: Path, model: Checkpoint, dtype: str, records: dict[str, dict]) -> None:
+    """convert_report.json from the records of a conversion: from what, to which dtype, a hash of every tensor."""
+    content = {
+        "model_path": task_vector.whereabouts(model),
+        "dtype": DTYPE_NAMES[dtype],
+        "hash": task_vector.HASH,
+        "tensors": {name: record["written"] for name, record in records.items()},
+    }
+    write_json(directory / CONVERT_REPORT, content)
 
 
 def recorded_hashes(path: Path) -> dict[str, str]:
@@ -38,16 +51,16 @@ def recorded_hashes_of(checkpoint: Checkpoint) -> dict[str, str]:
     return {}
 
 
-def open_directory(label: str) -> tuple[list[Tensor], dict[Path, dict[str, str]]]:
+def open_directory(label: Path | str) -> tuple[list[Tensor], dict[Path, dict[str, str]]]:
     """(tensors, {record: {tensor: hash}}) of a directory to verify, with the same names in all of them."""
     directory = Path(label)
     if not directory.is_dir():
-        raise DataError(f"{label}: no such directory; give one that extract, prune or merge wrote")
+        raise DataError(f"{label}: no such directory; give one that convert, extract, prune or merge wrote")
     paths = [directory / name for name in RECORDS if (directory / name).is_file()]
     if not paths:
         raise DataError(
-            f"{label}: no {', '.join(RECORDS)} in it, so nothing says what its bytes were; only what extract, prune "
-            "and merge wrote can be verified"
+            f"{label}: no {', '.join(RECORDS)} in it, so nothing says what its bytes were; only what "
+            "convert, extract, prune and merge wrote can be verified"
         )
     tensors = read_headers(directory)
     if tensors is None:
@@ -73,11 +86,11 @@ def _check_names(tensors: list[Tensor], path: Path, hashes: dict[str, str]) -> N
             )
 
 
-def check_directory(label: str) -> str:
-    """Read a task vector, a pruned or a merged model back; what to tell the user.
+def check_directory(label: Path | str) -> tuple[str, dict[str, str]]:
+    """Read what a script wrote back -> (what to tell the user, {tensor: hash}).
 
-    check_directory("models/merged") -> "models/merged: 291 tensors, 14.483 GB, every byte of them as it was written". Raises
-    DataError that names the first damaged tensor and its file.
+    check_directory("models/merged") -> ("models/merged: 291 tensors, 14.483 GB, every byte of them as it was written", …).
+    Raises DataError that names the first damaged tensor and its file.
     """
     tensors, records = open_directory(label)
     found = tensor_hashes(tensors, f"verify {Path(label).name}")
@@ -90,10 +103,51 @@ def check_directory(label: str) -> str:
                 "write or copy the directory again"
             )
     nbytes = sum(tensor.nbytes for tensor in tensors)
-    return f"{label}: {len(tensors)} tensors, {nbytes / 1e9:.3f} GB, every byte of them as it was written"
+    return f"{label}: {len(tensors)} tensors, {nbytes / 1e9:.3f} GB, every byte of them as it was written", found
 
 
-def verify(labels: list[str]) -> None:
-    """Check one directory after the other and print a line for each. Raises DataError at the first that is not sound."""
+def recorded_inputs(directory: Path) -> dict[str, dict[str, str]]:
+    """{input, as the records of a directory name it: {tensor: hash}, empty where none was recorded}."""
+    found = {}
+    for name in RECORDS:
+        content = read_json(directory / name) if (directory / name).is_file() else {}
+        if name == task_vector.NAME and content:
+            hashes = {tensor: entry.get("base") for tensor, entry in content["tensors"].items()}
+            found[str(content.get("base_model_path"))] = hashes
+        found |= {str(content[key]): {} for key in ("finetuned_model_path", "model_path", "vector") if content.get(key)}
+        found |= {model: {} for model in (content.get("models") or {})}
+    return found
+
+
+def unknown_inputs(directory: Path, verified: dict[str, dict[str, str]]) -> list[str]:
+    """A line about the inputs of a verified directory, of which nothing is known but what `verified` says.
+
+    verified: {directory: {tensor: hash}} of all that were read back. A recorded hash finds its directory wherever that
+    lies now.
+    """
+    here, unknown = [], []
+    for name, hashes in recorded_inputs(directory).items():
+        same = [label for label, found in verified.items() if hashes and hashes.items() <= found.items()]
+        if same:
+            here.append(f"its base is {same[0]}, verified too")
+        elif hashes:
+            unknown.append(f"{name} (by its hashes none of those verified here)")
+        elif whole_path(name) not in map(whole_path, verified):
+            unknown.append(name)
+    if unknown:
+        here.append(f"not known: whether its inputs are as they were: {', '.join(unknown)}")
+    return here
+
+
+def verify(labels: list[Path | str]) -> None:
+    """Check one directory after the other and print a line for each, then what is not known of their inputs.
+
+    Raises DataError at the first that is damaged.
+    """
+    verified = {}
     for label in labels:
-        print(check_directory(label), flush=True)
+        line, verified[str(label)] = check_directory(label)
+        print(line, flush=True)
+    for label in labels:
+        for line in unknown_inputs(Path(label), verified):
+            print(f"{label}: {line}", flush=True)

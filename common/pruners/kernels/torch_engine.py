@@ -161,9 +161,10 @@ def _tally_groups(mask, at, m, counts) -> None:
 
 def tally(vector, dtype, masks, j, at, m, counts) -> bool:
     """Add one block of vector number j and its mask to counts[j], in numpy (see common.pruners.kernels.arithmetic)."""
-    own, squares = counts[j], vector.view(_FLOAT[dtype]).double().square_()
+    own, values = counts[j], vector.view(_FLOAT[dtype])
+    squares = (values.cpu() if values.device.type == "mps" else values).double().square_()  # mps has no float64
     own["energy"] += float(squares.sum())
-    own["energy_kept"] += float((squares * masks[j]).sum())
+    own["energy_kept"] += float((squares * masks[j].to(squares.device)).sum())
     own["nonzero"] += int((_magnitudes(vector, dtype) != 0).sum())
     own["kept"] += int(masks[j].sum(dtype=torch.int64))
     for i, mask in enumerate(masks[:j]):

@@ -1,0 +1,159 @@
+"""What a directory without usable weights does hold, and what to do about it: error lines look before they speak."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from common.shards.headers import INDEX_NAME, SINGLE_NAME, Tensor
+
+_SHARD = re.compile(r"(model|pytorch_model)-\d{5}-of-(\d{5})(\.safetensors|\.bin)")
+_WEIGHTS = (SINGLE_NAME, INDEX_NAME, "pytorch_model.bin", "pytorch_model.bin.index.json")
+_UNFINISHED = (
+    "*.incomplete",
+    "*.part",
+    "*.aria2",
+    "*.crdownload",
+    "*.download",
+    ".cache/huggingface/download/*.incomplete",
+)
+_ZERO = ("zero_to_fp32.py", "global_step*", "*zero_pp_rank_*", "*mp_rank_*_model_states.pt")
+_NOT_MODELS = ("consolidated", "training_args", "optimizer", "scheduler", "rng_state")  # beside models, never one
+_OTHERS = {
+    "consolidated*.safetensors": "the weights as Mistral first published them",
+    "consolidated*.pth": "the weights as Meta first published them",
+    "tf_model*.h5": "TensorFlow weights",
+    "flax_model*.msgpack": "Flax weights",
+    "*.ckpt*": "a training checkpoint",
+    "*.onnx": "an ONNX model",
+    "*.pt": "PyTorch files under another name",
+    "*.pth": "PyTorch files under another name",
+}
+
+
+def _names(paths: list[Path]) -> str:
+    """[a, b, c, d] -> "a, b, c, …"."""
+    names = [path.name for path in paths]
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def _glob(directory: Path, *patterns: str) -> list[Path]:
+    return sorted({path for pattern in patterns for path in directory.glob(pattern)})
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether a directory holds what open_checkpoint would read."""
+    return any((directory / name).is_file() for name in _WEIGHTS)
+
+
+def what_is_there(directory: Path) -> str:
+    """Why a directory without weights is none, by what lies in it: "holds x; do y".
+
+    what_is_there(Path("adapter")) -> "holds a LoRA adapter (adapter_config.json), not a model; …"
+    """
+    for look in (_job, _cache, _adapter, _shards, _unfinished, _zero, _gguf, _deeper, _other):
+        found = next(look(directory), None)
+        if found:
+            return found
+    if not any(directory.iterdir()):
+        return "an empty directory; point at the one that holds the weights"
+    return (
+        "no model.safetensors, no model.safetensors.index.json, no pytorch_model.bin in it; "
+        "point at the directory that holds the weights"
+    )
+
+
+def _job(directory: Path) -> Iterator[str]:
+    if (directory / ".run" / "run.json").is_file():
+        yield "left by a job of these scripts that has not finished; run its command again, then point at its output"
+    elif (directory / ".part").is_dir():
+        yield "a job of these scripts that writes there has not finished; run its command again"
+
+
+def _cache(directory: Path) -> Iterator[str]:
+    """Of the Hub: its root, one model of it, or that model's snapshots."""
+    root = directory.parent if directory.name == "snapshots" else directory
+    if root.name.startswith("models--"):
+        snapshots = [path for path in _glob(root / "snapshots", "*") if has_weights(path)]
+        model = root.name.removeprefix("models--").replace("--", "/", 1)
+        if snapshots:
+            yield f"a model's folder in the Hub's cache; point at {snapshots[-1]}, or give the id {model}"
+        else:
+            yield f"a model's folder in the Hub's cache, and no snapshot in it holds weights; give the id {model}"
+    models = _glob(directory, "models--*", "hub/models--*")
+    if models:
+        first = models[0].name.removeprefix("models--").replace("--", "/", 1)
+        yield f"the Hub's cache of {len(models)} model(s); give a model's id, such as {first}"
+
+
+def _adapter(directory: Path) -> Iterator[str]:
+    adapter = _glob(directory, "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+    if adapter:
+        yield (
+            f"holds a LoRA adapter ({_names(adapter)}), not a model; give it to extract_task_vector_7b.py as "
+            "--finetuned_model_path, or merge it into its base with peft's merge_and_unload() and save that"
+        )
+
+
+def _shards(directory: Path) -> Iterator[str]:
+    """Shards that nobody lists. Which belong together is not guessed: a stale one would be merged in."""
+    shards = [(path, match) for path in _glob(directory, "*") if (match := _SHARD.fullmatch(path.name))]
+    for path, match in shards:
+        stem, count, suffix = match.groups()
+        own = [other for other, m in shards if m.groups() == match.groups()]
+        index = f"{stem}{suffix}.index.json"
+        if len(own) < int(count):
+            yield f"{len(own)} of {int(count)} shards ({_names(own)}) and no {index}; finish the download"
+        yield f"{len(own)} shard(s) ({path.name}, …) but no {index}, which says what is in them; download it to them"
+
+
+def _unfinished(directory: Path) -> Iterator[str]:
+    """Left by a download that stopped."""
+    left = _glob(directory, *_UNFINISHED)
+    if left:
+        yield f"a download that has not finished ({_names(left)}) and no whole weights; run the download again"
+
+
+def _zero(directory: Path) -> Iterator[str]:
+    zero = _glob(directory, *_ZERO)
+    if zero:
+        yield (
+            f"a DeepSpeed ZeRO checkpoint ({_names(zero)}), whose weights are in pieces; gather them with "
+            f"`python zero_to_fp32.py {directory} OUT --safe_serialization` and add config.json and the tokenizer"
+        )
+
+
+def _gguf(directory: Path) -> Iterator[str]:
+    files = _glob(directory, "*.gguf")
+    if files:
+        yield f"holds GGUF ({_names(files)}), which llama.cpp reads; take the safetensors version of the model"
+
+
+def _deeper(directory: Path) -> Iterator[str]:
+    """One level too high: a folder of models, a trainer's output, an unpacked archive."""
+    below = [path for path in _glob(directory, "*") if path.is_dir() and has_weights(path)]
+    if len(below) == 1:
+        yield f"no weights in it, but in {below[0]}; point there"
+    if below:
+        yield f"no weights in it, but in {len(below)} directories below ({_names(below)}); point at one of them"
+
+
+def _other(directory: Path) -> Iterator[str]:
+    loose = [path for path in _glob(directory, "*.safetensors", "*.bin") if not path.name.startswith(_NOT_MODELS)]
+    if len(loose) == 1:
+        name = SINGLE_NAME if loose[0].suffix == ".safetensors" else "pytorch_model.bin"
+        yield f"holds {loose[0].name} but no {name}; if that is the whole model, rename it to {name}"
+    for pattern, what in _OTHERS.items():
+        files = _glob(directory, pattern)
+        if files:
+            yield f"holds {what} ({_names(files)}); take the version of the model that transformers reads, in safetensors"
+
+
+def not_gathered(tensors: list[Tensor]) -> str | None:
+    """What to say of weights that DeepSpeed ZeRO-3 saved without gathering them: most are placeholders of no element."""
+    empty = [tensor for tensor in tensors if tensor.is_parameter and tensor.shape == (0,)]
+    if 2 * len(empty) <= len(tensors):
+        return None
+    return (
+        f"{len(empty)} of {len(tensors)} tensors are empty, as DeepSpeed ZeRO-3 leaves them where it does not gather the "
+        "weights; save with stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py on the training checkpoint"
+    )
