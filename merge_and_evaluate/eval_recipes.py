@@ -114,10 +114,10 @@ def include_path(recipe_path: str, include: str | None) -> str | None:
     """The folder of task files: relative to where the user stands, as for lm_eval, else to the recipe's folder."""
     if include is None:
         return None
-    include = os.path.normpath(os.path.expanduser(include))
-    if os.path.isdir(include):
-        return include
-    beside = Path(recipe_path).parent / include
+    folder = os.path.normpath(os.path.expanduser(include))
+    if os.path.isdir(folder):
+        return folder
+    beside = Path(recipe_path).parent / folder
     if not beside.is_dir():
         raise DataError(
             f"{recipe_path}: include_path {include} is no directory, seen from here or from the recipe; "

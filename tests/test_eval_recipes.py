@@ -69,7 +69,7 @@ def test_lm_eval_takes_it_and_its_commands_parse(name, monkeypatch):
     config = EvaluatorConfig.from_cli(HarnessCLI().parse_args())
     assert config.model_args == {"pretrained": "./models/merged"}
     args = script.parse_args(commands[1][2:])
-    assert args.eval_only and args.eval_recipe == f"recipes/{name}.yml"
+    assert args.eval_only and str(args.eval_recipe) == f"recipes/{name}.yml"
     assert "\n# model: vllm\n" in text
     for command in commands[2:]:  # the same recipe with vLLM, in lm-eval's own words
         monkeypatch.setattr("sys.argv", command)
