@@ -82,6 +82,14 @@ def finite_float(text: str) -> float:
     return value
 
 
+def limit(text: str) -> int | float:
+    """'100' -> 100 items of each task, '0.1' -> a tenth of them."""
+    value = finite_float(text)
+    if value <= 0 or (value >= 1 and not value.is_integer()):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of items nor a share between 0 and 1")
+    return value if value < 1 else int(value)
+
+
 def batch_size(text: str) -> int | str:
     """'8' -> 8; 'auto' and 'auto:4' (lm-eval finds the largest that fits, here 4 times) stay text."""
     if text == "auto" or (text.startswith("auto:") and text[5:].isdigit()):

@@ -1,27 +1,44 @@
-"""What merge_and_evaluate_7b.py alone uses, in reading order: merging, scoring, comparing, searching for the weight.
+"""What merge_and_evaluate_7b.py alone uses, in reading order.
 
+merging
 yaml_files.py        YAML files, read warily
-recipes.py           merge recipes: read, checked, weights set
-streamed_methods.py  methods that stream, their parameters, why a recipe does not
+recipes.py           merge recipes: read, checked, weights and paths set
+streamed_methods.py  the methods that stream, their parameters, why a recipe does not
 parameters.py        the value of every parameter, tensor by tensor
-merging.py           open the models, choose the engine, say what it was made of
+merging.py           open the models, choose the engine, say what a merge was made of
 streaming.py         a streamed merge: planned from headers, one job
 merge_tensor.py      one tensor of it: read, keep, sum, write
 sums.py              the sums of a block, compiled
 sum_inputs.py        what they are given: blocks, rules, torch's order of summation
 budgets.py           what TIES keeps, DARE's factor
-mergekit_engine.py   what does not stream, by mergekit; what it dropped is refused
+mergekit_engine.py   merge with mergekit what does not stream; what it dropped is refused
 merge_methods.py     our masks as merge methods of mergekit
 card.py              the model card
+
+scoring
 eval_recipes.py      eval recipes: read, checked
+eval_settings.py     what their groups say about members
 eval_tasks.py        the tasks they name
+eval_machine.py      which device, which dtype
+announcement.py      one line before a model is scored
+eval_log.py          what lm-eval says, to a file
 evaluation.py        score a model with lm-eval
+items.py             every question's score
 scores.py            the figures that people compare
+leaderboard_v2.py    the second leaderboard's own figures
 results.py           results files: put together, written, read
 scoring.py           one model into one results file
-comparison.py        results side by side
-overview.py          a sweep at a glance
 sweep.py             several weights, the best kept
+overview.py          a sweep at a glance
+
+comparing
+rows.py              results files as rows to compare
+statistics.py        paired differences and their p-values
+verdicts.py          which row is better, in words
+scores_picture.py    scores and differences, drawn
+comparison.py        results side by side
+
+searching for the weight
 race_plan.py         which items a race scores when
 race.py              who drops out of a race
 search.py            CMA-ES over the weights

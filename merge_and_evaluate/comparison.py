@@ -1,72 +1,16 @@
-"""Results side by side: one table, one picture."""
+"""Results side by side: scores, paired differences with a verdict, what to mind, one picture."""
 
-import math
-from dataclasses import dataclass
 from pathlib import Path
 
-from common.pruners.pictures import save_figure
-from merge_and_evaluate.results import percent, read_results
-from merge_and_evaluate.scores import mean_stderr
-
-AVERAGE = "average"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method: its name and its summary from a results file."""
-
-    name: str
-    summary: dict
-    origin: dict
-
-    @property
-    def tasks(self) -> dict[str, dict]:
-        return self.summary["tasks"]
+from merge_and_evaluate.results import percent
+from merge_and_evaluate.rows import AVERAGE, Row, best_value, cell, columns, common_tasks, head, read_rows
+from merge_and_evaluate.scores_picture import draw
+from merge_and_evaluate.verdicts import differences, pairing_remarks, reference_row, verdict_table
 
 
 def label(weights: tuple[float, ...]) -> str:
     """(0.6, 1.2) -> '0.6 / 1.2'."""
     return " / ".join(f"{weight:g}" for weight in weights)
-
-
-def read_rows(paths: list[str]) -> list[Row]:
-    documents = [read_results(path) for path in paths]
-    return [Row(d["summary"]["name"], d["summary"], d.get("provenance", {})) for d in documents]
-
-
-# --- columns --------------------------------------------------------------------------------------
-
-
-def columns(rows: list[Row]) -> list[str]:
-    """Every task of any row, in the order of first appearance."""
-    return list(dict.fromkeys(task for row in rows for task in row.tasks))
-
-
-def common_tasks(rows: list[Row]) -> list[str]:
-    return [task for task in columns(rows) if all(task in row.tasks for row in rows)]
-
-
-def cell(row: Row, column: str, shared: list[str]) -> tuple[float | None, float | None]:
-    """(score, standard error). The average is over the tasks that all rows have, so that it compares."""
-    if column != AVERAGE:
-        task = row.tasks.get(column, {})
-        return task.get("value"), task.get("stderr")
-    if set(shared) == set(row.tasks):
-        return row.summary["average"], row.summary["average_stderr"]
-    values = [row.tasks[task]["value"] for task in shared]
-    if not values or None in values:
-        return None, None
-    return math.fsum(values) / len(values), mean_stderr([row.tasks[task]["stderr"] for task in shared])
-
-
-def best_value(rows: list[Row], column: str, shared: list[str]) -> float | None:
-    """The best score of a column: the largest, or the smallest where the task says that less is better."""
-    values = [value for row in rows if (value := cell(row, column, shared)[0]) is not None]
-    looked_at = shared if column == AVERAGE else [column]
-    less = any(
-        row.tasks[task].get("higher_is_better") is False for row in rows for task in looked_at if task in row.tasks
-    )
-    return (min if less else max)(values, default=None)
 
 
 # --- table ----------------------------------------------------------------------------------------
@@ -77,7 +21,7 @@ def table(rows: list[Row], corner: str = "method") -> str:
     shared = common_tasks(rows)
     names = [*columns(rows), AVERAGE]
     best = {name: best_value(rows, name, shared) for name in names}
-    heads = list(names)
+    heads = [*(head(rows, task) for task in columns(rows)), AVERAGE]
     if any(set(row.tasks) != set(shared) for row in rows):
         heads[-1] = f"average of {', '.join(shared)}" if shared else "average (no task in common)"
     lines = ["| " + " | ".join([corner, *heads]) + " |", "|---" * (len(names) + 1) + "|"]
@@ -87,26 +31,40 @@ def table(rows: list[Row], corner: str = "method") -> str:
             value, stderr = cell(row, name, shared)
             bold = value is not None and value == best[name] and len(rows) > 1
             cells.append(f"**{percent(value, stderr)}**" if bold else percent(value, stderr))
-        lines.append("| " + " | ".join([row.name.replace("|", "\\|"), *cells]) + " |")
+        lines.append("| " + " | ".join([row.label, *cells]) + " |")
     return "\n".join(lines)
 
 
+# --- remarks --------------------------------------------------------------------------------------
+
+
 def _differences(rows: list[Row], what: str, of) -> list[str]:
-    """One remark if `of(row)` is known for all rows and not the same."""
+    """One remark if of(row) is not the same for all rows that know it; '?' for those that do not."""
     found = [of(row) for row in rows]
-    if None in found or len({str(value) for value in found}) == 1:
+    if len({str(value) for value in found if value is not None}) < 2:
         return []
-    return [f"{what} differ: " + ", ".join(f"{row.name} {value}" for row, value in zip(rows, found, strict=True))]
+    shown = ["?" if value is None else value for value in found]
+    return [f"{what} differ: " + ", ".join(f"{row.name} {value}" for row, value in zip(rows, shown, strict=True))]
 
 
-def remarks(rows: list[Row]) -> list[str]:
-    """What a reader must know before comparing these rows."""
-    notes = []
+def setting_remarks(rows: list[Row]) -> list[str]:
+    """What rows differ in beside the model: of two such rows the difference may come from that."""
+    notes, limits = [], [row.settings.get("limit") for row in rows]
+    limited = any(limit is not None for limit in limits) and len({str(limit) for limit in limits}) > 1
     for task in common_tasks(rows):
-        for what in ("num_fewshot", "metric", "samples"):
+        for what in ("num_fewshot", "metric", *(() if limited else ("samples",))):  # limits have a remark of their own
             notes += _differences(rows, f"{task}: {what}", lambda row, t=task, w=what: row.tasks[t].get(w))
-    notes += _differences(rows, "batch sizes", lambda row: row.origin.get("batch_size"))
-    notes += _differences(rows, "lm_eval versions", lambda row: row.origin.get("versions", {}).get("lm_eval"))
+    if limited:
+        shown = ["all items" if limit is None else f"{limit:g}" for limit in limits]
+        notes.append(f"limits differ: {', '.join(f'{r.name} {s}' for r, s in zip(rows, shown, strict=True))}")
+    for what in dict.fromkeys(what for row in rows for what in row.settings if what != "limit"):
+        notes += _differences(rows, what, lambda row, w=what: row.settings.get(w))
+    return notes
+
+
+def choice_remarks(rows: list[Row]) -> list[str]:
+    """Which rows' weights were chosen on what."""
+    notes = []
     for row in rows:
         chosen = row.summary.get("chosen")
         if chosen and chosen["held_out"]:
@@ -119,48 +77,27 @@ def remarks(rows: list[Row]) -> list[str]:
     return notes
 
 
-# --- picture --------------------------------------------------------------------------------------
+def remarks(rows: list[Row]) -> list[str]:
+    """What a reader must know before comparing these rows."""
+    return setting_remarks(rows) + choice_remarks(rows)
 
 
-def draw(rows: list[Row], path: Path) -> None:
-    """One panel per task and one for the average: a dot with its standard error for every row."""
-    from matplotlib.figure import Figure
-
-    shared = common_tasks(rows)
-    names = [AVERAGE, *columns(rows)]
-    across = min(4, len(names))
-    down = math.ceil(len(names) / across)
-    figure = Figure(figsize=(1.6 + 2.6 * across, down * (0.9 + 0.32 * len(rows))), layout="constrained")
-    axes = figure.subplots(down, across, squeeze=False, sharey=True).flatten()
-    for name, axis in zip(names, axes, strict=False):
-        _draw_panel(axis, rows, name, shared)
-    for axis in axes[len(names) :]:
-        axis.set_visible(False)
-    figure.supxlabel("score (percent for accuracies), bars: one standard error, red: the best of a panel", fontsize=9)
-    save_figure(figure, path)
+# --- all of it ------------------------------------------------------------------------------------
 
 
-def _draw_panel(axis, rows: list[Row], name: str, shared: list[str]) -> None:
-    best = best_value(rows, name, shared)
-    for height, row in enumerate(rows):
-        value, stderr = cell(row, name, shared)
-        if value is None:
-            continue
-        scale = 100 if 0 <= value <= 1 else 1
-        colour = "tab:red" if value == best else "tab:blue"
-        axis.errorbar(value * scale, height, xerr=(stderr or 0) * scale, fmt="o", color=colour, capsize=3)
-    axis.set_title(name, fontsize=10, fontweight="bold" if name == AVERAGE else "normal")
-    axis.set_yticks(range(len(rows)), [row.name for row in rows])
-    axis.set_ylim(len(rows) - 0.5, -0.5)
-    axis.grid(axis="x", alpha=0.3)
-    axis.tick_params(labelsize=8)
-
-
-def compare(paths: list[str], plot_path: Path) -> None:
-    """Print the table of these results files and what to mind about it; draw the picture."""
+def compare(paths: list[str], plot_path: Path, against: str | None = None) -> None:
+    """Print the table of these results files, each row's paired differences from one of them with a verdict, and what
+    to mind about both; draw the picture."""
     rows = read_rows(paths)
-    print(table(rows))
-    for note in remarks(rows):
-        print(f"- {note}")
-    draw(rows, plot_path)
+    reference = reference_row(rows, against)
+    found = differences(rows, against)
+    _print_with_notes(table(rows), remarks(rows))
+    if found:
+        print(f"\nDifferences from {reference.name} in points ± standard error, on the same items:\n")
+        _print_with_notes(verdict_table(rows, found, reference), pairing_remarks(found, reference))
+    draw(rows, found, reference, plot_path)
     print(f"wrote {plot_path}")
+
+
+def _print_with_notes(text: str, notes: list[str]) -> None:
+    print("\n".join([text, *(f"- {note}" for note in notes)]))

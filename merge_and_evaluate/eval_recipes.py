@@ -5,6 +5,7 @@ It is the file that `lm_eval run --config` takes; lm-eval's own EvaluatorConfig 
 
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from common.errors import DataError
@@ -13,6 +14,25 @@ from merge_and_evaluate.yaml_files import read_yaml
 TEXT_KEYS = ("model", "device", "include_path", "use_cache")
 MAPPING_KEYS = ("model_args", "gen_kwargs", "metadata")  # or text like "a=1,b=2"
 IGNORED_KEYS = ("config", "output_path", "show_config", "verbosity")  # the script says where results go
+BACKEND_PACKAGES = {  # what lm-eval imports only once it makes the model
+    "vllm": "vllm",
+    "vllm-vlm": "vllm",
+    "sglang": "sglang",
+    "mamba_ssm": "mamba_ssm",
+    "openvino": "optimum",
+    "ipex": "optimum",
+    "habana": "optimum",
+    "neuronx": "optimum",
+    "megatron_lm": "megatron",
+    "nemo_lm": "nemo",
+    "trtllm": "tensorrt_llm",
+    "onnxruntime": "onnxruntime",
+    "onnxruntime-genai": "onnxruntime_genai",
+    "winml": "onnxruntime_genai",
+    "litellm": "litellm",
+    "litellm-chat": "litellm",
+    "litellm-chat-completions": "litellm",
+}
 HUB_KEYS = ("wandb_args", "wandb_config_args", "hf_hub_log_args", "trackio_args")
 
 
@@ -48,15 +68,20 @@ def _mapping(value: dict | str | None) -> dict:
     return simple_parse_args_string(value) if isinstance(value, str) else value or {}
 
 
-def read_eval_recipe(path: str, device: str | None = None, batch_size: int | str | None = None) -> EvalRecipe:
-    """The eval recipe at `path`; a flag that is given wins over the file. Raises DataError on what lm-eval would
-    ignore or refuse."""
+def read_eval_recipe(path: str, **flags) -> EvalRecipe:
+    """The eval recipe at `path`. A flag that is given wins over the file: device, batch_size, limit, dtype (a key of
+    model_args) and model_args ("a=1,b=2", whose keys win one by one). DataError on what lm-eval would ignore or refuse.
+    """
     text, config = read_yaml(path)
     check_keys(path, config)
-    flags = {"device": device, "batch_size": batch_size}
-    config = {**config, **{key: value for key, value in flags.items() if value is not None}}
+    given = {key: value for key, value in flags.items() if value is not None}
+    model_args = _mapping(given.pop("model_args", None)) | {k: given.pop(k) for k in ("dtype",) if k in given}
+    config = {**config, **given}
+    if model_args:
+        config["model_args"] = {**_mapping(config.get("model_args")), **model_args}
     config["include_path"] = include_path(path, config.get("include_path"))
     check_device(config.get("device"))
+    check_backend(path, config.get("model") or "hf")
     recipe = EvalRecipe(path, text, config)
     try:
         evaluator_config(recipe, "model")
@@ -87,9 +112,12 @@ def check_keys(path: str, config: dict) -> None:
 
 def include_path(recipe_path: str, include: str | None) -> str | None:
     """The folder of task files: relative to where the user stands, as for lm_eval, else to the recipe's folder."""
-    if include is None or os.path.isdir(include):
-        return include
-    beside = Path(recipe_path).parent / include
+    if include is None:
+        return None
+    folder = os.path.normpath(os.path.expanduser(include))
+    if os.path.isdir(folder):
+        return folder
+    beside = Path(recipe_path).parent / folder
     if not beside.is_dir():
         raise DataError(
             f"{recipe_path}: include_path {include} is no directory, seen from here or from the recipe; "
@@ -111,6 +139,19 @@ def check_device(device: str | None) -> None:
     there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if kind in there and index >= there[kind]:
         raise DataError(f"device {device!r} is not there: torch sees {there[kind]} of kind {kind}; try --device cpu")
+
+
+def check_backend(path: str, model: str) -> None:
+    """Refuse a `model:` that lm-eval does not know, or whose package is not installed: it would fail after the merge."""
+    from lm_eval.models import MODEL_MAPPING
+
+    if model not in MODEL_MAPPING:
+        raise DataError(f"{path}: model {model!r} is none that lm-eval knows; hf is transformers, vllm is vLLM")
+    package = BACKEND_PACKAGES.get(model)
+    if package and find_spec(package) is None:
+        raise DataError(
+            f"{path}: model {model!r} needs the package {package}, which is not installed; install it, or use model: hf"
+        )
 
 
 def evaluator_config(recipe: EvalRecipe, model: str):

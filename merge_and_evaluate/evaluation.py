@@ -2,17 +2,39 @@
 
 import json
 import os
+import random
 from dataclasses import asdict
 from importlib.metadata import version
 
 from common.errors import DataError, reason_of
 from common.shards.hashing import file_hash, text_hash
+from merge_and_evaluate.announcement import announcement
+from merge_and_evaluate.eval_machine import on_this_machine
 from merge_and_evaluate.eval_recipes import EvalRecipe, evaluator_config
 from merge_and_evaluate.eval_tasks import Tasks, task_files
+from merge_and_evaluate.items import items_of_document
 
 
-def _simple_evaluate(recipe: EvalRecipe, model: str, tasks: Tasks, cache: str | None) -> dict | None:
-    """lm-eval's results for one model, put together as `lm_eval run` does."""
+def load_tasks(recipe: EvalRecipe, tasks: Tasks) -> dict:
+    """lm-eval's {tasks, groups, group_map}, data sets read. Seeded as lm-eval seeds itself, since some tasks shuffle
+    their choices while they load (GPQA)."""
+    import numpy as np
+
+    seed = evaluator_config(recipe, "model").seed or [0, 1234]
+    random.seed(seed[0])
+    np.random.seed(seed[1])
+    return tasks.manager.load(tasks.to_load)
+
+
+def _roots(loaded: dict) -> list:
+    """The groups and tasks that no other group holds: what lm-eval is given to score."""
+    inner = {child for children in loaded["group_map"].values() for child in children}
+    found = {**loaded["tasks"], **loaded["groups"]}
+    return [item for name, item in found.items() if name not in inner]
+
+
+def _simple_evaluate(recipe: EvalRecipe, model: str, loaded: dict, manager, cache: str | None) -> dict | None:
+    """lm-eval's results for one model, put together as `lm_eval run` does, samples included."""
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
 
@@ -22,8 +44,8 @@ def _simple_evaluate(recipe: EvalRecipe, model: str, tasks: Tasks, cache: str | 
     results = simple_evaluate(
         model=config.model,
         model_args=config.model_args,
-        tasks=tasks.names,
-        task_manager=tasks.manager,
+        tasks=_roots(loaded),
+        task_manager=manager,
         use_cache=cache,
         num_fewshot=config.num_fewshot,
         batch_size=config.batch_size,
@@ -31,7 +53,7 @@ def _simple_evaluate(recipe: EvalRecipe, model: str, tasks: Tasks, cache: str | 
         device=config.device,
         limit=config.limit,
         samples=config.samples,
-        log_samples=config.log_samples,
+        log_samples=True,
         check_integrity=config.check_integrity,
         write_out=config.write_out,
         predict_only=config.predict_only,
@@ -63,17 +85,23 @@ def _cache(recipe: EvalRecipe, identity: str) -> str | None:
 
 
 def evaluate(recipe: EvalRecipe, model: str, tasks: Tasks, identity: str) -> dict | None:
-    """lm-eval's document for one model on these tasks; None in the helper processes of `accelerate launch`.
+    """lm-eval's document for one model on these tasks, with `samples` and `items`; None in the helper processes of
+    `accelerate launch`. Prints one line first: what is scored, and how.
 
     `identity` is the model's hash. Raises DataError with lm-eval's own reason if it fails.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    recipe = on_this_machine(recipe, model)
     try:
-        return _simple_evaluate(recipe, model, tasks, _cache(recipe, identity))
+        loaded = load_tasks(recipe, tasks)
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(announcement(recipe, model, loaded), flush=True)
+        document = _simple_evaluate(recipe, model, loaded, tasks.manager, _cache(recipe, identity))
     except Exception as error:  # lm-eval and what it uses raise many types; the user needs the reason
         reason = reason_of(error)
         line = f"{recipe.path}: lm-eval could not score {model} on {', '.join(tasks.names)}: {reason:.300}"
         raise DataError(line) from error
+    return document and {**document, "items": items_of_document(document, loaded["tasks"])}
 
 
 def eval_identity(recipe: EvalRecipe, tasks: Tasks, model_identity: str) -> str:
@@ -82,6 +110,7 @@ def eval_identity(recipe: EvalRecipe, tasks: Tasks, model_identity: str) -> str:
         "model": model_identity,
         "recipe": recipe.config,
         "tasks": tasks.names,
+        "part": tasks.part,
         "lm_eval": version("lm_eval"),
         "files": [[str(path), file_hash(path)] for path in task_files(recipe, tasks)],
     }

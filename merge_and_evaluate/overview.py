@@ -6,7 +6,8 @@ from pathlib import Path
 
 from common.pruners.pictures import save_figure
 from common.shards.staging import write_file
-from merge_and_evaluate.comparison import Row, columns, label, table
+from merge_and_evaluate.comparison import label, setting_remarks, table
+from merge_and_evaluate.rows import Row, columns, row_of
 
 Weights = tuple[float, ...]
 
@@ -79,5 +80,8 @@ def write_overview(documents: dict[Weights, dict], chosen: Weights, output_path:
     listing, picture = stem.with_name(stem.name + "_sweep.csv"), stem.with_name(stem.name + "_sweep.png")
     write_file(listing, overview_csv(documents, chosen).encode())
     draw_overview(documents, chosen, picture)
-    print(table([Row(label(weights), d["summary"], d["provenance"]) for weights, d in documents.items()], "weight"))
+    rows = [row_of(document, name=label(weights)) for weights, document in documents.items()]
+    print(table(rows, "weight"))
+    for note in setting_remarks(rows):
+        print(f"- {note}")
     print(f"wrote {listing}\nwrote {picture}")

@@ -89,6 +89,31 @@ def with_paths(config: dict, new_path) -> dict:
     return config
 
 
+def with_models(recipe: Recipe, base_model: str | None, models: list[str] | None) -> Recipe:
+    """The recipe with other paths: for its base, and for its other models in their order. Both may be None.
+
+    DataError unless there are as many models as the recipe has.
+    """
+    import yaml
+
+    if base_model is None and models is None:
+        return recipe
+    old_base, others = model_path(recipe.config.get("base_model")), model_paths(recipe.config)
+    others = [path for path in others if path != old_base]
+    if models is not None and len(models) != len(others):
+        raise DataError(
+            f"{recipe.path}: --models names {len(models)} and the recipe has {len(others)} ({', '.join(others)}); name as "
+            "many, in its order"
+        )
+    if base_model is not None and old_base is None:
+        raise DataError(f"{recipe.path}: has no base_model that --base_model could replace; leave the flag out")
+    new = dict(zip(others, models or others, strict=True)) | ({old_base: base_model or old_base} if old_base else {})
+    config = with_paths(recipe.config, lambda path: safe_path(new.get(path, path)))
+    if not is_plain(config):
+        check_method(recipe.path, config)
+    return replace(recipe, config=config, text=yaml.safe_dump(config, sort_keys=False))
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,7 @@
 """Results files: put together, write, read, print.
 
 A results file is lm-eval's own document, so `lm_eval.utils.make_table` reads it, plus `summary` (what
-people compare) and `provenance` (what was scored, and how).
+people compare), `provenance` (what was scored, and how) and `items` (every question's score; see items.py).
 """
 
 import sys
@@ -13,6 +13,7 @@ from common.shards.documents import read_json, write_json
 from common.shards.staging import write_file
 from merge_and_evaluate import scores
 from merge_and_evaluate.eval_recipes import EvalRecipe
+from merge_and_evaluate.leaderboard_v2 import leaderboard_v2
 
 PACKAGES = ("lm_eval", "mergekit", "transformers", "torch", "datasets")
 
@@ -28,6 +29,8 @@ def provenance(model: str, identity: str, eval_recipe: EvalRecipe, tasks: list[s
         "tasks": tasks,
         "batch_size": eval_recipe.config.get("batch_size", 1),
         "device": eval_recipe.config.get("device"),
+        "limit": eval_recipe.config.get("limit"),
+        "model_args": eval_recipe.model_args,
         "command": sys.argv,
         "versions": {name: version(name) for name in PACKAGES},
     }
@@ -36,7 +39,11 @@ def provenance(model: str, identity: str, eval_recipe: EvalRecipe, tasks: list[s
 def with_summary(document: dict, name: str, origin: dict) -> dict:
     """lm-eval's document with `summary` and `provenance`; its samples, if any, are left to write_samples."""
     document = {key: value for key, value in document.items() if key != "samples"}
-    return {**document, "summary": {"name": name, **scores.summarize(document)}, "provenance": origin}
+    summary = {"name": name, **scores.summarize(document)}
+    board = leaderboard_v2(document["results"])
+    if board:
+        summary["leaderboard_v2"] = board
+    return {**document, "summary": summary, "provenance": origin}
 
 
 def write_results(path: Path, document: dict) -> None:
@@ -84,16 +91,30 @@ def percent(value: float | None, stderr: float | None = None) -> str:
     return f"{value * scale:.2f}" + (f" ± {stderr * scale:.2f}" if stderr is not None else "")
 
 
-def summary_text(summary: dict) -> str:
-    """The summary as a Markdown table: task, metric, shots, score."""
-    lines = [f"| {summary['name']} | metric | shots | score |", "|---|---|---|---|"]
+def marked(name: str, limit) -> str:
+    """("TA", 100) -> 'TA (limit 100)'; ("TA", None) -> 'TA': a row scored on a part of the items says so in every table."""
+    return f"{name} (limit {limit:g})" if isinstance(limit, (int, float)) else name
+
+
+def limit_of(document: dict):
+    """The `limit` that a document was scored with, None for all items."""
+    limit = (document.get("config") or {}).get("limit")
+    return limit if limit is not None else (document.get("provenance") or {}).get("limit")
+
+
+def summary_text(summary: dict, limit=None) -> str:
+    """The summary as a Markdown table: task, metric, shots, items, score."""
+    lines = [f"| {marked(summary['name'], limit)} | metric | shots | items | score |", "|---|---|---|---|---|"]
     for name, task in summary["tasks"].items():
-        shots = "–" if task.get("num_fewshot") is None else task["num_fewshot"]
-        lines.append(f"| {name} | {task['metric']} | {shots} | {percent(task['value'], task['stderr'])} |")
+        shots, items = ("–" if task.get(key) is None else task[key] for key in ("num_fewshot", "samples"))
+        lines.append(f"| {name} | {task['metric']} | {shots} | {items} | {percent(task['value'], task['stderr'])} |")
         if "weighted_value" in task:
             score = percent(task["weighted_value"], task["weighted_stderr"])
-            lines.append(f"| {name}, weighted by subject size | {task['metric']} | {shots} | {score} |")
-    lines.append(f"| average | | | {percent(summary['average'], summary['average_stderr'])} |")
+            lines.append(f"| {name}, weighted by subject size | {task['metric']} | {shots} | {items} | {score} |")
+    lines.append(f"| average | | | | {percent(summary['average'], summary['average_stderr'])} |")
+    board = summary.get("leaderboard_v2", {})
+    for kind in ("raw", "normalized") if board else ():
+        lines.append(f"| leaderboard's {kind} average | | | | {percent(board[f'{kind}_average'])} |")
     return "\n".join(lines)
 
 
@@ -104,4 +125,4 @@ def print_results(document: dict) -> None:
     print(make_table(document))
     if "groups" in document:
         print(make_table(document, "groups"))
-    print(summary_text(document["summary"]))
+    print(summary_text(document["summary"], limit_of(document)))

@@ -1,7 +1,7 @@
 """The figures that people compare, out of lm-eval's document.
 
-For the six tasks of the Open LLM Leaderboard v1 its own metrics; for any other task accuracy, else
-exact match, else the task's first metric. All scores are as lm-eval gives them (accuracies: 0 to 1).
+For the tasks of the Open LLM Leaderboards v1 and v2 and of metabench their own metrics; for any other task accuracy,
+else exact match, else the task's first metric. All scores are as lm-eval gives them (accuracies: 0 to 1).
 """
 
 import math
@@ -13,8 +13,16 @@ LEADERBOARD_METRICS = {
     "truthfulqa_mc2": "acc,none",
     "winogrande": "acc,none",
     "gsm8k": "exact_match,strict-match",
+    "metabench_arc": "acc_norm,none",
+    "metabench_arc_secondary": "acc_norm,none",
+    "metabench_hellaswag": "acc_norm,none",
+    "metabench_hellaswag_secondary": "acc_norm,none",
+    "metabench_gsm8k": "exact_match,strict-match",
+    "metabench_gsm8k_secondary": "exact_match,strict-match",
+    "leaderboard_ifeval": "prompt_level_strict_acc,none",
 }
 PREFERRED_METRICS = ("acc", "exact_match")
+OPENED_GROUPS = ("leaderboard", "metabench", "metabench_secondary")  # of tasks that are no one score together
 PLAIN_MEAN_GROUPS = ("mmlu",)  # the leaderboard averaged MMLU's 57 subjects without regard to their size
 
 
@@ -60,11 +68,26 @@ def rows_of(document: dict) -> list[str]:
     waiting, rows = [name for name in document["results"] if name not in inner], []
     while waiting:
         name = waiting.pop(0)
-        if groups.get(name) and main_metric(name, document["results"].get(name, {})) is None:
+        scoreless = main_metric(name, document["results"].get(name, {})) is None
+        if groups.get(name) and (scoreless or name in OPENED_GROUPS):
             waiting = list(groups[name]) + waiting
         else:
             rows.append(name)
     return rows
+
+
+def leaf_metrics(document: dict) -> dict[str, str]:
+    """{leaf task: the metric that counts in it}, which is its row's where it has that: the subjects of a group count
+    by what the group is summed up by."""
+    found = {}
+    for row in rows_of(document):
+        of_row = main_metric(row, document["results"].get(row, {}))
+        for leaf in leaves_of(document, row):
+            results = document["results"].get(leaf, {})
+            metric = of_row if of_row in results else main_metric(leaf, results)
+            if metric is not None:
+                found[leaf] = metric
+    return found
 
 
 def plain_mean(document: dict, group: str, metric: str) -> dict:

@@ -8,6 +8,9 @@ from common.errors import DataError
 from common.shards.checkpoint import Checkpoint
 from common.shards.companions import has_tokenizer
 from common.shards.documents import read_json
+from common.shards.places import refuse_existing
+from merge_and_evaluate.eval_log import logged_to
+from merge_and_evaluate.eval_machine import on_this_machine
 from merge_and_evaluate.eval_recipes import EvalRecipe
 from merge_and_evaluate.eval_tasks import Tasks
 from merge_and_evaluate.evaluation import eval_identity, evaluate
@@ -32,6 +35,7 @@ class Scoring:
 
     recipe: EvalRecipe
     tasks: Tasks
+    log: Path | None = None  # lm-eval's messages; None: beside the results file
 
 
 def check_one_process() -> None:
@@ -54,10 +58,35 @@ def finished(scoring: Scoring, model: Model, path: Path) -> dict | None:
     return None if missing_scores(document["summary"]) else document
 
 
+def has_chat_template(directory: Path) -> bool:
+    """Whether a model directory brings a chat template: a file of its own, or a key in tokenizer_config.json."""
+    config = directory / "tokenizer_config.json"
+    in_config = config.is_file() and bool(read_json(config).get("chat_template"))
+    return in_config or any(directory.glob("chat_template*")) or any(directory.glob("additional_chat_templates/*"))
+
+
+def check_chat_template(recipe: EvalRecipe, models: list[Checkpoint], made_by_recipe: bool = False) -> None:
+    """DataError if apply_chat_template is set and the model that is scored would have no template: a merged model gets
+    the tokenizer of the first of `models` that has one (the base), unless the merge recipe makes it."""
+    if not recipe.config.get("apply_chat_template") or made_by_recipe or "tokenizer" in recipe.model_args:
+        return
+    donor = next((model for model in models if has_tokenizer(model.path)), models[0])
+    if has_chat_template(donor.path):
+        return
+    having = [model for model in models if has_chat_template(model.path)]
+    way = (
+        f"{having[0].label} has one: copy its chat_template.jinja there, or set `chat_template: auto` in the merge recipe"
+        if having
+        else "leave apply_chat_template out, or copy a chat_template.jinja there"
+    )
+    raise DataError(
+        f"{recipe.path}: apply_chat_template is set, but {donor.label}, whose tokenizer is used, has no chat template; {way}"
+    )
+
+
 def check_tokenizer(recipe: EvalRecipe, models: list[Checkpoint]) -> None:
     """Without a tokenizer there is nothing to score with; better said before the merge than after it."""
-    model_args = recipe.config.get("model_args") or {}
-    if "tokenizer" not in model_args and not any(has_tokenizer(model.path) for model in models):
+    if "tokenizer" not in recipe.model_args and not any(has_tokenizer(model.path) for model in models):
         raise DataError(
             f"{models[0].label}: no tokenizer in it, scoring needs one; copy tokenizer.json and "
             "tokenizer_config.json there from where the model came from"
@@ -70,11 +99,12 @@ def score(scoring: Scoring, model: Model, path: Path, **chosen) -> dict | None:
     `chosen` goes into the summary: which weight was chosen on what.
     """
     recipe, tasks = scoring.recipe, scoring.tasks
-    document = evaluate(recipe, model.path, tasks, model.identity)
+    with logged_to(scoring.log or path.with_suffix(".log")):
+        document = evaluate(recipe, model.path, tasks, model.identity)
     if document is None:
         return None
     identity = eval_identity(recipe, tasks, model.identity)
-    origin = provenance(model.path, identity, recipe, tasks.names, **model.origin)
+    origin = provenance(model.path, identity, on_this_machine(recipe, model.path), tasks.names, **model.origin)
     result = with_summary(document, model.name, origin)
     result["summary"].update(chosen)
     if recipe.config.get("log_samples"):
@@ -82,6 +112,35 @@ def score(scoring: Scoring, model: Model, path: Path, **chosen) -> dict | None:
             print(f"wrote {written}")
     write_results(path, result)
     return result
+
+
+def scored_before(scoring: Scoring, model: Model, path: Path) -> dict | None:
+    """Scores of the same content by the same recipe, from `path` or another results file beside it; says so.
+
+    Only a whole document counts; its name becomes this row's."""
+    identity = eval_identity(scoring.recipe, scoring.tasks, model.identity)
+    beside = sorted(path.parent.glob("*.json")) if path.parent.is_dir() else []
+    for place in dict.fromkeys([path, *beside]):
+        if place.is_file() and identity.encode() in place.read_bytes():
+            document = finished(scoring, model, place)
+            if document:
+                print(f"{model.path} was scored by this recipe before: its scores are taken from {place}")
+                return {**document, "summary": {**document["summary"], "name": model.name}}
+    return None
+
+
+def score_or_reuse(scoring: Scoring, model: Model, path: Path, overwrite: bool) -> None:
+    """Score a model that was not merged here, or take the scores it got before; --overwrite scores it again."""
+    before = None if overwrite else scored_before(scoring, model, path)
+    if before is None:
+        refuse_existing(path, overwrite)
+        score_and_show(scoring, model, path)
+        return
+    if int(os.environ.get("RANK", "0")):  # one process of `accelerate launch` writes
+        return
+    write_results(path, before)
+    print_results(before)
+    print(f"wrote {path}")
 
 
 def score_and_show(scoring: Scoring, model: Model, path: Path, **chosen) -> None:

@@ -18,7 +18,8 @@ from common.shards.staging import move
 from merge_and_evaluate import merging, scoring
 from merge_and_evaluate.comparison import label
 from merge_and_evaluate.eval_recipes import EvalRecipe
-from merge_and_evaluate.eval_tasks import find_tasks
+from merge_and_evaluate.eval_settings import children
+from merge_and_evaluate.eval_tasks import Tasks, check_data_files, check_task_code, find_tasks
 from merge_and_evaluate.evaluation import eval_identity
 from merge_and_evaluate.merging import MergePlan, MergeSettings
 from merge_and_evaluate.overview import write_overview
@@ -69,6 +70,11 @@ def weight_choices(weights: list[float] | None, grids: list[list[float]] | None)
     return list(dict.fromkeys(itertools.product(*grids))) if grids else []
 
 
+def ending(weights: tuple[float, ...]) -> str:
+    """(0.6,) -> 'weight_0.6'; (0.6, 1.2) -> 'weights_0.6_1.2': what a candidate's directory and results file end in."""
+    return ("weight_" if len(weights) == 1 else "weights_") + "_".join(f"{weight:g}" for weight in weights)
+
+
 def plan_candidates(
     merge_plan: MergePlan,
     trials: dict[tuple[float, ...], Recipe],
@@ -79,9 +85,8 @@ def plan_candidates(
     """The merges that are tried: for each choice of weights the recipe with them in it."""
     candidates = []
     for weights, recipe in trials.items():
-        ending = ("weight_" if len(weights) == 1 else "weights_") + "_".join(f"{w:g}" for w in weights)
-        directory = merge_plan.save_path.with_name(f"{merge_plan.save_path.name}_{ending}")
-        results = output_path.with_name(f"{output_path.stem}_{ending}.json")
+        directory = merge_plan.save_path.with_name(f"{merge_plan.save_path.name}_{ending(weights)}")
+        results = output_path.with_name(f"{output_path.stem}_{ending(weights)}.json")
         identity = merging.merge_identity(recipe, digests, settings)
         merge = replace(merge_plan, recipe=recipe, save_path=directory)
         made = merging.origin(recipe, digests, settings)
@@ -89,17 +94,39 @@ def plan_candidates(
     return tuple(candidates)
 
 
+def _others(tasks: Tasks, names: list[str], chosen: set[str]) -> list[str]:
+    """What is left of `names` without the tasks in `chosen`: a group that holds some of these is opened."""
+    left = []
+    for name in tasks.only(names).names:
+        leaves = set(tasks.only([name]).leaves)
+        if leaves.isdisjoint(chosen):
+            left.append(name)
+        elif not leaves <= chosen:
+            left += _others(tasks, children(tasks.manager.task_index, name), chosen)
+    return left
+
+
+def check_tasks(recipe: EvalRecipe, tasks: Tasks) -> None:
+    """Refuse tasks whose local data or code is not there: better said before the merge than after it."""
+    check_data_files(recipe, tasks)
+    check_task_code(recipe, tasks)
+
+
 def plan_scorings(
     recipe: EvalRecipe, choose_on: list[str] | None, report_on: list[str] | None
 ) -> tuple[Scoring, Scoring | None]:
     """(what decides, what is reported; None for the same). Raises DataError if a task would be in both."""
     if not choose_on:
-        return Scoring(recipe, find_tasks(recipe, recipe.tasks)), None
-    report_on = report_on or [name for name in recipe.tasks if name not in choose_on]
+        tasks = find_tasks(recipe, recipe.tasks)
+        check_tasks(recipe, tasks)
+        return Scoring(recipe, tasks), None
+    tasks = find_tasks(recipe, [*choose_on, *(report_on or recipe.tasks)])
+    report_on = report_on or _others(tasks, recipe.tasks, set(tasks.only(choose_on).leaves))
     if not report_on:
         raise DataError(f"{recipe.path}: all its tasks are in --choose_on; name others with --report_on")
-    tasks = find_tasks(recipe, [*choose_on, *report_on])
     choosing, reporting = Scoring(recipe, tasks.only(choose_on)), Scoring(recipe, tasks.only(report_on))
+    for scoring_of in (choosing, reporting):
+        check_tasks(recipe, scoring_of.tasks)
     both = set(choosing.tasks.leaves) & set(reporting.tasks.leaves)
     if both:
         raise DataError(
@@ -220,8 +247,23 @@ def report_winner(sweep: Sweep, winner: Candidate, documents: dict) -> None:
     write_results(sweep.output_path, {**document, "summary": summary, "provenance": origin})
 
 
+def one_log(sweep: Sweep) -> Sweep:
+    """All of a sweep's scoring writes lm-eval's messages to one file, beside its results."""
+    log = sweep.output_path.with_suffix(".log")
+    reporting = replace(sweep.reporting, log=log) if sweep.reporting else None
+    return replace(sweep, choosing=replace(sweep.choosing, log=log), reporting=reporting)
+
+
+def planned_files(output_path: Path, weights: list[tuple[float, ...]]) -> list[Path]:
+    """Every results file, table and picture that a sweep over these weights writes, the outcome last."""
+    stem = output_path.stem
+    each = [output_path.with_name(f"{stem}_{ending(choice)}.json") for choice in weights]
+    return [*each, *(output_path.with_name(f"{stem}_sweep.{kind}") for kind in ("csv", "png")), output_path]
+
+
 def run(sweep: Sweep, digests: dict, settings: MergeSettings, keep_models: bool, overwrite: bool) -> None:
     """Score all candidates, keep the best model, report it, and leave table, CSV and picture."""
+    sweep = one_log(sweep)
     done = already_done(sweep)
     if not done:
         check_outputs(sweep, overwrite)

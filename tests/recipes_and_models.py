@@ -42,8 +42,9 @@ def set_the_table(folder: Path, models: Path) -> Path:
 
 
 def left_over(folder: Path) -> set[str]:
-    """What is there beside the inputs."""
-    return {path.name for path in folder.iterdir()} - {"base", "wild", "west", "tasks", "recipe.yml", "eval.yml"}
+    """What is there beside the inputs and lm-eval's log."""
+    names = {path.name for path in folder.iterdir() if path.suffix != ".log"}
+    return names - {"base", "wild", "west", "tasks", "recipe.yml", "eval.yml"}
 
 
 def merge(*flags: str) -> None:

@@ -45,7 +45,7 @@ def compare(capsys, *files: str) -> list[str]:
 
 def test_table_is_what_the_files_say(scored, capsys):
     lines = compare(capsys, "a.json", "b.json")
-    assert lines[0] == "| method | arc_challenge | hellaswag | winogrande | average |"
+    assert lines[0] == "| method | arc_challenge 5-shot | hellaswag 5-shot | winogrande 5-shot | average |"
     assert lines[2] == "| TA | **50.00 ± 1.00** | **62.50 ± 1.00** | 75.00 ± 1.00 | **62.50 ± 0.58** |"
     assert lines[3] == "| CABS | **50.00 ± 1.00** | 50.00 ± 1.00 | **87.50 ± 1.00** | **62.50 ± 0.58** |"
     for line, file in zip(lines[2:4], ("a.json", "b.json"), strict=True):
@@ -78,7 +78,7 @@ def test_what_does_not_compare_is_said(scored, capsys):
     (scored / "b.json").write_text(json.dumps(document))
     document["summary"]["chosen"]["held_out"] = False
     (scored / "c.json").write_text(json.dumps(document))
-    assert compare(capsys, "a.json", "b.json", "c.json")[5:-1] == [
+    assert compare(capsys, "a.json", "b.json", "c.json")[5:9] == [
         "- hellaswag: num_fewshot differ: TA 5, CABS 0, CABS 0",
         "- batch sizes differ: TA 8, CABS 1, CABS 1",
         "- CABS: weight 0.9 chosen on gsm8k",

@@ -352,7 +352,14 @@ EVAL_REFUSALS = [
         {**EVAL, "seed": "x"},
         "eval.yml: lm-eval refuses it: seed values must be integers or None, got 'x'; fix the recipe",
     ),
-    ({**EVAL, "model": "hff"}, "eval.yml: lm-eval could not score"),
+    (
+        {**EVAL, "model": "hff"},
+        "eval.yml: model 'hff' is none that lm-eval knows; hf is transformers, vllm is vLLM",
+    ),
+    (
+        {**EVAL, "model": "vllm"},
+        "eval.yml: model 'vllm' needs the package vllm, which is not installed; install it, or use model: hf",
+    ),
 ]
 
 

@@ -13,7 +13,8 @@ from conftest import ROOT, save_model
 import merge_and_evaluate_7b
 from merge_and_evaluate.recipes import model_paths, read_recipe
 
-RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yml") if path.name != "open_llm_leaderboard.yml")
+EVAL_RECIPES = ("open_llm_leaderboard", "open_llm_leaderboard_v2", "metabench", "metabench_secondary")
+RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yml") if path.stem not in EVAL_RECIPES)
 LEADERBOARD = ROOT / "recipes" / "open_llm_leaderboard.yml"
 CHAIN = [
     "Mistral-7b-v0.1-float16",

@@ -30,6 +30,11 @@ def three_tasks(here) -> None:
     write_yaml(here / "eval.yml", ALL_TASKS)
 
 
+def merged_by(model: Path) -> dict:
+    """The recipe that a merged model records."""
+    return yaml.safe_load(json.loads((model / "merge_report.json").read_text())["recipe"])
+
+
 @pytest.fixture
 def asked(monkeypatch) -> list[str]:
     """A stand-in for lm-eval, which knows the weight from the model; returns the list of models it was asked about."""
@@ -37,7 +42,7 @@ def asked(monkeypatch) -> list[str]:
 
     def stand_in(recipe, model, tasks, identity):
         models.append(model)
-        config = yaml.safe_load(Path(model, "mergekit_config.yml").read_text())
+        config = merged_by(Path(model))
         weight = config["models"][0]["parameters"]["weight"]
         scores = {name: {"acc,none": 0.9 - abs(weight - PEAKS[name]), "acc_stderr,none": 0.01} for name in tasks.names}
         empty = ("group_subtasks", "n-shot", "n-samples", "higher_is_better", "versions", "configs")
@@ -120,7 +125,7 @@ def test_every_weight_is_scored_and_the_best_is_kept(here, asked, capsys):
         "results_weight_0.6.json",
         "results_weight_0.9.json",
     }
-    config = yaml.safe_load((here / "merged" / "mergekit_config.yml").read_text())
+    config = merged_by(here / "merged")
     assert [model["parameters"]["weight"] for model in config["models"]] == [0.6, 0.6]
     summary = json.loads((here / "results.json").read_text())["summary"]
     assert summary["name"] == "TA" and summary["weights"] == [0.6]
@@ -153,7 +158,7 @@ def test_a_grid_has_a_weight_per_model(here, asked):
     merge_and_score("--weight_grid", "0.3", "0.6", "--weight_grid", "1", "2")
     labels = ["0.3_1", "0.3_2", "0.6_1", "0.6_2"]
     assert asked == [f"merged_weights_{label}" for label in labels]
-    config = yaml.safe_load((here / "merged" / "mergekit_config.yml").read_text())
+    config = merged_by(here / "merged")
     assert [model["parameters"]["weight"] for model in config["models"]] == [0.6, 1.0]  # the first of two equal ones
     assert (here / "results_sweep.csv").read_text().startswith("weight_1,weight_2,colours,")
 

@@ -1,0 +1,93 @@
+"""One line before a model is scored: what, how much of it, how."""
+
+from merge_and_evaluate.eval_machine import device_of, dtype_is_raised, stored_dtype
+from merge_and_evaluate.eval_recipes import EvalRecipe
+from merge_and_evaluate.eval_settings import children
+from merge_and_evaluate.eval_tasks import Tasks
+
+
+def _documents(task):
+    """A task's documents; lm-eval keeps them, and maps the data set anew whenever it is asked for `eval_docs`."""
+    return getattr(task, "task_docs", None) or task.eval_docs
+
+
+def items_to_score(recipe: EvalRecipe, task) -> int:
+    """How many of a task's documents are scored, with the recipe's limit (a count, or a share below 1)."""
+    from lm_eval.evaluator_utils import get_sample_size
+
+    count, limit = len(_documents(task)), get_sample_size(task, recipe.config.get("limit"))
+    return count if limit is None else min(count, limit)
+
+
+def requests_of(task, items: int) -> int:
+    """How many answers a model gives for the first `items` documents: one each, or one for every choice."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return items
+    fixed = task.config.doc_to_choice
+    if isinstance(fixed, list):
+        return items * len(fixed)
+    return sum(len(task.doc_to_choice(doc)) for _, doc in zip(range(items), _documents(task), strict=False))
+
+
+def _shots(recipe: EvalRecipe, task) -> int:
+    own, given = task.get_config("num_fewshot"), recipe.config.get("num_fewshot")
+    return (own if own == 0 or given is None else given) or 0
+
+
+def announcement(recipe: EvalRecipe, model: str, loaded: dict) -> str:
+    """One line on what is about to be scored, and how: "scoring merged: arc_challenge 1172 items 25-shot, …"."""
+    parts, requests = [], 0
+    for root in sorted_rows(loaded):
+        leaves = [loaded["tasks"][leaf] for leaf in leaves_below(loaded, root)]
+        counts = [items_to_score(recipe, task) for task in leaves]
+        requests += sum(requests_of(task, count) for task, count in zip(leaves, counts, strict=True))
+        shots = sorted({_shots(recipe, task) for task in leaves})
+        size = f" ({len(leaves)} tasks)" if len(leaves) > 1 else ""
+        parts.append(f"{root}{size} {sum(counts):,} items {'/'.join(map(str, shots))}-shot")
+    dtype = recipe.model_args.get("dtype") or stored_dtype(model) or "its own dtype"
+    note = " (stored as float16, which is slow on a CPU)" if dtype_is_raised(recipe, model) else ""
+    device, batch = device_of(recipe), recipe.config.get("batch_size", 1)
+    limit = f"; limit {recipe.config['limit']}" if recipe.config.get("limit") is not None else ""
+    return (
+        f"scoring {model}: {', '.join(parts)}; {dtype}{note} on {device}, batch size {batch}{limit}; "
+        f"{requests:,} requests"
+    )
+
+
+def leaves_below(loaded: dict, name: str) -> list[str]:
+    """The tasks under a loaded group, or the task itself."""
+    if name in loaded["tasks"]:
+        return [name]
+    return [leaf for child in loaded["group_map"].get(name, []) for leaf in leaves_below(loaded, child)]
+
+
+def planned(tasks: Tasks, given: int | None) -> str:
+    """Tasks with their shots from the task files alone, no data read: "arc_challenge 25-shot, mmlu 5-shot (57 tasks)"."""
+    index, shots = tasks.manager.task_index, tasks.shots(given)
+    waiting, parts = list(tasks.names), []
+    while waiting:
+        name = waiting.pop(0)
+        below = children(index, name) if name in index else []
+        if below and not (index[name].cfg or {}).get("aggregate_metric_list"):
+            waiting = below + waiting
+            continue
+        leaves = tasks.only([name]).leaves if name in index else [name]
+        numbers = sorted({shots[leaf] for leaf in leaves if shots.get(leaf) is not None})
+        size = f" ({len(leaves)} tasks)" if len(leaves) > 1 else ""
+        parts.append(f"{name} {'/'.join(map(str, numbers))}-shot{size}" if numbers else name)
+    return ", ".join(parts)
+
+
+def sorted_rows(loaded: dict) -> list[str]:
+    """What is worth a part of the announcement: top-level tasks and groups, groups without a score opened."""
+    inner = {child for children in loaded["group_map"].values() for child in children}
+    waiting = [name for name in [*loaded["tasks"], *loaded["groups"]] if name not in inner]
+    rows = []
+    while waiting:
+        name = waiting.pop(0)
+        group = loaded["groups"].get(name)
+        if group is not None and not group.has_aggregation:
+            waiting = list(loaded["group_map"][name]) + waiting
+        else:
+            rows.append(name)
+    return rows

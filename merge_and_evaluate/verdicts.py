@@ -1,0 +1,214 @@
+"""Is this row better than that one? Paired differences from one row, and what they prove, in words."""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import DataError
+from merge_and_evaluate import statistics
+from merge_and_evaluate.items import shared as shared_items
+from merge_and_evaluate.rows import AVERAGE, Row, columns, common_tasks, less_is_better
+from merge_and_evaluate.scores import PLAIN_MEAN_GROUPS
+from merge_and_evaluate.statistics import LEVEL, Difference
+
+FITS = 1e-9
+
+
+@dataclass(frozen=True)
+class Against:
+    """A row's differences from the reference row: by task, over all tasks that every row has, its p-value corrected
+    for how many rows are asked about, and the verdict in words."""
+
+    row: Row
+    tasks: dict[str, Difference]
+    average: Difference | None
+    p: float | None
+    verdict: str
+
+
+def reference_row(rows: list[Row], against: str | None) -> Row:
+    """The row named by --against (its name, or its file); the first if none is. DataError if there is no such row."""
+    if against is None:
+        return rows[0]
+    by_file = [row for row in rows if row.path and Path(row.path) == Path(os.path.expanduser(against))]
+    by_name = [row for row in rows if row.name == against]
+    if not by_file and len(by_name) > 1:
+        raise DataError(f"--against {against!r}: {len(by_name)} rows have that name; give the file instead")
+    if not by_file and not by_name:
+        names = ", ".join(row.name for row in rows)
+        raise DataError(f"--against {against!r}: no such row; the rows are {names}")
+    return (by_file or by_name)[0]
+
+
+# --- one row, one task ----------------------------------------------------------------------------
+
+
+def task_difference(reference: Row, row: Row, task: str) -> Difference | None:
+    """row − reference in one task: pair by pair where both have the same items, else from the two standard errors.
+    None where they have no score in the same metric."""
+    first, second = reference.tasks.get(task, {}), row.tasks.get(task, {})
+    if None in (first.get("value"), second.get("value")) or first.get("metric") != second.get("metric"):
+        return None
+    pairs = _pairs(reference, row, task)
+    if pairs is None:
+        items = min(first.get("samples") or 0, second.get("samples") or 0)
+        scores = [(found["value"], found.get("stderr")) for found in (first, second)]
+        return statistics.unpaired_difference(*scores, items)
+    if _counts_by_leaf(row, task):
+        return statistics.mean_difference([statistics.paired_difference(a, b) for a, b in pairs])
+    a, b = ([value for pair in pairs for value in pair[side]] for side in (0, 1))
+    return statistics.paired_difference(a, b)
+
+
+def _pairs(reference: Row, row: Row, task: str) -> list[tuple[list, list]] | None:
+    """[(reference's scores, row's scores)] for each leaf on the items that both have; None if a leaf has none."""
+    pairs = []
+    for leaf in row.leaves.get(task, []):
+        if leaf not in reference.items or leaf not in row.items:
+            return None
+        pairs.append(shared_items(reference.items[leaf], row.items[leaf]))
+    return pairs if pairs and all(a for a, _ in pairs) else None
+
+
+def _counts_by_leaf(row: Row, task: str) -> bool:
+    """Whether a group's score is the plain mean of its tasks (MMLU's leaderboard figure) and not of all its items."""
+    leaves = row.leaves[task]
+    if task in PLAIN_MEAN_GROUPS or len(leaves) == 1:
+        return True
+    pooled = [value for leaf in leaves for value in row.items[leaf].values]
+    return not math.isclose(math.fsum(pooled) / len(pooled), row.tasks[task]["value"], abs_tol=FITS)
+
+
+# --- all rows -------------------------------------------------------------------------------------
+
+
+def check_directions(rows: list[Row]) -> None:
+    """DataError where rows say of one task both that more and that less is better."""
+    for task in columns(rows):
+        there = [row for row in rows if task in row.tasks]
+        ways = {row.tasks[task].get("higher_is_better") is not False for row in there}
+        if len(ways) > 1:
+            less = next(row for row in there if row.tasks[task].get("higher_is_better") is False)
+            raise DataError(
+                f"{task}: less is better in {less.name} ({less.tasks[task]['metric']}), more in another row; these do "
+                "not compare; score both by the same recipe"
+            )
+
+
+def differences(rows: list[Row], against: str | None = None) -> list[Against]:
+    """Each row but the reference against it. The average is over the tasks that all rows have, each counting once."""
+    check_directions(rows)
+    reference = reference_row(rows, against)
+    others = [row for row in rows if row is not reference]
+    by_task = [_by_task(reference, row) for row in others]
+    averages = [_average(rows, found) for found in by_task]
+    ps = statistics.holm([average.p if average else None for average in averages])
+    parts = zip(others, by_task, averages, ps, strict=True)
+    return [Against(row, found, average, p, _verdict(rows, reference, average, p)) for row, found, average, p in parts]
+
+
+def _by_task(reference: Row, row: Row) -> dict[str, Difference]:
+    found = {task: task_difference(reference, row, task) for task in columns([reference, row])}
+    return {task: difference for task, difference in found.items() if difference is not None}
+
+
+def _average(rows: list[Row], found: dict[str, Difference]) -> Difference | None:
+    """The mean over the tasks that all rows have; None if one has no difference, or they point both ways."""
+    tasks = common_tasks(rows)
+    ways = {less_is_better(rows, task, tasks) for task in tasks}
+    if not tasks or len(ways) > 1 or any(task not in found for task in tasks):
+        return None
+    return statistics.mean_difference([found[task] for task in tasks])
+
+
+def _verdict(rows: list[Row], reference: Row, average: Difference | None, p: float | None) -> str:
+    """What a person with a decision to make wants to read."""
+    if average is None:
+        return "cannot tell: no task that all rows have in one metric and direction"
+    if p is None:
+        return "cannot tell: the standard error is not known"
+    unpaired = "" if average.paired else " (unpaired)"
+    if p < LEVEL:
+        better = (average.value > 0) is not less_is_better(rows, AVERAGE, common_tasks(rows))
+        return f"{'better' if better else 'worse'} than {reference.name}{unpaired}"
+    return f"cannot tell{unpaired}: {_what_it_would_take(average)}"
+
+
+def _what_it_would_take(difference: Difference) -> str:
+    needed = statistics.items_needed(difference)
+    now = f"{difference.items:,} items"
+    if difference.value == 0:
+        return f"no difference on {now}"
+    if needed is None:
+        return f"{now} are too few"
+    if needed <= difference.items:
+        return f"enough items for these two alone, but chance does as much among so many rows ({now})"
+    return f"a difference this size takes about {two_digits(needed):,} items to show, here are {now}"
+
+
+def two_digits(number: int) -> int:
+    """Rounded up to two significant digits: 12345 -> 13000; 87 -> 87."""
+    step = 10 ** max(len(str(number)) - 2, 0)
+    return -(-number // step) * step
+
+
+# --- table ----------------------------------------------------------------------------------------
+
+
+def points(difference: Difference | None, scale: int) -> str:
+    """0.004 ± 0.0055 at scale 100 -> '+0.40 ± 0.55'; '–' for none; no standard error, none shown."""
+    if difference is None:
+        return "–"
+    text = f"{difference.value * scale:+.2f}".replace("-0.00", "+0.00").replace("-", "−")
+    text += f" ± {difference.stderr * scale:.2f}" if difference.stderr is not None else ""
+    return text if difference.paired else f"{text} (unpaired)"
+
+
+def p_text(p: float | None) -> str:
+    """0.0301 -> '0.030'; 0.00001 -> '<0.001'."""
+    return "–" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def scale_of(rows: list[Row], task: str) -> int:
+    """100 for shares, which are shown in percent; 1 for scores that go beyond 1 (perplexities)."""
+    looked_at = common_tasks(rows) if task == AVERAGE else [task]
+    values = [row.tasks[name]["value"] for row in rows for name in looked_at if name in row.tasks]
+    return 100 if all(0 <= value <= 1 for value in values if value is not None) else 1
+
+
+def verdict_table(rows: list[Row], found: list[Against], reference: Row) -> str:
+    """Markdown: for each row and task the difference ± standard error and p, the average, Holm's p, the verdict."""
+    tasks = columns(rows)
+    heads = [f"minus {reference.label}", *(f"{task} (p)" for task in tasks), AVERAGE, "p (Holm)", "verdict"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for entry in found:
+        cells = [entry.row.label]
+        for task in tasks:
+            difference = entry.tasks.get(task)
+            p = f" ({p_text(difference.p)})" if difference else ""
+            cells.append(points(difference, scale_of(rows, task)) + p)
+        cells += [points(entry.average, scale_of(rows, AVERAGE)), p_text(entry.p), entry.verdict]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def pairing_remarks(found: list[Against], reference: Row) -> list[str]:
+    """Which differences are not pair by pair, and why; which are on a part of the items."""
+    notes = []
+    for entry in found:
+        row, why = entry.row, {}
+        for task, difference in entry.tasks.items():
+            if not difference.paired:
+                why.setdefault(_why_unpaired(reference, row, task), []).append(task)
+            elif difference.items < max(side.tasks[task].get("samples") or 0 for side in (reference, row)):
+                why.setdefault(f"paired on the {difference.items:,} items that both have", []).append(task)
+        notes += [f"{row.name}: {', '.join(tasks)}: {reason}" for reason, tasks in why.items()]
+    return notes
+
+
+def _why_unpaired(reference: Row, row: Row, task: str) -> str:
+    for side in (reference, row):
+        if any(leaf not in side.items for leaf in side.leaves.get(task, [task])):
+            return f"unpaired, {side.path or side.name} has no items (score it again for a paired figure)"
+    return f"unpaired, no item in common with {reference.name}"
