@@ -151,10 +151,14 @@ def subtract_tensor(task: Task, worker: Worker, dtype: str, common: tuple | None
         if not finite:
             refuse_difference(finetuned.tensor if in_both else base.tensor, left, base.tensor, right, dtype)
         differs += more_differ
-        energy = [energy[0] + sampled_energy(out, dtype), energy[1] + sampled_energy(right, base.dtype)]
+        if start % (_SAMPLED * kernels.BLOCK) == 0:  # of every block it would cost more than the subtraction
+            energy = [energy[0] + sampled_energy(out, dtype), energy[1] + sampled_energy(right, base.dtype)]
         base_hash.update(right)
         vector_hash.update(out)
     return [{"base": base_hash.hexdigest(), "written": vector_hash.hexdigest(), "differs": differs, "energy": energy}]
+
+
+_SAMPLED = 8  # of so many blocks the first is looked at
 
 
 def sampled_energy(bits: np.ndarray, dtype: str) -> float:
@@ -236,7 +240,7 @@ def size_note(finetuned: Checkpoint, base: Checkpoint, records: dict[str, dict])
         return []
     times = (vector / own) ** 0.5 if own else float("inf")
     return [
-        f"the vector's norm is {times:.1f} times the base's (by every 64th value); fine-tuning changes a few percent: "
+        f"the vector's norm is {times:.1f} times the base's (by a sample); fine-tuning changes a few percent: "
         f"is {finetuned.label} a fine-tuned model of {base.label}?"
     ]
 

@@ -7,8 +7,8 @@ The copy is `cat` of each input that is only read to nowhere and of as many inpu
 files, then `sync`. Where the inputs take less than half of the memory they are read once before each run, ours and the
 copy's, untimed, so that both find them in the page cache; larger ones both read from disk. Ratios are medians over the
 pairs, so a disk that is slow today is slow for both. Peak memory is the largest resident set of the process as the kernel
-reports it (wait4), imports and mapped files included. The obvious implementation (benchmarks/in_memory.py) is run where
-it fits into memory. Models are made on the spot, and removed when they are no longer needed.
+reports it (wait4), imports and mapped files included. The usual way (for prune nm benchmarks/in_memory.py, for task
+arithmetic mergekit-yaml) is run once, where it fits into memory. Models are made on the spot, and removed when they are no longer needed.
 """
 
 import argparse
@@ -72,6 +72,42 @@ def vector_cases(directory: Path) -> dict[str, dict]:
     }
     if shutil.which("nvidia-smi"):
         rows["prune nm 64:256, cuda"] = prune(directory, "--device", "cuda")
+    return rows
+
+
+MERGES = {  # {row: (method, what stands beside each model)}
+    "merge task_arithmetic": ("task_arithmetic", {}),
+    "merge linear": ("linear", {}),
+    "merge cabs 64:256": ("cabs", {}),
+    "merge random": ("random", {}),
+    "merge magnitude": ("magnitude", {}),
+    "merge ties": ("ties", {"density": 0.25}),
+    "merge dare_ties": ("dare_ties", {"density": 0.25}),
+}
+
+
+def write_recipe(directory: Path, method: str, beside: dict) -> Path:
+    """A recipe that merges both fine-tuned models by a method."""
+    models = [
+        {"model": str(directory / name), "parameters": {"weight": weight, **beside}}
+        for name, weight in (("finetuned1", 0.6), ("finetuned2", 0.5))
+    ]
+    recipe = {"merge_method": method, "models": models, "dtype": "float32", "out_dtype": "float16"}
+    if method != "linear":
+        recipe["base_model"] = str(directory / "base")
+    path = directory / f"{method}.yml"
+    path.write_text(json.dumps(recipe))  # JSON is YAML
+    return path
+
+
+def merge_cases(directory: Path) -> dict[str, dict]:
+    """Rows of merges, once base and both fine-tuned models are there."""
+    base, tuned, out = directory / "base", [directory / "finetuned1", directory / "finetuned2"], directory / "out1"
+    rows = {}
+    for name, (method, beside) in MERGES.items():
+        command = ["merge_and_evaluate_7b.py", "--recipe", write_recipe(directory, method, beside), "--merge_only"]
+        only_read = [tuned[1]] if method == "linear" else [base, tuned[1]]
+        rows[name] = case([*command, "--save_path", out], only_read, [tuned[0]], [out])
     return rows
 
 
@@ -142,6 +178,18 @@ def measure_obvious(directory: Path) -> tuple[float, float] | None:
     paths = [directory / "base", *row["copies"], *row["outputs"]]
     result = timed([sys.executable, ROOT / "benchmarks/in_memory.py", *paths, 64, 256])
     remove(row["outputs"])
+    return result
+
+
+def measure_mergekit(directory: Path) -> tuple[float, float] | None:
+    """(seconds, peak GB) of mergekit-yaml on the task_arithmetic row, None where it would not fit."""
+    if IN_MEMORY_NEEDS * sum(p.stat().st_size for p in (directory / "base").glob("*.safetensors")) > 1.2 * MEMORY:
+        return None
+    out = directory / "out1"
+    remove([out])
+    mergekit = Path(sys.executable).parent / "mergekit-yaml"
+    result = timed([mergekit, write_recipe(directory, *MERGES["merge task_arithmetic"]), out])
+    remove([out])
     return result
 
 
@@ -238,11 +286,12 @@ def measure_depth(directory: Path, layers: int, pairs: int, wanted) -> list[dict
 
     remove([directory])
     check_disk({directory: MODELS_ON_DISK * model_bytes(layers)})
-    make(directory, layers, "base", "finetuned1")
-    measure_all(model_cases(directory))
+    make(directory, layers, "base", "finetuned1", "finetuned2")
+    measure_all(model_cases(directory) | merge_cases(directory))
+    if wanted("merge task_arithmetic") and (found := measure_mergekit(directory)):
+        row = next(row for row in results if row["script"] == "merge task_arithmetic")
+        row["obvious_seconds"], row["obvious_GB"] = found
     for number in (1, 2):
-        if number == 2:
-            make(directory, layers, "finetuned2")
         timed([sys.executable, *extract(directory, number)["command"]])
         remove([directory / f"finetuned{number}"])
     measure_all(vector_cases(directory))
@@ -256,7 +305,7 @@ def measure_depth(directory: Path, layers: int, pairs: int, wanted) -> list[dict
 def table(results: list[dict]) -> str:
     """The rows of the README's table."""
     lines = [
-        "| layers | script | seconds | GB/s | copy, seconds | × copy | peak memory, GB | obvious: seconds, GB, × ours |",
+        "| layers | script | seconds | GB/s | copy, seconds | × copy | peak memory, GB | the usual way: seconds, GB, × ours |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in results:

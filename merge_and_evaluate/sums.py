@@ -190,11 +190,21 @@ def _mask(address, start, size):
     return carray(_pointer(address), start + size, np.uint8)[start:]
 
 
+# Values are chosen by their bits: `a if mask[i] else b` on bytes and floats side by side does not vectorise without
+# AVX-512 (measured: 0.8 ns an element where this takes 0.24).
+
+
+@_njit(inline="always")
+def _all_ones_if(condition):
+    """uint32: all bits set where the condition (0 or 1) holds, none where it does not."""
+    return np.uint32(np.uint32(0) - np.uint32(condition))
+
+
 @_njit()
 def _drop(row, mask):
-    for i in range(row.size):
-        value = row[i]  # read first: a read in one branch alone does not vectorise
-        row[i] = value if mask[i] != 0 else np.float32(0)
+    words = row.view(np.uint32)
+    for i in range(words.size):
+        words[i] = np.uint32(words[i] & _all_ones_if(mask[i]))
 
 
 @_njit()
@@ -210,8 +220,11 @@ def _differences(terms, scales, weights, start, below, rows):
         finite &= _all_finite(row)
         if masks.size:
             _drop(row, _mask(masks[j], start, size))
+        if scale != np.float32(1):  # times 1 changes nothing
+            for i in range(size):
+                row[i] = row[i] * scale
         for i in range(size):
-            row[i] = row[i] * scale * weight
+            row[i] = row[i] * weight
     return finite
 
 
@@ -225,12 +238,14 @@ def _agrees(value, total):
 def _elect(rows, weights, total, votes):
     """Where a row's sign is not that of the total (0 counts as +) its value becomes 0; votes[j] = weight j where it is."""
     for j in range(rows.shape[0]):
-        row, vote, weight = rows[j][: total.size], votes[j][: total.size], weights[j]
+        row, weight = rows[j][: total.size], weights[j : j + 1].view(np.uint32)[0]
+        words = row.view(np.uint32)
+        vote = votes[j][: total.size].view(np.uint32)
         for i in range(total.size):
-            value = row[i]
-            agrees = _agrees(value, total[i])
-            row[i] = value if agrees else np.float32(0)
-            vote[i] = weight if agrees else np.float32(0)
+            vote[i] = _all_ones_if(_agrees(row[i], total[i]))
+        for i in range(total.size):
+            words[i] = np.uint32(words[i] & vote[i])
+            vote[i] = np.uint32(weight & vote[i])
 
 
 @_njit()
@@ -238,6 +253,17 @@ def _divide(total, divisors):
     for i in range(total.size):
         divisor = divisors[i]
         total[i] /= np.float32(1) if divisor == np.float32(0) else divisor
+
+
+@_njit()
+def _scale_sum(total, divisor, scale):
+    """total = total / divisor * scale; what is 1 is left out, which changes no bit and saves a division."""
+    if divisor != np.float32(1):
+        for i in range(total.size):
+            total[i] /= divisor
+    if scale != np.float32(1):
+        for i in range(total.size):
+            total[i] *= scale
 
 
 @cache
@@ -263,8 +289,9 @@ def _delta_kernel():
                 if by_votes:
                     _sum_rows(votes, plain, divisors)
                     _divide(total, divisors)
+            _scale_sum(total, divisor, scale)
             for i in range(stop):
-                change, own = total[i] / divisor * scale, below[i]
+                change, own = total[i], below[i]
                 # A change of zero must not touch the base: −0.0 + 0.0 is +0.0.
                 total[i] = own if change == np.float32(0) else own + change
             finite &= _store(total, out, start)
@@ -302,17 +329,21 @@ def delta_sum(out: Block, base: Block, models: list[Block], rule: Rule, place: t
 
 @_njit()
 def _add_kept(total, values, mask, weight):
+    """total += weight · values where mask keeps; `values` is used up."""
+    own, added = total.view(np.uint32), values.view(np.uint32)
     for i in range(total.size):
-        own = total[i]
-        added = own + values[i] * weight
-        total[i] = added if mask[i] != 0 else own
+        values[i] = total[i] + values[i] * weight
+    for i in range(total.size):
+        keep = _all_ones_if(mask[i])
+        own[i] = np.uint32((added[i] & keep) | (own[i] & ~keep))
 
 
 @_njit()
 def _weigh(row, mask, weight, total):
     for i in range(row.size):
-        value = row[i] * weight
-        row[i] = value if mask[i] != 0 else np.float32(0)
+        row[i] = row[i] * weight
+    _drop(row, mask)
+    for i in range(row.size):
         total[i] += row[i]
 
 
