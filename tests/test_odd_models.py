@@ -83,12 +83,12 @@ def test_a_locale_without_utf8(odd):
     assert done.returncode == 1 and done.stderr.count(b"\n") == 1 and b"no such directory" in done.stderr
 
 
-@pytest.mark.parametrize("place", [".", "", "..", "sub/.."])
-def test_the_working_directory_is_no_output(odd, monkeypatch, place):
+@pytest.mark.parametrize(("place", "meant"), [(".", "."), ("./", "."), ("..", ".."), ("sub/..", ".")])
+def test_the_working_directory_is_no_output(odd, monkeypatch, place, meant):
     """Not even with --overwrite."""
     here = odd / "here" / "here"
     (here / "sub").mkdir(parents=True)
     monkeypatch.chdir(here)
     line = refusal("convert", "--model_path", odd / "base", "--save_path", place, "--overwrite")
-    assert line == (f"{Path(place)}: is the working directory or holds it; give the output a directory of its own")
+    assert line == (f"{meant}: is the working directory or holds it; give the output a directory of its own")
     assert here.is_dir()

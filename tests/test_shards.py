@@ -113,7 +113,11 @@ def test_output_layouts(tmp_path):
     model = write(tmp_path / "model", state(dtype=torch.float32), files=3)
     run("convert", "--model_path", model, "--save_path", tmp_path / "one")
     run("convert", "--model_path", model, "--save_path", tmp_path / "many", "--max_shard_size", "200B")
-    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [
+        "config.json",
+        "convert_report.json",
+        "model.safetensors",
+    ]
     shards = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
     assert shards == [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
