@@ -29,8 +29,10 @@ def write_card(directory: Path, name: str, report: dict, summary: dict | None = 
 
 def add_scores(directory: Path, summary: dict) -> None:
     """Put the scores of a results file's `summary` into the card of a merged model, if it is one of ours."""
-    if (directory / MERGE_REPORT).is_file():
-        write_card(directory, directory.resolve().name, read_json(directory / MERGE_REPORT), summary)
+    path = directory / MERGE_REPORT
+    report = read_json(path) if path.is_file() else {}
+    if "method" in report:  # reports of earlier versions lack it
+        write_card(directory, directory.resolve().name, report, summary)
 
 
 def card_text(name: str, report: dict, summary: dict | None) -> str:

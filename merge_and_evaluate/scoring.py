@@ -9,6 +9,7 @@ from common.shards.checkpoint import Checkpoint
 from common.shards.companions import has_tokenizer
 from common.shards.documents import read_json
 from common.shards.places import refuse_existing
+from merge_and_evaluate.card import add_scores
 from merge_and_evaluate.eval_log import logged_to
 from merge_and_evaluate.eval_machine import on_this_machine
 from merge_and_evaluate.eval_recipes import EvalRecipe
@@ -111,6 +112,7 @@ def score(scoring: Scoring, model: Model, path: Path, **chosen) -> dict | None:
         for written in write_samples(path, document.get("samples", {})):
             print(f"wrote {written}")
     write_results(path, result)
+    add_scores(Path(model.path), result["summary"])
     return result
 
 

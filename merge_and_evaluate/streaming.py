@@ -133,6 +133,8 @@ def merge_and_check(task: Task, worker: Worker, merge: StreamedMerge, found: dic
 def run_streamed(merge: StreamedMerge, origin: dict, overwrite: bool, found: dict[str, Found]) -> bool:
     """Merge, or resume; publish with config, tokenizer, merge_report.json and model card -> whether by this process."""
     with begin(merge.job, overwrite) as running:
+        for note in merge.notes if running.is_main else ():
+            print(f"note: {note}", flush=True)
         running.stream(partial(merge_and_check, merge=merge, found=found))
         for _, part, records in running.whole():
             finish(part, merge, origin, records)
