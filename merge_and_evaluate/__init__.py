@@ -1,5 +1,7 @@
 """What merge_and_evaluate_7b.py alone uses, in reading order.
 
+flags.py             its command line
+
 merging
 yaml_files.py        YAML files, read warily
 recipes.py           merge recipes: read, checked, weights and paths set
