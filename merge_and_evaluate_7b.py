@@ -48,6 +48,8 @@ from common.shards.checkpoint import open_checkpoint
 from common.shards.places import refuse_existing, refuse_existing_file
 from common.shards.verify import verify
 from merge_and_evaluate.announcement import planned
+from merge_and_evaluate.candidates import Making, weight_choices
+from merge_and_evaluate.choosing import plan_scorings
 from merge_and_evaluate.comparison import compare
 from merge_and_evaluate.eval_recipes import check_device, read_eval_recipe
 from merge_and_evaluate.flags import parsed
@@ -65,7 +67,7 @@ from merge_and_evaluate.merging import (
     origin,
     plan_merge,
 )
-from merge_and_evaluate.recipes import read_recipe, with_models, with_weights
+from merge_and_evaluate.recipes import read_recipe, with_models
 from merge_and_evaluate.scoring import (
     Model,
     Scoring,
@@ -75,8 +77,16 @@ from merge_and_evaluate.scoring import (
     score_and_show,
     score_or_reuse,
 )
-from merge_and_evaluate.sweep import Sweep, plan_candidates, plan_scorings, planned_files, weight_choices
-from merge_and_evaluate.sweep import run as run_sweep
+from merge_and_evaluate.sweep import Sweep
+from merge_and_evaluate.which_weight import (
+    Question,
+    answer,
+    cost_line,
+    files_of,
+    plan_trials,
+    priced,
+    print_memory,
+)
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -154,14 +164,22 @@ def evaluate_only(args: argparse.Namespace) -> None:
     score_or_reuse(scoring, Model(place, name, model_digest(checkpoint), {}), output_path, args.overwrite)
 
 
+def question_of(args: argparse.Namespace) -> Question | None:
+    """What the flags ask about the weight; None where the recipe's own are taken."""
+    choices = tuple(weight_choices(args.weights, args.weight_grid))
+    if not choices and not args.search:
+        return None
+    return Question(choices, args.choose_by, args.seed, args.race, args.evaluations, args.layer_groups)
+
+
 def merge_and_evaluate(args: argparse.Namespace) -> None:
     """Merge by --recipe, for every weight that is asked for, and score what comes out."""
     check_device(args.device)
     settings = MergeSettings(args.max_shard_size, args.device or "cpu", args.seed, args.engine)
     recipe = with_models(read_recipe(str(args.recipe)), args.base_model, args.models)
     merge_plan = plan_merge(recipe, args.save_path, settings)
-    choices = weight_choices(args.weights, args.weight_grid)
-    trials = {weights: with_weights(merge_plan.recipe, weights) for weights in choices}
+    question = question_of(args)
+    trials = plan_trials(question, merge_plan) if question else None
     name, output_path = args.name or merge_plan.recipe.name, Path(args.output_path)
     if merge_plan.reason or not args.merge_only:
         check_one_process()
@@ -173,17 +191,21 @@ def merge_and_evaluate(args: argparse.Namespace) -> None:
         check_chat_template(eval_recipe, merge_plan.checkpoints, made_by_recipe=made)
     if not args.merge_only and not trials:
         refuse_existing_file(output_path, args.overwrite)
+    if trials:
+        trials = priced(trials, choosing, args.dry_run)
     if args.dry_run:
-        print_merge(merge_plan, settings, max(len(trials), 1))
+        print_merge(merge_plan, settings, trials.candidates if trials else 1)
+        if trials:
+            print_memory(merge_plan, settings, choosing, args.keep_models)
+            print(f"cost    {cost_line(trials)}")
         if not args.merge_only:
-            print_scoring(choosing, reporting, planned_files(output_path, choices) if trials else [output_path])
+            print_scoring(choosing, reporting, files_of(trials, output_path) if trials else [output_path])
         return
 
     if trials:
-        digests = input_digests(merge_plan)
-        candidates = plan_candidates(merge_plan, trials, digests, settings, output_path)
-        sweep = Sweep(name, candidates, choosing, reporting, merge_plan.save_path, output_path)
-        run_sweep(sweep, digests, settings, args.keep_models, args.overwrite)
+        making = Making(input_digests(merge_plan), settings, args.keep_models, args.overwrite)
+        sweep = Sweep(name, (), choosing, reporting, merge_plan.save_path, output_path)
+        answer(trials, merge_plan, sweep, making)
         return
     model = merged_model(merge_plan, settings, name, args.overwrite)
     if not args.merge_only:
