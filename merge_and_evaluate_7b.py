@@ -14,10 +14,22 @@ with `mergekit-yaml` and `lm_eval run --config`. results.json is lm-eval's own d
 tensor in merge_report.json beside it. mergekit buffers one output shard: lower --max_shard_size for
 less memory.
 
-Which weight is best? Try some, choose on one set of tasks, report another; an interrupted sweep resumes
-where it was, and each weight's scores stay in results_weight_<weight>.json:
+Which weight is best? Try some, choose on one set of tasks, report another. Candidates are merged into one model in memory
+where that can be, and only the best is written; an interrupted sweep resumes where it was, and each weight's scores stay in
+results_weight_<weight>.json:
 
     python merge_and_evaluate_7b.py --recipe recipes/recipe.yml --weights 0.6 0.9 1.2 \\
+        --choose_on arc_challenge winogrande --report_on hellaswag mmlu truthfulqa_mc2 gsm8k
+
+The same for fewer GPU hours: a race scores all weights on the same random questions, in growing batches, and drops those that
+cannot be better than the leader by more than half a point:
+
+    python merge_and_evaluate_7b.py --recipe recipes/recipe.yml --weights 0.6 0.9 1.2 --race 0.5 \\
+        --choose_on arc_challenge winogrande --report_on hellaswag mmlu truthfulqa_mc2 gsm8k
+
+Or search for a weight per model (CMA-ES, as in CABS+):
+
+    python merge_and_evaluate_7b.py --recipe recipes/recipe.yml --search cma --evaluations 40 --choose_by gold \\
         --choose_on arc_challenge winogrande --report_on hellaswag mmlu truthfulqa_mc2 gsm8k
 
 One weight per model, all combinations (two models in the recipe, 3 x 2 merges):
