@@ -204,7 +204,7 @@ def merge_and_evaluate(args: argparse.Namespace) -> None:
     if not args.merge_only and not trials:
         refuse_existing_file(output_path, args.overwrite)
     if trials:
-        trials = priced(trials, choosing, args.dry_run)
+        trials = priced(trials, choosing, None if args.dry_run else output_path.with_suffix(".log"))
     if args.dry_run:
         print_merge(merge_plan, settings, trials.candidates if trials else 1)
         if trials:

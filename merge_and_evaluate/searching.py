@@ -4,7 +4,6 @@ Every trial has a results file of its own. A search that was stopped resumes by 
 weights, and those that have their scores are not scored again.
 """
 
-import time
 from dataclasses import dataclass
 
 from common.errors import DataError
@@ -81,13 +80,14 @@ def tried_before(sweep: Sweep, searched: Searched, digests: dict, settings: Merg
 
 def search(sweep: Sweep, making: Making, searched: Searched) -> Outcome:
     """Try what the search proposes until it ends; the best of everything tried wins. Of written models the best is kept."""
-    trials, documents, tried, kept, began = [], {}, [], None, time.monotonic()
+    trials, documents, tried, kept, merges = [], {}, [], None, 0
     most = searched.search.evaluations
     while (proposal := propose(searched.search, trials)).candidates:
         for weights in proposal.candidates:
             candidate = trial_of(searched, weights, making.digests, making.settings, sweep.output_path)
             check_output(candidate, sweep.choosing, making.overwrite)
-            document = score_candidate(sweep, making, candidate, f"{len(trials) + 1} of at most {most}")
+            document, scored_now = score_candidate(sweep, making, candidate, f"{len(trials) + 1} of at most {most}")
+            merges += scored_now
             value = value_of(document, candidate.results_path, sweep.by)
             trials.append(Trial(weights, value))
             documents[candidate] = document
@@ -97,10 +97,8 @@ def search(sweep: Sweep, making: Making, searched: Searched) -> Outcome:
             kept = candidate if is_best else kept
             if worse and not making.keep_models:
                 drop_model(worse)
-    print(
-        f"the search ends: {proposal.ended}; {len(trials)} merges tried, {time.monotonic() - began:.0f} s in this job"
-    )
-    return Outcome(kept, documents, tried, facts={"ended": proposal.ended})
+    print(f"the search ends: {proposal.ended}; {len(trials)} merges tried")
+    return Outcome(kept, documents, tried, facts={"ended": proposal.ended}, merges=merges)
 
 
 def way_of(searched: Searched) -> dict:

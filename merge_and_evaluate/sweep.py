@@ -63,6 +63,7 @@ class Outcome:
     tried: list[dict]
     whole: bool = True
     facts: dict = field(default_factory=dict)
+    merges: int | None = None  # scored in this job, each on every item; of a race, which says itself what it took, None
 
 
 # --- plan -----------------------------------------------------------------------------------------
@@ -87,8 +88,9 @@ def planned_files(output_path: Path, weights: list[tuple[float, ...]]) -> list[P
 # --- one candidate --------------------------------------------------------------------------------
 
 
-def score_candidate(sweep: Sweep, making: Making, candidate: Candidate, place: str) -> dict:
-    """Its document; scores that are there from before are neither merged nor scored again. place: "3 of 6", for people."""
+def score_candidate(sweep: Sweep, making: Making, candidate: Candidate, place: str) -> tuple[dict, bool]:
+    """(its document, whether it was scored now); scores that are there from before are neither merged nor scored again.
+    place: "3 of 6", for people."""
     document = scoring.finished(sweep.choosing, candidate.model(sweep.name), candidate.results_path)
     before = ", from before" if document else ""
     if not document:
@@ -100,7 +102,7 @@ def score_candidate(sweep: Sweep, making: Making, candidate: Candidate, place: s
         f"weight {candidate.label} ({place}): average {average}{gold}, {candidate.results_path}{before}",
         flush=True,
     )
-    return document
+    return document, not before
 
 
 def record_of(candidate: Candidate, document: dict, value: float) -> dict:
@@ -117,9 +119,10 @@ def record_of(candidate: Candidate, document: dict, value: float) -> dict:
 
 def try_all(sweep: Sweep, making: Making) -> Outcome:
     """Score every candidate; the best wins, the first of several equal ones. Of written models the best so far is kept."""
-    documents, tried, best, best_value = {}, [], None, -math.inf
+    documents, tried, best, best_value, merges = {}, [], None, -math.inf, 0
     for number, candidate in enumerate(sweep.candidates, 1):
-        document = score_candidate(sweep, making, candidate, f"{number} of {len(sweep.candidates)}")
+        document, scored_now = score_candidate(sweep, making, candidate, f"{number} of {len(sweep.candidates)}")
+        merges += scored_now
         value = value_of(document, candidate.results_path, sweep.by)
         documents[candidate] = document
         tried.append(record_of(candidate, document, value))
@@ -128,7 +131,7 @@ def try_all(sweep: Sweep, making: Making) -> Outcome:
             best, best_value = candidate, value
         if worse and not making.keep_models:
             drop_model(worse)
-    return Outcome(best, documents, tried)
+    return Outcome(best, documents, tried, merges=merges)
 
 
 # --- run ------------------------------------------------------------------------------------------

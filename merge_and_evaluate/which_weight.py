@@ -1,5 +1,6 @@
 """Which weight is best: what the flags ask, planned and priced before anything is merged, then carried out."""
 
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -76,13 +77,13 @@ def plan_trials(question: Question, merge_plan: MergePlan) -> Planned:
     return Planned(question, {weights: with_weights(merge_plan.recipe, weights) for weights in question.choices})
 
 
-def priced(planned: Planned, choosing: Scoring, dry_run: bool) -> Planned:
-    """The same with its cost: the choosing tasks' data is read and refused where it cannot choose. A sweep's --dry_run, which
-    needs no data, reads none."""
+def priced(planned: Planned, choosing: Scoring, log: Path | None) -> Planned:
+    """The same with its cost: the choosing tasks' data is read and refused where it cannot choose. log: for lm-eval's messages,
+    None in a dry run. A sweep's dry run, which needs no data, reads none."""
     question = planned.question
-    if dry_run and question.points is None and not question.evaluations:
+    if log is None and question.points is None and not question.evaluations:
         return planned
-    loaded = read_tasks(choosing)
+    loaded = read_tasks(replace(choosing, log=log))
     metrics = check_choice(choosing.recipe, loaded, question.by)
     field = None
     if question.points is not None:
@@ -147,6 +148,10 @@ def answer(planned: Planned, merge_plan: MergePlan, sweep: Sweep, making: Making
     if not (done := already_done(sweep)):
         check_outputs(sweep, known, making.overwrite)
     print(cost_line(planned) + (f"\n{planned.note}" if planned.note else ""), flush=True)
+    began = time.monotonic()
     with in_memory.bench(sweep.choosing.recipe, merge_plan, making.settings, making.keep_models) as load:
         outcome = find(planned, sweep, replace(making, load=load))
+    if outcome.merges is not None:
+        took = f"{outcome.merges} merges and {outcome.merges * planned.requests:,} requests"
+        print(f"choosing took {took} in this job, {time.monotonic() - began:.0f} s")
     conclude(sweep, outcome, making, done)

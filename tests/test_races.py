@@ -365,6 +365,7 @@ def test_a_search_climbs_and_records_everything(here, tried, capsys):
     assert tuple(summary["weights"]) == best and list(summary["tasks"]) == ["shades"]
     assert [tuple(record["weights"]) for record in summary["chosen"]["candidates"]] == tried
     assert summary["chosen"]["ended"] == "all 25 evaluations are used" and "the search ends: all 25" in said
+    assert "choosing took 25 merges and 12,000 requests in this job" in said
     config = json.loads((here / "merged" / "merge_report.json").read_text())["recipe"]
     assert all(str(weight) in config for weight in best)
 
