@@ -14,10 +14,22 @@ with `mergekit-yaml` and `lm_eval run --config`. results.json is lm-eval's own d
 tensor in merge_report.json beside it. mergekit buffers one output shard: lower --max_shard_size for
 less memory.
 
-Which weight is best? Try some, choose on one set of tasks, report another; an interrupted sweep resumes
-where it was, and each weight's scores stay in results_weight_<weight>.json:
+Which weight is best? Try some, choose on one set of tasks, report another. Candidates are merged into one model in memory
+where that can be, and only the best is written; an interrupted sweep resumes where it was, and each weight's scores stay in
+results_weight_<weight>.json:
 
     python merge_and_evaluate_7b.py --recipe recipes/recipe.yml --weights 0.6 0.9 1.2 \\
+        --choose_on arc_challenge winogrande --report_on hellaswag mmlu truthfulqa_mc2 gsm8k
+
+The same for fewer GPU hours: a race scores all weights on the same random questions, in growing batches, and drops those that
+cannot be better than the leader by more than half a point:
+
+    python merge_and_evaluate_7b.py --recipe recipes/recipe.yml --weights 0.6 0.9 1.2 --race 0.5 \\
+        --choose_on arc_challenge winogrande --report_on hellaswag mmlu truthfulqa_mc2 gsm8k
+
+Or search for a weight per model (CMA-ES, as in CABS+):
+
+    python merge_and_evaluate_7b.py --recipe recipes/recipe.yml --search cma --evaluations 40 --choose_by gold \\
         --choose_on arc_challenge winogrande --report_on hellaswag mmlu truthfulqa_mc2 gsm8k
 
 One weight per model, all combinations (two models in the recipe, 3 x 2 merges):
@@ -43,17 +55,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # which PYTHONSAFEPATH leaves out
 
-from common import cli
 from common.exits import run
 from common.shards.checkpoint import open_checkpoint
 from common.shards.places import refuse_existing, refuse_existing_file
 from common.shards.verify import verify
 from merge_and_evaluate.announcement import planned
+from merge_and_evaluate.candidates import Making, weight_choices
+from merge_and_evaluate.choosing import plan_scorings
 from merge_and_evaluate.comparison import compare
 from merge_and_evaluate.eval_recipes import check_device, read_eval_recipe
+from merge_and_evaluate.flags import parsed
 from merge_and_evaluate.mergekit_engine import TOKEN_KEYS
 from merge_and_evaluate.merging import (
-    ENGINES,
     REPORT_NAME,
     MergePlan,
     MergeSettings,
@@ -66,7 +79,7 @@ from merge_and_evaluate.merging import (
     origin,
     plan_merge,
 )
-from merge_and_evaluate.recipes import read_recipe, with_models, with_weights
+from merge_and_evaluate.recipes import read_recipe, with_models
 from merge_and_evaluate.scoring import (
     Model,
     Scoring,
@@ -76,191 +89,20 @@ from merge_and_evaluate.scoring import (
     score_and_show,
     score_or_reuse,
 )
-from merge_and_evaluate.sweep import Sweep, plan_candidates, plan_scorings, planned_files, weight_choices
-from merge_and_evaluate.sweep import run as run_sweep
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-MERGE_DEFAULTS = {"recipe": "recipes/recipe.yml", "save_path": "./models/merged", "engine": "auto", "seed": 0}
-EVAL_DEFAULTS = {"eval_recipe": "recipes/open_llm_leaderboard.yml", "output_path": "results.json"}
-
-
-def add_everyday_flags(parser: argparse.ArgumentParser) -> None:
-    """What is merged, what is scored, where it goes."""
-    add = parser.add_argument_group("every day").add_argument
-    add("--recipe", type=cli.path, metavar="FILE", help=f"merge recipe (default: {MERGE_DEFAULTS['recipe']})")
-    add(
-        "--save_path",
-        type=cli.path_or_hub_id,
-        metavar="DIR",
-        help=f"the merged model; with --eval_only the one to score (default: {MERGE_DEFAULTS['save_path']})",
-    )
-    add(
-        "--eval_recipe",
-        type=cli.path,
-        metavar="FILE",
-        help=f"what `lm_eval run --config` takes; flags win (default: {EVAL_DEFAULTS['eval_recipe']})",
-    )
-    add(
-        "--output_path",
-        type=cli.path,
-        metavar="FILE",
-        help=f"the results; lm-eval's messages go to a .log beside them (default: {EVAL_DEFAULTS['output_path']})",
-    )
-    add("--name", metavar="TEXT", help="row name in tables (default: the recipe's file name without .yml)")
-    add("--merge_only", action="store_true", help="merge, do not score")
-    add("--eval_only", action="store_true", help="score the model in --save_path, do not merge")
-    add("--device", metavar="DEVICE", help="cpu, cuda, cuda:0, mps (default: the eval recipe's, else cuda if there)")
-    add(
-        "--batch_size",
-        type=cli.batch_size,
-        metavar="N",
-        help="sequences scored at once, or auto (default: the eval recipe's, else 1)",
-    )
-    add("--overwrite", action="store_true", help="replace what is there once the new model and results are whole")
-    add("--dry_run", action="store_true", help="check everything, print what would be done, and stop")
-
-
-def add_merge_flags(parser: argparse.ArgumentParser) -> None:
-    """Details of the merge."""
-    add = parser.add_argument_group("the merge in detail").add_argument
-    add("--base_model", type=cli.path_or_hub_id, metavar="DIR", help="this base instead of the recipe's")
-    add(
-        "--models",
-        type=cli.path_or_hub_id,
-        nargs="+",
-        metavar="DIR",
-        help="these models instead of the recipe's, in its order",
-    )
-    add(
-        "--max_shard_size",
-        type=cli.byte_size,
-        metavar="SIZE",
-        help="start a new safetensors file beyond this size (default: 5GB; 1GB where mergekit merges, which holds one)",
-    )
-    add(
-        "--engine",
-        choices=ENGINES,
-        help="stream: at the speed of a copy, any architecture; mergekit: everything else it can do; auto: stream what "
-        "streams, and say which it was (default: auto)",
-    )
-    add("--seed", type=int, metavar="N", help="for methods that draw at random: dare_*, della_* (default: 0)")
-
-
-def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
-    """Details of the scoring: each wins over the eval recipe."""
-    add = parser.add_argument_group("the scoring in detail").add_argument
-    add(
-        "--dtype",
-        choices=DTYPES,
-        help="score in this dtype (default: the model's; on a CPU float32 for float16 models)",
-    )
-    add(
-        "--limit",
-        type=cli.limit,
-        metavar="N",
-        help="only the first N items of each task, or a share below 1: a quick look",
-    )
-    add(
-        "--model_args",
-        metavar="K=V,…",
-        help="more arguments of lm-eval's model: max_length=2048,attn_implementation=sdpa",
-    )
-
-
-def add_sweep_flags(parser: argparse.ArgumentParser) -> None:
-    """Several values of the weight (the method's lambda)."""
-    add = parser.add_argument_group("sweep over the weight").add_argument
-    add(
-        "--weights",
-        nargs="+",
-        type=cli.finite_float,
-        metavar="W",
-        help="weights to try, the same for every model: 0.6 0.9 1.2",
-    )
-    add(
-        "--weight_grid",
-        nargs="+",
-        type=cli.finite_float,
-        action="append",
-        metavar="W",
-        help="weights to try for one model; repeat per model, in the recipe's order: all combinations",
-    )
-    add(
-        "--choose_on",
-        nargs="+",
-        metavar="TASK",
-        help="choose by the average over these tasks or groups; report the eval recipe's other tasks. A task keeps "
-        "the shots that the recipe gives it",
-    )
-    add("--report_on", nargs="+", metavar="TASK", help="with --choose_on: report these tasks or groups")
-    add(
-        "--keep_models",
-        action="store_true",
-        help="keep every model, as <save_path>_weight_<weight>; the best is in --save_path anyhow",
-    )
-
-
-def add_compare_flags(parser: argparse.ArgumentParser) -> None:
-    """Results files side by side; nothing is merged or scored."""
-    add = parser.add_argument_group("compare results").add_argument
-    add(
-        "--compare",
-        type=cli.path,
-        nargs="+",
-        metavar="FILE",
-        help="print these results files as one table, then each row's difference from one of them, item by item, with "
-        "a verdict; draw both",
-    )
-    add(
-        "--against",
-        metavar="ROW",
-        help="the row that the others are compared with, by its name or file (default: the first)",
-    )
-    add("--plot_path", type=cli.path, metavar="FILE", help="the picture of --compare (default: results_comparison.png)")
-    cli.add_verify_flag(parser.add_argument_group("look at what was written"))
-
-
-def check_combination(parser: argparse.ArgumentParser, given: set[str]) -> None:
-    """Usage error for flags that contradict or do not use one another."""
-    sweep = {"weights", "weight_grid", "choose_on", "report_on", "keep_models"}
-    scoring = {"dtype", "limit", "model_args"}
-    refusals = [
-        ("verify", given - {"verify"}),
-        ("compare", given - {"compare", "plot_path", "against"}),
-        (
-            "eval_only",
-            given & ({"merge_only", "recipe", "base_model", "models", "max_shard_size", "seed", "engine"} | sweep),
-        ),
-        ("merge_only", given & ({"eval_recipe", "output_path", "batch_size", "name"} | scoring | sweep)),
-        ("weights", given & {"weight_grid"}),
-    ]
-    for flag, clash in refusals:
-        if flag in given and clash:
-            parser.error(f"--{flag} does not go with {', '.join('--' + name for name in sorted(clash))}")
-    for flag, needed in [
-        ("choose_on", {"weights", "weight_grid"}),
-        ("keep_models", {"weights", "weight_grid"}),
-        ("report_on", {"choose_on"}),
-        ("plot_path", {"compare"}),
-        ("against", {"compare"}),
-    ]:
-        if flag in given and not given & needed:
-            parser.error(f"--{flag} needs {' or '.join('--' + name for name in sorted(needed, reverse=True))}")
+from merge_and_evaluate.sweep import Sweep
+from merge_and_evaluate.which_weight import (
+    Question,
+    answer,
+    cost_line,
+    files_of,
+    plan_trials,
+    priced,
+    print_memory,
+)
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_everyday_flags(parser)
-    add_sweep_flags(parser)
-    add_compare_flags(parser)
-    add_merge_flags(parser)
-    add_scoring_flags(parser)
-    args = parser.parse_args(argv)
-    check_combination(parser, {name for name, value in vars(args).items() if value not in (None, False)})
-    for name, value in {**MERGE_DEFAULTS, **EVAL_DEFAULTS, "plot_path": "results_comparison.png"}.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    return args
+    return parsed(__doc__, argv)
 
 
 def print_merge(merge_plan: MergePlan, settings: MergeSettings, merges: int) -> None:
@@ -334,14 +176,22 @@ def evaluate_only(args: argparse.Namespace) -> None:
     score_or_reuse(scoring, Model(place, name, model_digest(checkpoint), {}), output_path, args.overwrite)
 
 
+def question_of(args: argparse.Namespace) -> Question | None:
+    """What the flags ask about the weight; None where the recipe's own are taken."""
+    choices = tuple(weight_choices(args.weights, args.weight_grid))
+    if not choices and not args.search:
+        return None
+    return Question(choices, args.choose_by, args.seed, args.race, args.evaluations, args.layer_groups)
+
+
 def merge_and_evaluate(args: argparse.Namespace) -> None:
     """Merge by --recipe, for every weight that is asked for, and score what comes out."""
     check_device(args.device)
     settings = MergeSettings(args.max_shard_size, args.device or "cpu", args.seed, args.engine)
     recipe = with_models(read_recipe(str(args.recipe)), args.base_model, args.models)
     merge_plan = plan_merge(recipe, args.save_path, settings)
-    choices = weight_choices(args.weights, args.weight_grid)
-    trials = {weights: with_weights(merge_plan.recipe, weights) for weights in choices}
+    question = question_of(args)
+    trials = plan_trials(question, merge_plan) if question else None
     name, output_path = args.name or merge_plan.recipe.name, Path(args.output_path)
     if merge_plan.reason or not args.merge_only:
         check_one_process()
@@ -353,17 +203,21 @@ def merge_and_evaluate(args: argparse.Namespace) -> None:
         check_chat_template(eval_recipe, merge_plan.checkpoints, made_by_recipe=made)
     if not args.merge_only and not trials:
         refuse_existing_file(output_path, args.overwrite)
+    if trials:
+        trials = priced(trials, choosing, None if args.dry_run else output_path.with_suffix(".log"))
     if args.dry_run:
-        print_merge(merge_plan, settings, max(len(trials), 1))
+        print_merge(merge_plan, settings, trials.candidates if trials else 1)
+        if trials:
+            print_memory(merge_plan, settings, choosing, args.keep_models)
+            print(f"cost    {cost_line(trials)}")
         if not args.merge_only:
-            print_scoring(choosing, reporting, planned_files(output_path, choices) if trials else [output_path])
+            print_scoring(choosing, reporting, files_of(trials, output_path) if trials else [output_path])
         return
 
     if trials:
-        digests = input_digests(merge_plan)
-        candidates = plan_candidates(merge_plan, trials, digests, settings, output_path)
-        sweep = Sweep(name, candidates, choosing, reporting, merge_plan.save_path, output_path)
-        run_sweep(sweep, digests, settings, args.keep_models, args.overwrite)
+        making = Making(input_digests(merge_plan), settings, args.keep_models, args.overwrite)
+        sweep = Sweep(name, (), choosing, reporting, merge_plan.save_path, output_path)
+        answer(trials, merge_plan, sweep, making)
         return
     model = merged_model(merge_plan, settings, name, args.overwrite)
     if not args.merge_only:

@@ -82,6 +82,14 @@ def finite_float(text: str) -> float:
     return value
 
 
+def points(text: str) -> float:
+    """'0.5' -> 0.5 points of a score in percent; below 0 is a usage error."""
+    value = finite_float(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is below 0; a margin is 0 or more")
+    return value
+
+
 def limit(text: str) -> int | float:
     """'100' -> 100 items of each task, '0.1' -> a tenth of them."""
     value = finite_float(text)

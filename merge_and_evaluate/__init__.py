@@ -1,5 +1,7 @@
 """What merge_and_evaluate_7b.py alone uses, in reading order.
 
+flags.py             its command line
+
 merging
 yaml_files.py        YAML files, read warily
 recipes.py           merge recipes: read, checked, weights and paths set
@@ -27,9 +29,8 @@ items.py             every question's score
 scores.py            the figures that people compare
 leaderboard_v2.py    the second leaderboard's own figures
 results.py           results files: put together, written, read
+in_memory.py         candidates streamed into one loaded model
 scoring.py           one model into one results file
-sweep.py             several weights, the best kept
-overview.py          a sweep at a glance
 
 comparing
 rows.py              results files as rows to compare
@@ -38,8 +39,16 @@ verdicts.py          which row is better, in words
 scores_picture.py    scores and differences, drawn
 comparison.py        results side by side
 
-searching for the weight
+which weight is best
+choosing.py          which tasks choose, what a result is worth
+candidates.py        choices of weights, how each is made
+sweep.py             several weights, the best kept
+overview.py          a sweep at a glance
 race_plan.py         which items a race scores when
 race.py              who drops out of a race
+race_tasks.py        what a race asks of lm-eval's tasks
+racing.py            a race, batch by batch, resumable
 search.py            CMA-ES over the weights
+searching.py         a search, trial by trial, resumable
+which_weight.py      what the flags ask: planned, priced, carried out
 """

@@ -29,23 +29,29 @@ def requests_of(task, items: int) -> int:
     return sum(len(task.doc_to_choice(doc)) for _, doc in zip(range(items), _documents(task), strict=False))
 
 
+def requests_to_make(recipe: EvalRecipe, loaded: dict) -> int:
+    """How many answers scoring one model on all loaded tasks takes."""
+    return sum(requests_of(task, items_to_score(recipe, task)) for task in loaded["tasks"].values())
+
+
 def _shots(recipe: EvalRecipe, task) -> int:
     own, given = task.get_config("num_fewshot"), recipe.config.get("num_fewshot")
     return (own if own == 0 or given is None else given) or 0
 
 
-def announcement(recipe: EvalRecipe, model: str, loaded: dict) -> str:
-    """One line on what is about to be scored, and how: "scoring merged: arc_challenge 1172 items 25-shot, …"."""
-    parts, requests = [], 0
+def announcement(recipe: EvalRecipe, model: str, directory: str, loaded: dict) -> str:
+    """One line on what is about to be scored, and how: "scoring merged: arc_challenge 1172 items 25-shot, …".
+
+    `model` is what it is called; `directory` holds its config.json."""
+    parts, requests = [], requests_to_make(recipe, loaded)
     for root in sorted_rows(loaded):
         leaves = [loaded["tasks"][leaf] for leaf in leaves_below(loaded, root)]
         counts = [items_to_score(recipe, task) for task in leaves]
-        requests += sum(requests_of(task, count) for task, count in zip(leaves, counts, strict=True))
         shots = sorted({_shots(recipe, task) for task in leaves})
         size = f" ({len(leaves)} tasks)" if len(leaves) > 1 else ""
         parts.append(f"{root}{size} {sum(counts):,} items {'/'.join(map(str, shots))}-shot")
-    dtype = recipe.model_args.get("dtype") or stored_dtype(model) or "its own dtype"
-    note = " (stored as float16, which is slow on a CPU)" if dtype_is_raised(recipe, model) else ""
+    dtype = recipe.model_args.get("dtype") or stored_dtype(directory) or "its own dtype"
+    note = " (stored as float16, which is slow on a CPU)" if dtype_is_raised(recipe, directory) else ""
     device, batch = device_of(recipe), recipe.config.get("batch_size", 1)
     limit = f"; limit {recipe.config['limit']}" if recipe.config.get("limit") is not None else ""
     return (

@@ -12,6 +12,7 @@ from merge_and_evaluate.announcement import announcement
 from merge_and_evaluate.eval_machine import on_this_machine
 from merge_and_evaluate.eval_recipes import EvalRecipe, evaluator_config
 from merge_and_evaluate.eval_tasks import Tasks, task_files
+from merge_and_evaluate.in_memory import LoadedModel, fresh
 from merge_and_evaluate.items import items_of_document
 
 
@@ -33,16 +34,16 @@ def _roots(loaded: dict) -> list:
     return [item for name, item in found.items() if name not in inner]
 
 
-def _simple_evaluate(recipe: EvalRecipe, model: str, loaded: dict, manager, cache: str | None) -> dict | None:
-    """lm-eval's results for one model, put together as `lm_eval run` does, samples included."""
+def _simple_evaluate(config, loaded: dict, manager, cache: str | None, lm) -> dict | None:
+    """lm-eval's results for one model, put together as `lm_eval run` does, samples included. config: lm-eval's own
+    EvaluatorConfig; lm: lm-eval's model, None where it is to load the one that the config names."""
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
 
-    config = evaluator_config(recipe, model)
     requests = config.cache_requests if isinstance(config.cache_requests, dict) else {}
     tracker = EvaluationTracker()
     results = simple_evaluate(
-        model=config.model,
+        model=lm or config.model,
         model_args=config.model_args,
         tasks=_roots(loaded),
         task_manager=manager,
@@ -74,7 +75,11 @@ def _simple_evaluate(recipe: EvalRecipe, model: str, loaded: dict, manager, cach
     if results is None:  # another process of `accelerate launch` has them
         return None
     tracker.general_config_tracker.log_end_time()
-    return {**results, **asdict(tracker.general_config_tracker)}
+    asked = {
+        **results["config"],
+        "model": config.model,
+    }  # of a model it did not load, lm-eval records where it came from
+    return {**results, "config": asked, **asdict(tracker.general_config_tracker)}
 
 
 def _cache(recipe: EvalRecipe, identity: str) -> str | None:
@@ -84,19 +89,25 @@ def _cache(recipe: EvalRecipe, identity: str) -> str | None:
     return f"{cache}_{text_hash(json.dumps([identity, recipe.model_args], default=str))}" if cache else None
 
 
-def evaluate(recipe: EvalRecipe, model: str, tasks: Tasks, identity: str) -> dict | None:
+def evaluate(
+    recipe: EvalRecipe, model: str, tasks: Tasks, identity: str, filled: LoadedModel | None = None
+) -> dict | None:
     """lm-eval's document for one model on these tasks, with `samples` and `items`; None in the helper processes of
     `accelerate launch`. Prints one line first: what is scored, and how.
 
-    `identity` is the model's hash. Raises DataError with lm-eval's own reason if it fails.
+    `identity` is the model's hash; `filled` a loaded model that holds its weights. Raises DataError with lm-eval's own
+    reason if it fails.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    recipe = on_this_machine(recipe, model)
+    directory = str(filled.directory) if filled else model
+    recipe = on_this_machine(recipe, directory)
+    lm = fresh(filled) if filled else None
     try:
         loaded = load_tasks(recipe, tasks)
         if int(os.environ.get("RANK", "0")) == 0:
-            print(announcement(recipe, model, loaded), flush=True)
-        document = _simple_evaluate(recipe, model, loaded, tasks.manager, _cache(recipe, identity))
+            print(announcement(recipe, model, directory, loaded), flush=True)
+        config, cache = evaluator_config(recipe, model), _cache(recipe, identity)
+        document = _simple_evaluate(config, loaded, tasks.manager, cache, lm)
     except Exception as error:  # lm-eval and what it uses raise many types; the user needs the reason
         reason = reason_of(error)
         line = f"{recipe.path}: lm-eval could not score {model} on {', '.join(tasks.names)}: {reason:.300}"

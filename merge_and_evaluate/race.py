@@ -32,7 +32,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import ndtr, ndtri, stdtrit
 
 from common.errors import DataError
 from merge_and_evaluate.race_plan import Cost, Plan
@@ -197,11 +196,15 @@ def compare(race: Plan, number: int, differences: np.ndarray) -> tuple[np.ndarra
 
 def spent(alpha: float, time: float) -> float:
     """The error that may have been made by `time` in 0..1, O'Brien and Fleming's way: 0.05 at 1/2 -> 0.0056."""
+    from scipy.special import ndtr, ndtri  # scipy takes its time: not for --help
+
     return float(2 * ndtr(ndtri(alpha / 2) / np.sqrt(time))) if time > 0 else 0.0
 
 
 def _width(number: int, looks: int, alpha: float, freedom: int) -> float:
     """How many standard errors wide a bound of round `number` is, alpha being spent over `looks` rounds; 0 after those."""
+    from scipy.special import stdtrit
+
     if number >= looks:
         return 0.0
     spend = spent(alpha, (number + 1) / looks) - spent(alpha, number / looks)

@@ -15,19 +15,27 @@ from merge_and_evaluate.eval_machine import on_this_machine
 from merge_and_evaluate.eval_recipes import EvalRecipe
 from merge_and_evaluate.eval_tasks import Tasks
 from merge_and_evaluate.evaluation import eval_identity, evaluate
+from merge_and_evaluate.in_memory import LoadedModel
 from merge_and_evaluate.results import print_results, provenance, with_summary, write_results, write_samples
 from merge_and_evaluate.scores import missing_scores
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model to score: its directory, the name of its row in tables, a hash of what it is made of, and
-    how it was made, for the results file (empty where that is not known)."""
+    """A model to score: its directory, the name of its row in tables, a hash of what it is made of, and how it was
+    made, for the results file (empty where that is not known). filled: a loaded model that holds its weights, where
+    they are in memory alone."""
 
     path: str
     name: str
     identity: str
     origin: dict
+    filled: LoadedModel | None = None
+
+    @property
+    def directory(self) -> str:
+        """Where its config.json lies."""
+        return str(self.filled.directory) if self.filled else self.path
 
 
 @dataclass(frozen=True)
@@ -101,11 +109,12 @@ def score(scoring: Scoring, model: Model, path: Path, **chosen) -> dict | None:
     """
     recipe, tasks = scoring.recipe, scoring.tasks
     with logged_to(scoring.log or path.with_suffix(".log")):
-        document = evaluate(recipe, model.path, tasks, model.identity)
+        in_memory = {"filled": model.filled} if model.filled else {}
+        document = evaluate(recipe, model.path, tasks, model.identity, **in_memory)
     if document is None:
         return None
     identity = eval_identity(recipe, tasks, model.identity)
-    origin = provenance(model.path, identity, on_this_machine(recipe, model.path), tasks.names, **model.origin)
+    origin = provenance(model.path, identity, on_this_machine(recipe, model.directory), tasks.names, **model.origin)
     result = with_summary(document, model.name, origin)
     result["summary"].update(chosen)
     if recipe.config.get("log_samples"):

@@ -20,7 +20,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import cma
 import numpy as np
 
 from common.errors import DataError
@@ -171,8 +170,10 @@ def _settled(search: Search, best_so_far: list[float], found: list[float]) -> st
 # --- cma ------------------------------------------------------------------------------------------
 
 
-def _evolution(search: Search) -> cma.CMAEvolutionStrategy:
+def _evolution(search: Search):
     """The library's strategy with draws of its own: by default it would seed and use numpy's global generator."""
+    import cma  # takes its time: not for --help
+
     rng = np.random.default_rng(search.seed)
     options = {
         "popsize": search.population,
@@ -186,13 +187,13 @@ def _evolution(search: Search) -> cma.CMAEvolutionStrategy:
     return cma.CMAEvolutionStrategy([search.start] * search.dimensions, search.sigma, options)
 
 
-def _ask(search: Search, evolution: cma.CMAEvolutionStrategy) -> tuple[Weights, ...]:
+def _ask(search: Search, evolution) -> tuple[Weights, ...]:
     """A generation, projected on the box and rounded: what is tried is what the strategy is told about."""
     projected = np.clip(evolution.ask(), search.low, search.high)
     return tuple(tuple(round(float(weight), DECIMALS) for weight in weights) for weights in projected)
 
 
-def _tell(evolution: cma.CMAEvolutionStrategy, candidates: Sequence[Weights], values: Sequence[float]) -> None:
+def _tell(evolution, candidates: Sequence[Weights], values: Sequence[float]) -> None:
     """Told are ranks, which are all that CMA-ES uses; equal values rank in the order in which they were proposed."""
     ranks = np.argsort(np.argsort(-np.array(values), kind="stable"), kind="stable")
     # Unchecked: the library would take rounded points for foreign ones and shorten the long steps among them.

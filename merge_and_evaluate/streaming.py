@@ -5,12 +5,14 @@ first model), each with its shape, and nothing else.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from common.errors import DataError
 from common.pruners import report
+from common.shards import stream
 from common.shards.checkpoint import Checkpoint, config_with_dtype, copy_companions
 from common.shards.companions import has_tokenizer
 from common.shards.documents import write_json
@@ -19,6 +21,7 @@ from common.shards.headers import Tensor
 from common.shards.job import Job, begin, identity
 from common.shards.layout import Output, plan_shards, slots_of
 from common.shards.matching import check_floats, mask_names, match
+from common.shards.memory import MemorySink
 from common.shards.stream import Task, Worker, same_bytes
 from common.shards.verify import MERGE_REPORT, recorded_hashes_of
 from merge_and_evaluate.card import write_card
@@ -43,6 +46,12 @@ class StreamedMerge:
     equal: dict[str, list[tuple[Tensor, Tensor]]]
     recorded: dict[str, dict[str, str]]  # {label of a model: {tensor: hash}}, where an earlier step left them
     notes: tuple[str, ...]  # what was resolved: other names, ties, constants
+
+    @property
+    def one_dtype(self) -> str | None:
+        """What all parameters are written in; None where they differ."""
+        dtypes = {how.dtype for how in self.how.values()}
+        return dtypes.pop() if len(dtypes) == 1 else None
 
     def sources(self, task: Task) -> list[Checkpoint]:
         """The model that each input of a task is from."""
@@ -141,13 +150,26 @@ def run_streamed(merge: StreamedMerge, origin: dict, overwrite: bool, found: dic
     return running.is_main
 
 
+def run_in_memory(merge: StreamedMerge, tensors: Mapping[str, object], found: dict[str, Found], title: str) -> None:
+    """Merge into the tensors of a loaded model, {name: torch.Tensor}: the bits that run_streamed would write, in the
+    tensors' own dtype. Every tensor is computed from the inputs anew, whatever it held before; buffers stay as they are."""
+    tasks = [task for task in merge.job.tasks if merge.how.get(task.name)]
+    do = partial(merge_and_check, merge=merge, found=found)
+    with stream.progress(title, sum(task.nbytes for task in tasks)) as moved:
+        stream.run(tasks, do, moved, stream.worker_count(), MemorySink(tensors))
+
+
+def settle(directory: Path, merge: StreamedMerge) -> None:
+    """Put there what the weights need beside them: config.json, the tokenizer."""
+    donor = next((c for c in (merge.whole, *merge.models) if has_tokenizer(c.path)), merge.whole)
+    copy_companions(donor.path, directory)
+    text = config_with_dtype(merge.whole.config, merge.one_dtype)
+    (directory / "config.json").write_text(text, encoding="utf-8")
+
+
 def finish(part: Path, merge: StreamedMerge, origin: dict, records: dict[str, dict]) -> None:
     """What lies beside the weights."""
-    donor = next((c for c in (merge.whole, *merge.models) if has_tokenizer(c.path)), merge.whole)
-    copy_companions(donor.path, part)
-    dtypes = {how.dtype for how in merge.how.values()}
-    text = config_with_dtype(merge.whole.config, dtypes.pop() if len(dtypes) == 1 else None)
-    (part / "config.json").write_text(text, encoding="utf-8")
+    settle(part, merge)
     content = {
         **origin,
         "engine": "stream",

@@ -16,9 +16,9 @@ from conftest import ROOT
 from recipes_and_models import RECIPE, left_over, merge_and_score, write_yaml
 
 from common.errors import DataError
-from merge_and_evaluate import scoring
+from merge_and_evaluate import in_memory, scoring
+from merge_and_evaluate.candidates import weight_choices
 from merge_and_evaluate.recipes import read_recipe, with_weights
-from merge_and_evaluate.sweep import weight_choices
 
 PEAKS = {"colours": 0.9, "shades": 0.3, "tints": 0.6}  # the weight at which the stand-in scores best
 ALL_TASKS = {"include_path": "./tasks", "tasks": list(PEAKS), "batch_size": 4}
@@ -37,7 +37,7 @@ def merged_by(model: Path) -> dict:
 
 @pytest.fixture
 def asked(monkeypatch) -> list[str]:
-    """A stand-in for lm-eval, which knows the weight from the model; returns the list of models it was asked about."""
+    """A stand-in for lm-eval, which knows the weight from the model's directory; returns the list of models it was asked about."""
     models = []
 
     def stand_in(recipe, model, tasks, identity):
@@ -49,6 +49,7 @@ def asked(monkeypatch) -> list[str]:
         return {"results": scores, **{key: {} for key in empty}}
 
     monkeypatch.setattr(scoring, "evaluate", stand_in)
+    monkeypatch.setattr(in_memory, "written_reason", lambda *_: "the stand-in reads directories")
     return models
 
 

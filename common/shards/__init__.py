@@ -27,6 +27,7 @@ blocks.py        a reader for each input tensor, a writer for each output slot
 buffers.py       what a thread holds of its files, in memory it reuses
 direct.py        between memory and disk, past the page cache
 sink.py          shard files while they are written
+memory.py        the same into a model in memory
 staging.py       files and directories that appear whole or not at all
 systems.py       what a system may lack: stepped down from
 hashing.py       xxh3 of texts, files and tensors

@@ -3,10 +3,13 @@
 import json
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from common.shards.blocks import Writer
+from common.shards.buffers import OutputBuffer
 from common.shards.direct import File
 from common.shards.layout import Output
 from common.shards.staging import sync, write_file
@@ -49,6 +52,11 @@ class Sink:
                 self._files[shard] = [self._create(output, shard) for output in self._outputs]
                 self._records[shard] = {}
             return self._files[shard]
+
+    def writers(self, task, buffers: list[OutputBuffer], advance: Callable[[int], None]) -> list[Writer]:
+        """A writer for a task's slot in each output; `buffers`, one an output at least, are the calling thread's own."""
+        places = zip(task.slots, self.files(task.shard), buffers, strict=False)
+        return [Writer(slot, file, buffer, advance) for slot, file, buffer in places]
 
     def finish_tensor(self, shard: int, name: str, records: list[dict]) -> None:
         """Take a tensor's record for each output; the shard's last tensor makes the shard whole."""

@@ -76,8 +76,7 @@ class Worker:
     def writers(self, task: Task) -> list[Writer]:
         """A writer for the task's slot in each output."""
         self._out_buffers += [OutputBuffer() for _ in task.slots[len(self._out_buffers) :]]
-        places = zip(task.slots, self._sink.files(task.shard), self._out_buffers, strict=False)
-        self._writers = [Writer(slot, file, buffer, self._advance) for slot, file, buffer in places]
+        self._writers = self._sink.writers(task, self._out_buffers, self._advance)
         return self._writers
 
     def finish(self, task: Task, records) -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole chain on small real models, as the README shows it: make demo
-# Writes models/tiny and demo/ afresh. About four minutes on 2 CPU cores, no network.
-# SEED=1 make demo trains other models.
+# Writes models/tiny and demo/ afresh. About three minutes on 2 CPU cores, no network.
+# SEED=1 make demo trains other models; examples/tiny_mistral/seeds.sh does that for several seeds and averages.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -42,10 +42,10 @@ score() { # row, model
         --eval_recipe $RECIPES/evaluate.yml --output_path demo/results_"$2".json
 }
 
-merge() { # row, recipe
+merge() { # row, recipe, results
     run merge_and_evaluate_7b.py --recipe $RECIPES/"$2".yml --save_path ./$TINY/merged_"$2" --name "$1" \
-        --eval_recipe $RECIPES/evaluate.yml --output_path demo/results_"$2".json \
-        --weights $WEIGHTS --choose_on tiny_val
+        --eval_recipe $RECIPES/evaluate.yml --output_path demo/"$3".json \
+        --race --weights $WEIGHTS --choose_on tiny_val
 }
 
 rm -rf $TINY demo
@@ -66,26 +66,29 @@ prune cabs --n 64 --m 256 --pruning_method nm
 prune magnitude --sparsity_level 0.75 --pruning_method magnitude
 prune dare --sparsity_level 0.75 --pruning_method random --rescale --seed 0
 
-say "4. Merge and evaluate: each method's λ chosen on the validation questions, scored on the test questions"
+say "4. Merge and evaluate: each method's λ by a race on the validation questions, scored on the test questions"
 score "base" base-float16
 score "fine-tuned on countries" countries
 score "fine-tuned on elements" elements
-merge "task arithmetic" task_arithmetic
-merge "TA + magnitude" magnitude
-merge "TA + DARE" dare
-merge "TIES" ties
-merge "TIES + DARE" ties_dare
-merge "CABS" cabs
+merge "task arithmetic" task_arithmetic results_task_arithmetic
+merge "TA + magnitude" magnitude results_magnitude
+merge "TA + DARE" dare results_dare
+merge "TIES" ties results_ties
+merge "TIES + DARE" ties_dare results_ties_dare
+merge "CABS" cabs results
 
 say "All rows"
 run merge_and_evaluate_7b.py --plot_path demo/comparison.png --compare \
-    demo/results_{base-float16,countries,elements,task_arithmetic,magnitude,dare,ties,ties_dare,cabs}.json
+    demo/results_{base-float16,countries,elements,task_arithmetic,magnitude,dare,ties,ties_dare}.json demo/results.json
+
+say "λ of each method, and what choosing it took"
+run examples/tiny_mistral/seeds.py demo
 
 say "Where everything is"
 cat <<'END'
 the table as a picture      demo/comparison.png
-CABS, all figures           demo/results_cabs.json (each row has its own)
-CABS, score against λ       demo/results_cabs_sweep.png, .csv
+CABS, all figures           demo/results.json (each row has its own: demo/results_*.json)
+CABS, score against λ       demo/results_sweep.png, .csv; item by item: demo/results_race.json
 what pruning kept           models/tiny/cabs_elements/prune_report.json
 the merged model            models/tiny/merged_cabs
 progress and warnings       demo/run.log

@@ -1,0 +1,90 @@
+"""The demo's rows over one or more seeds: each row's mean score ± standard error of that mean, its λ, what choosing it took.
+
+    python examples/tiny_mistral/seeds.py demo                                  # one run of the demo
+    python examples/tiny_mistral/seeds.py demo_seeds/seed_0 demo_seeds/seed_1   # several: see seeds.sh
+
+The standard error is over seeds (models trained anew), not over questions: it says how far another seed would differ. With one
+seed it is not known, and left out.
+"""
+
+import argparse
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method with one seed: its scores by column in percent, its λ, the share of all items that choosing λ took."""
+
+    name: str
+    scores: dict[str, float]
+    weight: float | None
+    share: float | None
+
+
+def read_rows(directory: Path) -> list[Row]:
+    """The rows of one run of the demo, in the order in which they were made."""
+    files = [path for path in directory.glob("results*.json") if not path.stem.endswith("_race")]
+    found = []
+    for path in sorted(files, key=lambda path: json.loads(path.read_text())["date"]):
+        summary = json.loads(path.read_text())["summary"]
+        scores = {name: 100 * task["value"] for name, task in summary["tasks"].items()}
+        chosen = summary.get("chosen", {})
+        share = chosen["items"] / chosen["items_of_all"] if "items_of_all" in chosen else None
+        weight = summary["weights"][0] if "weights" in summary else None
+        found.append(Row(summary["name"], scores | {"average": 100 * summary["average"]}, weight, share))
+    if not found:
+        raise SystemExit(f"error: {directory}: no results*.json in it; run the demo first (make demo)")
+    return found
+
+
+def mean_and_stderr(values: list[float]) -> str:
+    """[70.0, 72.0] -> '71.00 ± 1.00'; of one value the standard error is not known: '70.00'."""
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return f"{mean:.2f}"
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    return f"{mean:.2f} ± {deviation / math.sqrt(len(values)):.2f}"
+
+
+def table(runs: list[list[Row]]) -> str:
+    """Markdown: a line for each row that every run has."""
+    names = [row.name for row in runs[0] if all(row.name in [other.name for other in run] for run in runs)]
+    columns = list(runs[0][0].scores)
+    lines = ["| " + " | ".join(["", "λ", *columns, "items to choose λ"]) + " |", "|---" * (len(columns) + 3) + "|"]
+    for name in names:
+        rows = [row for run in runs for row in run if row.name == name]
+        weights = ", ".join(f"{row.weight:g}" for row in rows if row.weight is not None)
+        shares = [100 * row.share for row in rows if row.share is not None]
+        share = f"{math.fsum(shares) / len(shares):.0f} %" if shares else ""
+        cells = [mean_and_stderr([row.scores[column] for row in rows]) for column in columns]
+        lines.append("| " + " | ".join([name, weights, *cells, share]) + " |")
+    return "\n".join(lines)
+
+
+def saved(runs: list[list[Row]]) -> str:
+    """What the races saved, in one line."""
+    shares = [row.share for run in runs for row in run if row.share is not None]
+    if not shares:
+        return "no λ was chosen by a race"
+    return f"The races scored {math.fsum(shares) / len(shares):.0%} of the items that scoring every λ on every question takes."
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="results of one run of the demo each")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> None:
+    runs = [read_rows(directory) for directory in parse_args(argv).directories]
+    print(table(runs))
+    print(f"\n{saved(runs)}")
+    if len(runs) > 1:
+        print(f"Means over {len(runs)} seeds ± standard error over them; λ seed by seed.")
+
+
+if __name__ == "__main__":
+    main()

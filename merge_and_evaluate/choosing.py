@@ -1,0 +1,106 @@
+"""Which tasks choose the weight and which report it; what a result is worth to whoever chooses."""
+
+import math
+
+from common.errors import DataError
+from merge_and_evaluate.eval_recipes import EvalRecipe
+from merge_and_evaluate.eval_settings import children
+from merge_and_evaluate.eval_tasks import Tasks, check_data_files, check_task_code, find_tasks
+from merge_and_evaluate.scores import leaves_of
+from merge_and_evaluate.scoring import Scoring
+
+# A right answer of less probability counts as this much: one item whose probability is rounded to 0 would otherwise outweigh
+# all others.
+LEAST_PROBABILITY = 1e-12
+
+# --- tasks ----------------------------------------------------------------------------------------
+
+
+def _others(tasks: Tasks, names: list[str], chosen: set[str]) -> list[str]:
+    """What is left of `names` without the tasks in `chosen`: a group that holds some of these is opened."""
+    left = []
+    for name in tasks.only(names).names:
+        leaves = set(tasks.only([name]).leaves)
+        if leaves.isdisjoint(chosen):
+            left.append(name)
+        elif not leaves <= chosen:
+            left += _others(tasks, children(tasks.manager.task_index, name), chosen)
+    return left
+
+
+def check_tasks(recipe: EvalRecipe, tasks: Tasks) -> None:
+    """Refuse tasks whose local data or code is not there: better said before the merge than after it."""
+    check_data_files(recipe, tasks)
+    check_task_code(recipe, tasks)
+
+
+def plan_scorings(
+    recipe: EvalRecipe, choose_on: list[str] | None, report_on: list[str] | None
+) -> tuple[Scoring, Scoring | None]:
+    """(what decides, what is reported; None for the same). Raises DataError if a task would be in both."""
+    if not choose_on:
+        tasks = find_tasks(recipe, recipe.tasks)
+        check_tasks(recipe, tasks)
+        return Scoring(recipe, tasks), None
+    tasks = find_tasks(recipe, [*choose_on, *(report_on or recipe.tasks)])
+    report_on = report_on or _others(tasks, recipe.tasks, set(tasks.only(choose_on).leaves))
+    if not report_on:
+        raise DataError(f"{recipe.path}: all its tasks are in --choose_on; name others with --report_on")
+    choosing, reporting = Scoring(recipe, tasks.only(choose_on)), Scoring(recipe, tasks.only(report_on))
+    for scoring_of in (choosing, reporting):
+        check_tasks(recipe, scoring_of.tasks)
+    both = set(choosing.tasks.leaves) & set(reporting.tasks.leaves)
+    if both:
+        raise DataError(
+            f"{recipe.path}: task {min(both)!r} would choose the weight and report it; "
+            "name what to report with --report_on"
+        )
+    return choosing, reporting
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+
+def value_of(document: dict, path, by: str) -> float:
+    """What a results document is worth, larger is better: the average score, or with `by` "gold" the mean log-probability of
+    the right answers. Raises DataError where its tasks have no such value in common."""
+    return gold_average(document, path) if by == "gold" else average_to_choose_by(document, path)
+
+
+def average_to_choose_by(document: dict, path) -> float:
+    """The average, such that larger is better. Raises DataError where tasks have none in common."""
+    summary = document["summary"]
+    if summary["average"] is None:
+        raise DataError(
+            f"{path}: its tasks have no common average (some say that less is better), so no weight can be "
+            "chosen by it; name tasks of one kind with --choose_on"
+        )
+    less_is_better = any(not task["higher_is_better"] for task in summary["tasks"].values())
+    return -summary["average"] if less_is_better else summary["average"]
+
+
+def log_gold(probability: float) -> float:
+    """The log-probability of a right answer, in nats: 0.5 -> -0.693."""
+    return math.log(max(probability, LEAST_PROBABILITY))
+
+
+def gold_average(document: dict, path) -> float:
+    """The mean log-probability of the right answer, in nats: each row counts the same, a group as the mean of its tasks."""
+    rows = []
+    for row in document["summary"]["tasks"]:
+        means = []
+        for leaf in leaves_of(document, row):
+            golds = document.get("items", {}).get(leaf, {}).get("gold") or [None]
+            if None in golds:
+                raise no_gold(path, leaf)
+            means.append(math.fsum(map(log_gold, golds)) / len(golds))
+        rows.append(math.fsum(means) / len(means))
+    return math.fsum(rows) / len(rows)
+
+
+def no_gold(path, task: str) -> DataError:
+    """What to raise for a task whose questions have no right answer to choose."""
+    return DataError(
+        f"{path}: task {task!r} is not multiple choice, so its right answers have no probability; choose on others with "
+        "--choose_on, or --choose_by score"
+    )

@@ -1,0 +1,219 @@
+"""A race among weights: score batch by batch, keep every item's value in one file, say who drops out and why.
+
+<results>_race.json holds what every candidate scored, item by item, and is written after each batch: a race that was
+stopped resumes with the next one. What a candidate scored also counts for another race over the same tasks.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import DataError
+from common.shards.documents import read_json, write_json
+from merge_and_evaluate.candidates import Candidate, Making, drop_model, model_to_score
+from merge_and_evaluate.choosing import log_gold
+from merge_and_evaluate.eval_log import logged_to
+from merge_and_evaluate.eval_machine import on_this_machine
+from merge_and_evaluate.eval_recipes import EvalRecipe
+from merge_and_evaluate.evaluation import eval_identity
+from merge_and_evaluate.in_memory import opened
+from merge_and_evaluate.race import Step, next_step, outcome, told, unscored
+from merge_and_evaluate.race_plan import Plan, most, plan
+from merge_and_evaluate.race_tasks import check_choice, check_race, larger_is_better, score_items, strata_of_tasks
+from merge_and_evaluate.scores import mean_stderr
+from merge_and_evaluate.sweep import Outcome, Sweep
+
+
+@dataclass(frozen=True, eq=False)
+class Field:
+    """What is raced on: the plan, lm-eval's tasks with their documents, the metric of each, and whether gold decides."""
+
+    plan: Plan
+    loaded: dict
+    metrics: dict[str, str]
+    by: str
+
+
+def race_path(output_path: Path) -> Path:
+    """Where what was scored is kept."""
+    return output_path.with_name(f"{output_path.stem}_race.json")
+
+
+def plan_race(recipe: EvalRecipe, loaded: dict, labels: list[str], margin: tuple[float, str], seed: int) -> Field:
+    """The race of candidates called `labels` on lm-eval's loaded tasks; margin: (points, score or gold), in hundredths of a score
+    in 0..1 or of a nat. Raises DataError for tasks that cannot be raced on, and for fewer than two candidates."""
+    points, by = margin
+    metrics = check_choice(recipe, loaded, by)
+    check_race(recipe, loaded, metrics)
+    return Field(plan(strata_of_tasks(recipe, loaded), labels, points / 100, seed), loaded, metrics, by)
+
+
+# --- what was scored ------------------------------------------------------------------------------
+
+
+def read_scored(sweep: Sweep, overwrite: bool) -> dict[str, dict]:
+    """{candidate's label: {"identity", "items": {leaf: {"number", "doc", "value", "gold"}}}} out of the race's file. Raises DataError
+    for a file that is no race's, or whose entry of a candidate is of other models, tasks or settings, unless it may be replaced."""
+    path = race_path(sweep.output_path)
+    if not path.is_file():
+        return {}
+    found = read_json(path).get("candidates")
+    if not isinstance(found, dict):
+        if overwrite:
+            return {}
+        raise DataError(f"{path}: already there, and not what a race scored; give --overwrite to replace it")
+    for candidate in sweep.candidates:
+        entry = found.get(candidate.label, {})
+        if entry and entry.get("identity") != _identity(sweep, candidate):
+            if not overwrite:
+                raise DataError(
+                    f"{path}: weight {candidate.label} was scored there with other models, tasks or settings; give --overwrite "
+                    "to score it again, or another --output_path"
+                )
+            del found[candidate.label]
+    return found
+
+
+def _identity(sweep: Sweep, candidate: Candidate) -> str:
+    return eval_identity(sweep.choosing.recipe, sweep.choosing.tasks, candidate.identity)
+
+
+def add_scored(entry: dict, samples: dict[str, list[int]], found: dict[str, dict]) -> None:
+    """Put a batch into a candidate's entry, item by item in the order in which they were scored."""
+    for leaf, numbers in samples.items():
+        kept = entry["items"].setdefault(leaf, {"number": [], "doc": [], "value": [], "gold": []})
+        kept["number"] += numbers
+        for key in ("doc", "value", "gold"):
+            kept[key] += found[leaf][key]
+
+
+def values_of(field: Field, entry: dict, path: Path) -> dict[str, np.ndarray]:
+    """What decides, item by item: {leaf: float64 (items,), larger is better, NaN = not scored}."""
+    values = unscored(field.plan)
+    for leaf, kept in entry.get("items", {}).items():
+        if leaf not in values:
+            continue
+        sign = 1 if larger_is_better(field.loaded, leaf, field.metrics[leaf]) else -1
+        if field.by == "gold" and None in kept["gold"]:
+            raise DataError(f"{path}: task {leaf!r} has items without a right answer to choose; use --choose_by score")
+        numbers = [log_gold(g) for g in kept["gold"]] if field.by == "gold" else [sign * v for v in kept["value"]]
+        values[leaf][kept["number"]] = numbers
+    return values
+
+
+# --- the race -------------------------------------------------------------------------------------
+
+
+def race(sweep: Sweep, making: Making, field: Field) -> Outcome:
+    """Race until one is left, saying who drops out; what it took is said at the end."""
+    path, began = race_path(sweep.output_path), time.monotonic()
+    entries, merges, requests = read_scored(sweep, making.overwrite), 0, 0
+    candidates, told_of = {candidate.label: candidate for candidate in sweep.candidates}, set()
+    while True:
+        scored = {label: values_of(field, entries.get(label, {}), path) for label in candidates}
+        step = next_step(field.plan, scored)
+        for drop in step.dropped:
+            if drop.candidate not in told_of:
+                print(told(field.plan, drop), flush=True)
+                told_of.add(drop.candidate)
+                drop_model(candidates[drop.candidate])
+        if not step.to_score:
+            break
+        for label, wanted in step.to_score.items():
+            samples = {leaf: numbers.tolist() for leaf, numbers in wanted.items()}
+            found, asked = _score(sweep, making, candidates[label], field, samples, step)
+            merges, requests = merges + 1, requests + asked
+            entry = entries.setdefault(label, {"identity": _identity(sweep, candidates[label]), "items": {}})
+            add_scored(entry, samples, found)
+            write_json(path, {"tasks": sweep.choosing.tasks.names, "candidates": entries})
+    print(outcome(field.plan, step))
+    print(spent_line(field.plan, scored, merges, requests, time.monotonic() - began), flush=True)
+    return outcome_of(sweep, field, step, entries, scored)
+
+
+def _score(sweep: Sweep, making: Making, candidate: Candidate, field: Field, samples: dict, step: Step):
+    """({leaf: record}, requests) of one candidate on one batch."""
+    requests = {stratum.name: stratum.requests for stratum in field.plan.strata}
+    asked = sum(requests[leaf] * len(numbers) for leaf, numbers in samples.items())
+    items = sum(map(len, samples.values()))
+    print(
+        f"round {step.round + 1} of {field.plan.rounds}, weight {candidate.label}: {items:,} items, {asked:,} requests",
+        flush=True,
+    )
+    model = model_to_score(making, candidate, sweep.name, sweep.save_path)
+    recipe = on_this_machine(sweep.choosing.recipe, model.directory)
+    with logged_to(sweep.choosing.log), opened(recipe, model.filled, model.path) as lm:
+        return score_items(lm, recipe, field.loaded, field.metrics, samples), asked
+
+
+# --- what came of it ------------------------------------------------------------------------------
+
+
+def spent_line(race_plan: Plan, scored: Mapping, merges: int, requests: int, seconds: float) -> str:
+    """What the race took, beside scoring every candidate on every item."""
+    every = most(race_plan)
+    items = sum(int(np.isfinite(values).sum()) for tasks in scored.values() for values in tasks.values())
+    return (
+        f"the race took {items:,} of {every.items:,} items ({items / every.items:.0%}): {merges} merges and {requests:,} requests "
+        f"in this job, {seconds:.0f} s"
+    )
+
+
+def _mean_and_stderr(values: list[float]) -> tuple[float, float | None]:
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return mean, None
+    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+
+
+def summary_of(field: Field, entry: dict) -> dict:
+    """A results file's `summary` over the items that a candidate scored: rows as in the race, the metric's own values."""
+    tasks: dict[str, dict] = {}
+    rows = list(dict.fromkeys(stratum.row for stratum in field.plan.strata))
+    for row in rows:
+        strata = [stratum for stratum in field.plan.strata if stratum.row == row]
+        parts = [_mean_and_stderr(entry["items"][stratum.name]["value"]) for stratum in strata]
+        shares = [stratum.weight * len(rows) for stratum in strata]
+        known = None not in [stderr for _, stderr in parts]
+        tasks[row] = {
+            "metric": field.metrics[strata[0].name],
+            "value": math.fsum(share * mean for share, (mean, _) in zip(shares, parts, strict=True)),
+            "stderr": math.sqrt(math.fsum((s * e) ** 2 for s, (_, e) in zip(shares, parts, strict=True)))
+            if known
+            else None,
+            "samples": sum(len(entry["items"][stratum.name]["value"]) for stratum in strata),
+            "num_fewshot": None,
+            "higher_is_better": larger_is_better(field.loaded, strata[0].name, field.metrics[strata[0].name]),
+        }
+    average = math.fsum(task["value"] for task in tasks.values()) / len(tasks)
+    return {"tasks": tasks, "average": average, "average_stderr": mean_stderr([t["stderr"] for t in tasks.values()])}
+
+
+def outcome_of(sweep: Sweep, field: Field, step: Step, entries: dict, scored: Mapping) -> Outcome:
+    """The winner, and of every candidate what it scored on the items it was asked."""
+    drops = {drop.candidate: drop for drop in step.dropped}
+    documents, tried = {}, []
+    for candidate in sweep.candidates:
+        summary = summary_of(field, entries[candidate.label])
+        documents[candidate] = {"summary": {"name": candidate.label, **summary}, "results": {}}
+        drop = drops.get(candidate.label)
+        record = {"weights": candidate.weights, **{key: summary[key] for key in ("average", "average_stderr")}}
+        record["items"] = sum(int(np.isfinite(values).sum()) for values in scored[candidate.label].values())
+        if drop:
+            record["dropped"] = {
+                "after_round": drop.round + 1,
+                "behind": drop.leader,
+                "difference": drop.difference,
+                "stderr": drop.stderr_new,
+                "at_most_better_by": drop.bound,
+                "worse": drop.worse,
+            }
+        tried.append(record)
+    winner = next(candidate for candidate in sweep.candidates if candidate.label == step.leader)
+    facts = {"cannot_be_told_apart": list(step.undecided), "items": sum(t["items"] for t in tried)}
+    facts["items_of_all"] = most(field.plan).items
+    return Outcome(winner, documents, tried, whole=False, facts=facts)

@@ -1,0 +1,495 @@
+"""Races and searches over real merges: what is scored, recorded, resumed, refused; lm-eval stood in for where it can be."""
+
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from recipes_and_models import RECIPE, left_over, merge_and_score, write_yaml
+
+import merge_and_evaluate_7b
+from common.errors import DataError
+from merge_and_evaluate import choosing, racing, scoring
+from merge_and_evaluate.race_plan import ROUNDS
+
+TASKS = {"colours": 120, "shades": 60, "tints": 80}  # items of each
+EVAL = {"model": "hf", "include_path": "./tasks", "tasks": list(TASKS), "batch_size": 16, "device": "cpu"}
+
+
+def save_long_tasks(folder) -> None:
+    """The three tasks with many different items, answers drawn at random: candidates of random weights score by chance."""
+    things = ["sky", "grass", "snow", "coal", "blood", "lemon"]
+    colours = ["blue", "green", "white", "black", "red", "yellow"]
+    for task, count in TASKS.items():
+        draw, lines = np.random.default_rng(list(TASKS).index(task)), []
+        for _ in range(count):
+            text = "the " + " ".join(draw.choice(things, 5))
+            lines.append(
+                {"thing": text, "choices": draw.permutation(colours)[:4].tolist(), "gold": int(draw.integers(4))}
+            )
+        data = folder / f"{task}.jsonl"
+        data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        config = json.loads((folder / f"{task}.yaml").read_text())
+        config["dataset_kwargs"]["data_files"]["test"] = str(data)
+        (folder / f"{task}.yaml").write_text(json.dumps(config))
+
+
+@pytest.fixture(autouse=True)
+def long_tasks(here):
+    save_long_tasks(here / "tasks")
+    write_yaml(here / "eval.yml", EVAL)
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[tuple[str, str, int]]:
+    """lm-eval stood in for: an item is right if its number, spread evenly over 0..1, is below a score that peaks at weight 0.9.
+    Returns every (weight, task, item) that was asked for. No model is loaded or merged to be scored."""
+    found, weight = [], []
+
+    def model_to_score(making, candidate, name, save_path):
+        weight[:] = candidate.weights
+        return candidate.model(name)
+
+    def score_items(lm, recipe, loaded, metrics, samples):
+        records = {}
+        for task, numbers in samples.items():
+            found.extend((f"{weight[0]:g}", task, number) for number in numbers)
+            score = 0.9 - abs(np.mean(weight) - 0.9)
+            spread = [(number * 0.618034) % 1 for number in numbers]
+            records[task] = {
+                "doc": [f"{number:016x}" for number in numbers],
+                "value": [int(x < score) for x in spread],
+                "gold": [min(0.99, max(0.01, score + 0.1 * math.sin(number))) for number in numbers],
+            }
+        return records
+
+    class Nothing:
+        def __enter__(self):
+            return None
+
+        def __exit__(self, *_):
+            return None
+
+    monkeypatch.setattr(racing, "model_to_score", model_to_score)
+    monkeypatch.setattr(racing, "score_items", score_items)
+    monkeypatch.setattr(racing, "opened", lambda *_: Nothing())
+    monkeypatch.setattr(scoring, "evaluate", whole_document)
+    return found
+
+
+def whole_document(recipe, model, tasks, identity, filled=None) -> dict:
+    """What stands in for lm-eval where the winner is reported."""
+    scores = {name: {"acc,none": 0.5, "acc_stderr,none": 0.01} for name in tasks.names}
+    empty = ("group_subtasks", "n-shot", "n-samples", "higher_is_better", "versions", "configs")
+    return {"results": scores, **{key: {} for key in empty}}
+
+
+def race(*flags: str) -> None:
+    merge_and_score("--race", *flags)
+
+
+RACE = ("0.5", "--weights", "0.1", "0.3", "0.6", "0.9", "1.2", "--choose_on", "colours", "tints")
+
+
+def results(here) -> dict:
+    return json.loads((here / "results.json").read_text())
+
+
+# --- what a race does -----------------------------------------------------------------------------
+
+
+def test_a_race_scores_nothing_twice_and_finds_the_peak(here, asked, capsys):
+    race(*RACE)
+    said = capsys.readouterr().out
+    assert len(set(asked)) == len(asked) < 5 * 200
+    assert {task for _, task, _ in asked} == {"colours", "tints"}
+    by_weight = {weight: sum(w == weight for w, _, _ in asked) for weight in ("0.1", "0.9")}
+    assert by_weight["0.1"] < by_weight["0.9"], "the worst drops out before the winner is certain"
+    summary = results(here)["summary"]
+    assert summary["weights"] == [0.9] and list(summary["tasks"]) == ["shades"]
+    chosen = summary["chosen"]
+    assert (
+        chosen["race"] == {"points": 0.5, "seed": 0}
+        and chosen["items"] == len(asked)
+        and chosen["items_of_all"] == 1000
+    )
+    assert {"after_round", "difference", "stderr", "worse"} <= chosen["candidates"][0]["dropped"].keys()
+    assert "dropped" not in chosen["candidates"][3]
+    assert f"the race took {len(asked):,} of 1,000 items" in said and "0.1 drops out after" in said
+    assert "at most 25 merges and 4,000 requests (800 for each of 5) to choose" in said
+    assert left_over(here) == {"merged", "results.json", "results_race.json", "results_sweep.csv", "results_sweep.png"}
+
+
+def test_all_candidates_of_a_round_answer_the_same_items(here, asked):
+    race(*RACE)
+    first = {weight: {(t, i) for w, t, i in asked if w == weight} for weight in ("0.1", "0.3", "0.6", "0.9", "1.2")}
+    smallest = min(first.values(), key=len)
+    assert all(smallest <= items for items in first.values())
+    assert len(smallest) <= 200 * ROUNDS[-1]
+
+
+def test_another_seed_draws_other_items(here, asked):
+    race(*RACE)
+    before = set(asked)
+    asked.clear()
+    race(*RACE, "--seed", "1", "--output_path", "other.json", "--overwrite")
+    assert set(asked) != before
+
+
+def test_a_race_by_gold_reads_the_probabilities(here, asked):
+    race(*RACE, "--choose_by", "gold")
+    assert results(here)["summary"]["weights"] == [0.9] and results(here)["summary"]["chosen"]["by"] == "gold"
+
+
+def test_values_are_turned_round_where_less_is_better(here, asked, monkeypatch):
+    """The worst accuracy wins if the task says that less is better."""
+    for task in TASKS:
+        path = here / "tasks" / f"{task}.yaml"
+        config = json.loads(path.read_text())
+        config["metric_list"] = [{"metric": "acc", "aggregation": "mean", "higher_is_better": False}]
+        path.write_text(json.dumps(config))
+    race(*RACE)
+    assert results(here)["summary"]["weights"] == [0.1]
+
+
+def test_a_race_without_choose_on_scores_the_winner_in_full(here, asked, capsys):
+    race("0.5", "--weights", "0.3", "0.9")
+    summary = results(here)["summary"]
+    assert list(summary["tasks"]) == list(TASKS) and summary["chosen"]["held_out"] is False
+    assert "which flatters it" in capsys.readouterr().out
+
+
+# --- resumed --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop_after", [1, 4, 7])
+def test_a_stopped_race_resumes(here, asked, monkeypatch, stop_after):
+    """Stopped in any batch: what was asked before is not asked again, and what comes out is what one go gives."""
+    race(*RACE)
+    whole, outcome = list(asked), results(here)["summary"]["chosen"]
+    for path in (here / "results.json", here / "results_race.json"):
+        path.unlink()
+    asked.clear()
+    stand_in, batches = racing.score_items, []
+
+    def stops(*args):
+        if len(batches) == stop_after:
+            raise KeyboardInterrupt
+        batches.append(1)
+        return stand_in(*args)
+
+    monkeypatch.setattr(racing, "score_items", stops)
+    with pytest.raises(KeyboardInterrupt):
+        race(*RACE, "--overwrite")
+    assert 0 < len(asked) < len(whole)
+    monkeypatch.setattr(racing, "score_items", stand_in)
+    race(*RACE, "--overwrite")
+    assert sorted(asked) == sorted(whole)
+    again = results(here)["summary"]["chosen"]
+    assert again == outcome
+    asked.clear()
+    race(*RACE)  # done: nothing is scored, the table is printed again
+    assert asked == []
+
+
+def test_a_smaller_margin_scores_only_what_is_missing(here, asked):
+    race("30", *RACE[1:])
+    before = set(asked)
+    race(*RACE, "--overwrite")
+    assert before < set(asked) and len(asked) == len(set(asked))
+
+
+def test_a_race_of_other_models_is_not_taken(here, asked):
+    race(*RACE)
+    write_yaml(here / "eval.yml", {**EVAL, "num_fewshot": 1})
+    (here / "results.json").unlink()
+    with pytest.raises(
+        DataError, match="results_race.json: weight 0.1 was scored there with other models, tasks or settings"
+    ):
+        race(*RACE)
+
+
+# --- refused --------------------------------------------------------------------------------------
+
+
+def change_task(here, name: str, **settings) -> None:
+    path = here / "tasks" / f"{name}.yaml"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+LOSS = {"metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": False}]}
+TEXT = {
+    "output_type": "generate_until",
+    "doc_to_target": "{{choices[gold]}}",
+    "metric_list": [{"metric": "exact_match"}],
+}
+ROLLING = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{thing}}"}
+ROLLING |= {"metric_list": [{"metric": "word_perplexity"}]}
+
+
+@pytest.mark.parametrize(
+    "task, flags, line",
+    [
+        ({}, ["--race", "--weights", "0.3", "--choose_on", "colours"], "a race needs two candidates or more and got 1"),
+        ({}, ["--race", "--weights", "0.3", "0.30"], "a race needs two candidates or more and got 1"),
+        (
+            {},
+            ["--weights", "1", "2", "--choose_on", "colours", "--report_on", "colours"],
+            "would choose the weight and report",
+        ),
+        (
+            LOSS,
+            ["--race", "--weights", "1", "2", "--choose_on", "colours", "tints"],
+            "of some of colours, tints less is better",
+        ),
+        (
+            LOSS,
+            ["--weights", "1", "2", "--choose_on", "colours", "tints"],
+            "so no average can choose; name tasks of one kind",
+        ),
+        (
+            TEXT,
+            ["--weights", "1", "2", "--choose_on", "colours", "--choose_by", "gold"],
+            "task 'colours' is not multiple choice",
+        ),
+        (
+            TEXT,
+            ["--race", "--weights", "1", "2", "--choose_on", "colours", "--choose_by", "gold"],
+            "not multiple choice",
+        ),
+        (
+            ROLLING,
+            ["--race", "--weights", "1", "2", "--choose_on", "colours"],
+            "word_perplexity is no mean over items, and a race",
+        ),
+    ],
+)
+def test_refused_before_anything_is_merged(here, task, flags, line):
+    change_task(here, "colours", **task)
+    for dry in ([], ["--dry_run"]):
+        if dry and "--race" not in flags and task:
+            continue  # a sweep's dry run reads no data
+        with pytest.raises(DataError, match=re.escape(line)):
+            merge_and_score(*flags, *dry)
+        assert left_over(here) == set()
+
+
+@pytest.mark.parametrize("way", [["--race", "--weights", "1", "2"], ["--search", "cma", "--evaluations", "4"]])
+def test_a_weight_that_is_no_number_is_refused(here, way):
+    write_yaml(here / "recipe.yml", {**RECIPE, "models": [{"model": "./wild", "parameters": {"weight": [0.1, 0.9]}}]})
+    with pytest.raises(DataError, match=r"recipe.yml: ./wild: weight is \[0.1, 0.9\]; a sweep needs one number there"):
+        merge_and_score(*way, "--choose_on", "colours")
+
+
+def test_samples_are_the_races_own(here):
+    write_yaml(here / "eval.yml", {**EVAL, "samples": {"colours": [0]}})
+    with pytest.raises(DataError, match="eval.yml: has `samples`, which a race sets itself"):
+        race(*RACE)
+
+
+@pytest.mark.parametrize(
+    "flags, line",
+    [
+        (["--race"], "--race needs --weights or --weight_grid"),
+        (["--race", "--search", "cma", "--evaluations", "3"], "--search does not go with --race"),
+        (["--search", "cma", "--evaluations", "3"], "--search needs --choose_on"),
+        (["--search", "cma", "--choose_on", "a"], "--search needs --evaluations"),
+        (["--evaluations", "3"], "--evaluations needs --search"),
+        (["--layer_groups", "3"], "--layer_groups needs --search"),
+        (["--search", "cma", "--weights", "1"], "--search does not go with --weights"),
+        (["--race", "--weights", "1", "2", "--keep_models"], "--race does not go with --keep_models"),
+        (["--weights", "1", "--race", "-0.1"], "argument --race: '-0.1' is below 0; a margin is 0 or more"),
+        (["--search", "anneal"], "argument --search: invalid choice: 'anneal' (choose from 'cma')"),
+        (["--eval_only", "--race", "0"], "--eval_only does not go with --race"),
+    ],
+)
+def test_usage(capsys, flags, line):
+    with pytest.raises(SystemExit) as stop:
+        merge_and_evaluate_7b.parse_args(flags)
+    assert stop.value.code == 2 and capsys.readouterr().err.endswith(f"error: {line}\n")
+
+
+def test_dry_run_says_the_cost_and_writes_nothing(here, capsys):
+    race(*RACE, "--dry_run")
+    said = capsys.readouterr().out
+    assert "cost    at most 25 merges and 4,000 requests (800 for each of 5) to choose" in said
+    assert "GB  more, for the model that candidates are merged into; none is written" in said
+    assert "writes  results_race.json" in said
+    merge_and_score("--search", "cma", "--evaluations", "7", "--choose_on", "tints", "--dry_run")
+    said = capsys.readouterr().out
+    assert "cost    at most 7 merges and 2,240 requests (320 for each of 7) to choose" in said
+    assert left_over(here) == set()
+
+
+# --- a search -------------------------------------------------------------------------------------
+
+SEARCH = ("--search", "cma", "--choose_on", "colours", "--report_on", "shades")
+
+
+@pytest.fixture
+def tried(monkeypatch) -> list[tuple]:
+    """A stand-in for merging and scoring whose score peaks at weights 1.1 and 0.8; returns the weights it was asked about."""
+    found, weights = [], []
+
+    def model_to_score(making, candidate, name, save_path):
+        weights[:] = [candidate.weights]
+        return candidate.model(name)
+
+    def stand_in(recipe, model, tasks, identity, filled=None):
+        document = whole_document(recipe, model, tasks, identity)
+        if tasks.names == ["colours"]:
+            found.append(weights[0])
+            score = 0.9 - sum((w - p) ** 2 for w, p in zip(weights[0], (1.1, 0.8) * len(weights[0]), strict=False))
+            document["results"]["colours"]["acc,none"] = score
+        return document
+
+    from merge_and_evaluate import sweep
+
+    monkeypatch.setattr(sweep, "model_to_score", model_to_score)
+    monkeypatch.setattr(scoring, "evaluate", stand_in)
+    return found
+
+
+def test_a_search_climbs_and_records_everything(here, tried, capsys):
+    merge_and_score(*SEARCH, "--evaluations", "25")
+    said = capsys.readouterr().out
+    assert len(tried) == len(set(tried)) == 25 and tried[0] == (1.0, 1.0)
+    best = max(tried, key=lambda w: 0.9 - (w[0] - 1.1) ** 2 - (w[1] - 0.8) ** 2)
+    summary = results(here)["summary"]
+    assert tuple(summary["weights"]) == best and list(summary["tasks"]) == ["shades"]
+    assert [tuple(record["weights"]) for record in summary["chosen"]["candidates"]] == tried
+    assert summary["chosen"]["ended"] == "all 25 evaluations are used" and "the search ends: all 25" in said
+    assert "choosing took 25 merges and 12,000 requests in this job" in said
+    config = json.loads((here / "merged" / "merge_report.json").read_text())["recipe"]
+    assert all(str(weight) in config for weight in best)
+
+
+def test_a_stopped_search_resumes(here, tried, monkeypatch):
+    merge_and_score(*SEARCH, "--evaluations", "10")
+    whole = list(tried)
+    for path in here.glob("results*.json"):
+        path.unlink()
+    tried.clear()
+    stand_in = scoring.evaluate
+
+    def stops(*args, **given):
+        if len(tried) == 5:
+            raise KeyboardInterrupt
+        return stand_in(*args, **given)
+
+    monkeypatch.setattr(scoring, "evaluate", stops)
+    with pytest.raises(KeyboardInterrupt):
+        merge_and_score(*SEARCH, "--evaluations", "10", "--overwrite")
+    monkeypatch.setattr(scoring, "evaluate", stand_in)
+    merge_and_score(*SEARCH, "--evaluations", "10", "--overwrite")
+    assert tried == whole
+    tried.clear()
+    merge_and_score(*SEARCH, "--evaluations", "10")
+    assert tried == []
+    merge_and_score(*SEARCH, "--evaluations", "12", "--overwrite")
+    assert len(tried) == 2, "a longer search takes the trials of the shorter one"
+
+
+def test_a_weight_for_each_group_of_layers(here, tried):
+    merge_and_score(*SEARCH, "--evaluations", "2", "--layer_groups", "2")
+    assert tried[0] == (1.0,) * 4
+    best = results(here)["summary"]["weights"]
+    import yaml
+
+    recipe = yaml.safe_load(json.loads((here / "merged" / "merge_report.json").read_text())["recipe"])
+    assert [model["parameters"]["weight"] for model in recipe["models"]] == [best[:2], best[2:]]
+    with pytest.raises(DataError, match="3 groups of layers in a model of 2 layers; needed: 1 to 2"):
+        merge_and_score(*SEARCH, "--evaluations", "2", "--layer_groups", "3", "--overwrite")
+
+
+def test_a_loss_can_choose_with_a_note(here, capsys, tried):
+    change_task(here, "colours", **LOSS)
+    merge_and_score(*SEARCH, "--evaluations", "3")
+    assert (
+        "colours: less is better. How well a model predicts a text says little of how it answers"
+        in capsys.readouterr().out
+    )
+
+
+# --- what is compared -----------------------------------------------------------------------------
+
+
+def test_gold_average_counts_rows_alike():
+    """By hand: (log 1/2 + log 1/4)/2 of one row, log 1/8 of the other."""
+    document = {
+        "summary": {"tasks": {"a": {}, "b": {}}},
+        "group_subtasks": {},
+        "items": {"a": {"gold": [0.5, 0.25]}, "b": {"gold": [0.125]}},
+    }
+    assert choosing.gold_average(document, "x") == pytest.approx(-(1.5 + 3) / 2 * math.log(2))
+    document["items"]["b"]["gold"] = [0.0]
+    assert choosing.gold_average(document, "x") == pytest.approx((-1.5 * math.log(2) + math.log(1e-12)) / 2)
+    document["items"]["b"]["gold"] = [None]
+    with pytest.raises(DataError, match="task 'b' is not multiple choice"):
+        choosing.gold_average(document, "x")
+
+
+# --- through lm-eval ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_scored_items_are_those_of_a_whole_evaluation(here):
+    """Batches of a race, put together, hold the very items, values and golds of results files of a plain sweep."""
+    merge_and_score("--weights", "0.3", "0.9", "--choose_on", "colours", "tints")
+    race(
+        "0", "--weights", "0.3", "0.9", "--choose_on", "colours", "tints", "--output_path", "raced.json", "--overwrite"
+    )
+    entries = json.loads((here / "raced_race.json").read_text())["candidates"]
+    for weight in ("0.3", "0.9"):
+        plain = json.loads((here / f"results_weight_{weight}.json").read_text())["items"]
+        for task, kept in entries[weight]["items"].items():
+            assert len(set(kept["number"])) == len(kept["number"])
+            for at, number in enumerate(kept["number"]):
+                assert kept["doc"][at] == plain[task]["doc"][number]
+                assert kept["value"][at] == plain[task]["value"][number]
+                assert kept["gold"][at] == pytest.approx(plain[task]["gold"][number], rel=1e-4)
+    assert results(here)["summary"]["chosen"]["held_out"]
+
+
+@pytest.mark.slow
+def test_a_race_killed_for_real_resumes(here):
+    """kill -9 after the first batches, with lm-eval itself; then the same command finishes and no batch is scored twice."""
+    command = [
+        sys.executable,
+        str(ROOT / "merge_and_evaluate_7b.py"),
+        "--recipe",
+        "recipe.yml",
+        "--eval_recipe",
+        "eval.yml",
+    ]
+    command += ["--save_path", "merged", "--race", "0.1", "--weights", "0.3", "0.9", "--choose_on", "colours", "tints"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    record = here / "results_race.json"
+    while process.poll() is None and not record.is_file():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = json.loads(record.read_text())["candidates"]
+    assert not (here / "results.json").exists()
+    race("0.1", "--weights", "0.3", "0.9", "--choose_on", "colours", "tints")
+    after = json.loads(record.read_text())["candidates"]
+    for weight, entry in before.items():
+        for task, kept in entry["items"].items():
+            count = len(kept["number"])
+            assert {key: found[:count] for key, found in after[weight]["items"][task].items()} == kept
+    assert results(here)["summary"]["weights"] in ([0.3], [0.9])
+
+
+@pytest.mark.slow
+def test_a_search_through_lm_eval(here):
+    merge_and_score(*SEARCH, "--evaluations", "3", "--choose_by", "gold")
+    chosen = results(here)["summary"]["chosen"]
+    assert len(chosen["candidates"]) == 3 and chosen["by"] == "gold"
+    values = [record["value"] for record in chosen["candidates"]]
+    assert chosen["weights"] == chosen["candidates"][int(np.argmax(values))]["weights"]
