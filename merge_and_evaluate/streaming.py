@@ -1,6 +1,6 @@
 """A streamed merge: every decision from headers, then one job (common.shards.job), like the first three scripts.
 
-By names alone, whatever the architecture: the output has the tensors of the base (for `linear` without a base, of the
+By names alone, for any architecture: the output has the tensors of the base (for `linear` without a base, of the
 first model), each with its shape, and nothing else.
 """
 
@@ -112,7 +112,7 @@ def check_groups(recipe: Recipe, how: dict[str, TensorMerge]) -> None:
 
 
 def merge_and_check(task: Task, worker: Worker, merge: StreamedMerge, found: dict[str, Found]) -> list[dict]:
-    """One tensor, its inputs held against the hashes that earlier steps recorded beside them."""
+    """One tensor, its inputs compared with the hashes that earlier steps recorded beside them."""
     for head, embedding in merge.equal.get(task.name, ()):
         if not same_bytes(worker, head, embedding):
             raise DataError(
@@ -140,7 +140,7 @@ def run_streamed(merge: StreamedMerge, origin: dict, overwrite: bool, found: dic
 
 
 def finish(part: Path, merge: StreamedMerge, origin: dict, records: dict[str, dict]) -> None:
-    """What lies beside the weights."""
+    """The files beside the weights."""
     donor = next((c for c in (merge.whole, *merge.models) if has_tokenizer(c.path)), merge.whole)
     copy_companions(donor.path, part)
     dtypes = {how.dtype for how in merge.how.values()}
