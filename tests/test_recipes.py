@@ -61,7 +61,7 @@ def test_its_commands_use_it_and_parse(path):
         assert f"recipes/{path.name}" in command
         if command[0] == "python":
             args = merge_and_evaluate_7b.parse_args(command[2:])
-            assert args.recipe == f"recipes/{path.name}" and args.save_path.startswith("./models/merged")
+            assert args.recipe == Path("recipes", path.name) and args.save_path.startswith("./models/merged")
     assert any(command[0] == "python" for command in commands)
 
 
