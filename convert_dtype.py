@@ -3,11 +3,12 @@
 
     python convert_dtype.py --model_path mistralai/Mistral-7B-v0.1 --save_path models/Mistral-7b-v0.1-float16
 
-Every parameter is rounded to --dtype, to nearest even. Integer buffers and rotary inv_freq stay as they are;
-config, tokenizer and chat template are copied; convert_report.json has a hash of every tensor, for --verify. A finite value that would become infinite is an error that names
-its tensors, unless --clamp. Streams: 0.2 GB of memory on 2 cores, 0.5 GB on 8, whatever the size of the model.
-If it is stopped,
-run the same command again: it resumes at the last complete shard.
+Every parameter is rounded to --dtype, to nearest even. Integer buffers and rotary inv_freq stay as they are. A finite
+value that would become infinite is an error that names its tensors, unless --clamp is given. Config, tokenizer and chat
+template are copied; convert_report.json has a hash of every tensor, which --verify of the later scripts reads.
+
+It streams: 0.2 GB of memory on 2 cores, 0.5 GB on 8, for a model of any size. If it is stopped, run the same command
+again: it resumes at the last complete shard.
 """
 
 import argparse
@@ -46,7 +47,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         type=cli.path,
         default="models/Mistral-7b-v0.1-float16",
         metavar="DIR",
-        help="where the converted model goes (default: %(default)s)",
+        help="where to write the converted model (default: %(default)s)",
     )
     parser.add_argument(
         "--dtype",

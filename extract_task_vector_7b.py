@@ -17,9 +17,10 @@ what was resolved is printed. What only one of them has is left out with --skip,
 
 Run it once per fine-tuned model, with the same base. The task vector is a checkpoint like any other, with the
 fine-tuned model's tokenizer. task_vector.json beside it records the base and a hash of every tensor, so that
-prune_task_vector_7b.py finds the base and notices a wrong or damaged one. Streams: 0.2 GB of memory on 2
-cores, 0.5 GB on 8, whatever the size of the model. If it is stopped, run the same command again: it resumes at the last
-complete shard.
+prune_task_vector_7b.py finds the base and notices a wrong or damaged one.
+
+It streams: 0.2 GB of memory on 2 cores, 0.5 GB on 8, for a model of any size. If it is stopped, run the same command
+again: it resumes at the last complete shard.
 """
 
 import argparse
@@ -75,7 +76,9 @@ def parse_args(argv=None) -> argparse.Namespace:
         metavar="DIR|ORG/NAME",
         help="its base model, in one dtype (see convert_dtype.py)",
     )
-    parser.add_argument("--save_path", type=cli.path, required=True, metavar="DIR", help="where the task vector goes")
+    parser.add_argument(
+        "--save_path", type=cli.path, required=True, metavar="DIR", help="where to write the task vector"
+    )
     parser.add_argument(
         "--dtype",
         choices=sorted(DTYPE_CODES),

@@ -7,12 +7,12 @@
         --eval_recipe recipes/open_llm_leaderboard.yml --output_path results.json \\
         --device cuda:0 --batch_size 8
 
-mergekit merges, lm-evaluation-harness scores; both get their recipe unchanged, so the same files work
-with `mergekit-yaml` and `lm_eval run --config`. results.json is lm-eval's own document plus `summary`
-(each task's leaderboard metric, its standard error, the average), `items` (every question's score) and
-`provenance` (what was merged and scored, and how). The model appears under --save_path once it is whole and finite, with a hash of every
-tensor in merge_report.json beside it. mergekit buffers one output shard: lower --max_shard_size for
-less memory.
+Both recipes are the tools' own: the same files work with `mergekit-yaml` and `lm_eval run --config`. What streams
+(--engine) is merged tensor by tensor in little memory, and resumes if it is stopped; everything else is left to
+mergekit, which holds one output shard in memory: lower --max_shard_size for less. The model appears under --save_path
+once it is complete and finite, with merge_report.json (a hash of every tensor) and a model card beside it. results.json
+is lm-eval's own document plus `summary` (each task's leaderboard metric, its standard error, the average), `items`
+(every question's score) and `provenance` (what was merged and scored, and how).
 
 Which weight is best? Try some, choose on one set of tasks, report another. Candidates are merged into one model in memory
 where that can be, and only the best is written; an interrupted sweep resumes where it was, and each weight's scores stay in

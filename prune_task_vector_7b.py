@@ -13,15 +13,15 @@
   random     keep each element with probability 1 - sparsity_level, seeded (with --rescale: DARE)
 
 Conflict-aware: a vector keeps positions that no earlier one kept as long as there are any; each has its full budget.
-The order is the order of the command line. Equal magnitudes: the lower index is kept. Zeros are never kept: where a
-vector changes nothing it is in no other's way. Each output is the base plus the pruned vector, a model that mergekit
-reads, with prune_report.json beside it.
+The order is the order of the command line. Of equal magnitudes the lower index is kept. Zeros are never kept: where a
+vector changes nothing, it is not in another's way. Each output is the base plus the pruned vector, a model that
+mergekit reads, with prune_report.json beside it.
 
-It streams: 0.3 GB of memory on 2 cores, 0.7 GB on 8, whatever the size of the model; magnitude reads the vectors twice
-and keeps up to 0.5 GB of them in between. If it is stopped, run the same command again: it resumes at the last complete
+It streams: 0.3 GB of memory on 2 cores, 0.7 GB on 8, for models of any size; magnitude reads the vectors twice and
+keeps up to 0.5 GB of them in between. If it is stopped, run the same command again: it resumes at the last complete
 shard. Several processes write the same bytes: torchrun --nproc-per-node 2 -- prune_task_vector_7b.py ...
 
-Later: a picture of two ways of pruning side by side, from their reports; and are the files still what was written?
+Afterwards: draw two ways of pruning side by side from their reports, or check that files are still what was written:
 
     python prune_task_vector_7b.py --plot_path pruning.png \\
         --plot_reports models/magnitude_wildmarcoroni models/magnitude_westseverus \\
@@ -63,12 +63,12 @@ DEFAULTS = {"n": 64, "m": 256, "sparsity_level": 0.75, "seed": 0}
 
 
 def add_vector_flags(parser: argparse.ArgumentParser) -> None:
-    """What is pruned and where it goes."""
+    """What is pruned and where to write it."""
     add = parser.add_argument_group("vectors, in the order they are pruned").add_argument
     add("--task_vector_path1", type=cli.path_or_hub_id, metavar="DIR", help="first task vector; pruned as if alone")
     add("--task_vector_path2", type=cli.path_or_hub_id, metavar="DIR", help="second task vector")
-    add("--save_directory1", type=cli.path, metavar="DIR", help="where base + first pruned vector goes")
-    add("--save_directory2", type=cli.path, metavar="DIR", help="where base + second pruned vector goes")
+    add("--save_directory1", type=cli.path, metavar="DIR", help="where to write base + first pruned vector")
+    add("--save_directory2", type=cli.path, metavar="DIR", help="where to write base + second pruned vector")
     add(
         "--task_vector_paths",
         nargs="+",
@@ -101,7 +101,7 @@ def add_pruning_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--conflict_aware",
         action=argparse.BooleanOptionalAction,
-        help="keep positions no earlier vector kept first (default: yes for nm, no otherwise)",
+        help="prefer positions that no earlier vector kept (default: yes for nm, no otherwise)",
     )
     add("--rescale", action="store_true", help="multiply what is kept by 1/density (DARE)")
     add("--seed", type=int, help="random: masks depend on it, on order and names alone (default: 0)")

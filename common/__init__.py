@@ -1,6 +1,6 @@
 """What the scripts share: two rooms, and two files that every script uses.
 
-shards/     checkpoints in and out: headers, matching, planned files, blocks through threads, files whole or absent
+shards/     checkpoints in and out: headers, matching, planned files, blocks through threads, files complete or absent
 pruners/    which positions are kept: the ranking rule, its kernels, what it did
 cli.py      command-line types, the flags that several scripts have
 exits.py    how a script ends: exit codes, signals, the one line of an error

@@ -14,8 +14,8 @@ _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2*
 def path(text: str) -> Path:
     """A path flag's value: '~/x' -> the home directory's x, './x', 'x/' and 'a/../x' -> x.
 
-    A shell expands no ~ after `=`, and a directory named `~` is in nobody's mind; nor is an empty path, which is what
-    an unset shell variable leaves. Both are usage errors where they cannot be resolved.
+    A shell does not expand ~ after `=`, and nobody means a directory named `~`, nor an empty path, which is what an
+    unset shell variable leaves. Both are usage errors where they cannot be resolved.
     """
     expanded = os.path.expanduser(text)
     if not expanded:
@@ -28,7 +28,7 @@ def path(text: str) -> Path:
 def path_or_hub_id(text: str) -> str:
     """The same as text, but 'org/name' is left alone: a Hub id unless there is such a directory.
 
-    What is no Hub id as it was typed stays none: './org/name' and 'org/name/' that are not there -> './org/name'.
+    What is not a Hub id as typed does not become one: './org/name' and 'org/name/' that do not exist -> './org/name'.
     """
     if is_hub_id(text) and not os.path.isdir(text):
         return text
@@ -37,7 +37,7 @@ def path_or_hub_id(text: str) -> str:
 
 
 def positive_int(text: str) -> int:
-    """'64' -> 64; anything that is no whole number of at least 1 (and below 2**63) is a usage error."""
+    """'64' -> 64; anything but a whole number of at least 1 (and below 2**63) is a usage error."""
     try:
         value = int(text)
     except ValueError:
@@ -48,7 +48,7 @@ def positive_int(text: str) -> int:
 
 
 def sparsity(text: str) -> float:
-    """'0.75' -> 0.75, the fraction to zero; must lie in [0, 1)."""
+    """'0.75' -> 0.75, the fraction to zero; must be in [0, 1)."""
     try:
         value = float(text)
     except ValueError:
@@ -115,11 +115,13 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="start a new safetensors file beyond this size, e.g. 5GB, 500MB (default: 5GB)",
     )
-    group.add_argument("--overwrite", action="store_true", help="replace an existing output once the new one is whole")
+    group.add_argument(
+        "--overwrite", action="store_true", help="replace an existing output once the new one is complete"
+    )
     group.add_argument(
         "--dry_run",
         action="store_true",
-        help="print what would be read and written, how many bytes, disk and memory, and stop",
+        help="print what would be read and written, and how much disk and memory it takes; then stop",
     )
 
 
@@ -130,7 +132,7 @@ def add_skip_flag(group) -> None:
         nargs="+",
         default=[],
         metavar="PATTERN",
-        help="leave out fine-tuned tensors of these names, e.g. 'v_head.*' 'score.*'; the base's keep their bits",
+        help="leave out fine-tuned tensors of these names, e.g. 'v_head.*' 'score.*'; the base's stay as they are",
     )
 
 
@@ -141,8 +143,7 @@ def add_verify_flag(group) -> None:
         type=path,
         nargs="+",
         metavar="DIR",
-        help="read these converted models, task vectors, pruned or merged models back and compare every tensor with its recorded "
-        "hash; nothing else is done",
+        help="read back what convert, extract, prune or merge wrote and compare every tensor with its recorded hash",
     )
 
 
@@ -159,19 +160,19 @@ def add_plot_flags(group) -> None:
         type=path,
         nargs="+",
         metavar="DIR",
-        help="with --plot_path: draw these outputs of an earlier run, and prune nothing",
+        help="with --plot_path: draw these outputs of an earlier job instead of pruning",
     )
     group.add_argument(
         "--plot_with",
         type=path,
         nargs="+",
         metavar="DIR",
-        help="with --plot_path: the outputs of another way of pruning to put beside, as many as this one has",
+        help="with --plot_path: draw the outputs of another way of pruning beside these; as many as these",
     )
 
 
 def check_plot_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, drawn: list | None) -> None:
-    """Usage error for pictures without a path, or of two runs that differ in how many outputs they have."""
+    """Usage error for pictures without a path, or of two jobs that differ in how many outputs they have."""
     if (args.plot_reports or args.plot_with) and not args.plot_path:
         parser.error("--plot_reports and --plot_with need --plot_path, where the picture goes")
     if args.plot_with and len(args.plot_with) != len(drawn):

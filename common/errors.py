@@ -10,7 +10,7 @@ class DataError(Exception):
 
 
 def reason_of(error: BaseException) -> str:
-    """A library's reason in one line. What asks for trust_remote_code, a flag that no script here has, is put plainly."""
+    """A library's reason in one line. No script here has the trust_remote_code that it may ask for."""
     reason = " ".join(str(error).split()) or type(error).__name__
     if "trust_remote_code" in reason:
         return (

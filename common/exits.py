@@ -34,8 +34,8 @@ def _on_signal(number, _frame):
 class Stream:
     """stdout or stderr that never fails: what cannot be printed is dropped, and `failure` says why.
 
-    Prints come before an output is published and a progress bar while it is written: a reader who has left (`| head`, a
-    dropped ssh) must not stop either.
+    Prints come before an output is published and a progress bar while it is written: a reader that has gone away
+    (`| head`, a dropped ssh) must not stop either.
     """
 
     def __init__(self, stream):
@@ -113,7 +113,7 @@ def run(main) -> None:
     a usage error.
     """
     signal.signal(signal.SIGTERM, _on_signal)
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored, and that is to stay
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it, and that must stay so
         signal.signal(signal.SIGHUP, _on_signal)
     with _safe_streams() as stdout:
         status = _call(main)
@@ -128,7 +128,7 @@ def run(main) -> None:
 
 
 def run_and_leave(main) -> None:
-    """run(), for a script that has nothing to tidy up: Python would take another 0.1 s to take itself apart."""
+    """run(), for a script that has nothing to tidy up: Python's own shutdown would take another 0.1 s."""
     run(main)
     with contextlib.suppress(OSError, AttributeError):
         sys.stderr.flush()

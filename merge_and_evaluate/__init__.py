@@ -3,7 +3,7 @@
 flags.py             its command line
 
 merging
-yaml_files.py        YAML files, read warily
+yaml_files.py        YAML files, read with suspicion
 recipes.py           merge recipes: read, checked, weights and paths set
 streamed_methods.py  the methods that stream, their parameters, why a recipe does not
 parameters.py        the value of every parameter, tensor by tensor
@@ -22,7 +22,7 @@ eval_recipes.py      eval recipes: read, checked
 eval_settings.py     what their groups say about members
 eval_tasks.py        the tasks they name
 eval_machine.py      which device, which dtype
-announcement.py      one line before a model is scored
+announcement.py      the line printed before a model is scored
 eval_log.py          what lm-eval says, to a file
 evaluation.py        score a model with lm-eval
 items.py             every question's score

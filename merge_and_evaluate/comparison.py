@@ -48,7 +48,7 @@ def _differences(rows: list[Row], what: str, of) -> list[str]:
 
 
 def setting_remarks(rows: list[Row]) -> list[str]:
-    """What rows differ in beside the model: of two such rows the difference may come from that."""
+    """What rows differ in besides the model: of two such rows the difference may come from that."""
     notes, limits = [], [row.settings.get("limit") for row in rows]
     limited = any(limit is not None for limit in limits) and len({str(limit) for limit in limits}) > 1
     for task in common_tasks(rows):

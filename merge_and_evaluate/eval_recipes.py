@@ -58,7 +58,7 @@ class EvalRecipe:
 
     @property
     def metadata(self) -> dict:
-        """What tasks are told about the run."""
+        """What tasks are told about the job."""
         return {**self.model_args, **_mapping(self.config.get("metadata"))}
 
 
@@ -111,7 +111,7 @@ def check_keys(path: str, config: dict) -> None:
 
 
 def include_path(recipe_path: str, include: str | None) -> str | None:
-    """The folder of task files: relative to where the user stands, as for lm_eval, else to the recipe's folder."""
+    """The folder of task files: relative to the working directory, as for lm_eval, else to the recipe's folder."""
     if include is None:
         return None
     folder = os.path.normpath(os.path.expanduser(include))

@@ -89,7 +89,7 @@ class Tasks:
 
 
 def find_tasks(recipe: EvalRecipe, names: list[str]) -> Tasks:
-    """The tasks that `names` mean. Raises DataError for one that nobody knows.
+    """The tasks that `names` mean. Raises DataError for one that lm-eval does not know.
 
     Reading lm-eval's own 14,000 task files takes 8 seconds, so they are only read if the recipe's folder
     does not do.

@@ -65,7 +65,7 @@ def gold_probability(task, sample: dict, metric: str) -> float | None:
 
 
 def items_of_task(task, samples: list[dict], metric: str) -> dict | None:
-    """The record of one task; None where its score is no mean over items (perplexities, F1)."""
+    """The record of one task; None where its score is not a mean over items (perplexities, F1)."""
     name, _, kind = metric.partition(",")
     samples = [sample for sample in samples if sample["filter"] == kind and name in sample]
     samples = sorted(samples, key=lambda sample: sample["doc_id"])  # several processes hand them in by turns

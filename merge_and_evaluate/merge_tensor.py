@@ -81,7 +81,7 @@ def prunings_of(how: TensorMerge, numel: int) -> list[Pruning]:
         return [Pruning(OURS[how.method], density, seed=shared.get("seed", 0), **rule) for density in densities]
     if how.method in ("linear", "task_arithmetic") or min(how.densities) == 1.0:
         return []
-    if how.method == "ties":  # density of the very k that mergekit keeps: round(k / numel * numel) is k again
+    if how.method == "ties":  # the density of exactly the k that mergekit keeps: round(k / numel * numel) is k again
         shares = [ties_budget(density, numel) / max(numel, 1) for density in how.densities]
         return [Pruning("magnitude", share, conflict_aware=False) for share in shares]
     return [Pruning("random", density, seed=how.seed, conflict_aware=False) for density in how.densities]

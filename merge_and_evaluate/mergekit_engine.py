@@ -1,6 +1,6 @@
 """Merge with mergekit, what a streamed merge does not do: it writes, every tensor is read back, then it is published.
 
-mergekit knows a model by its architecture and drops, without a word, what it does not know: what is missing is refused.
+mergekit knows a model by its architecture and silently drops what it does not know: what is missing is refused.
 """
 
 import re
@@ -136,7 +136,7 @@ def merge(merge_plan, made: dict, settings, overwrite: bool) -> None:
 def check_complete(directory: Path, merge_plan) -> None:
     """Raise DataError unless every tensor of the first model is there with its shape, where the recipe keeps the shape.
 
-    A tied head may be left out. mergekit exits with 0 whatever it dropped, so this is the only place where it shows.
+    A tied head may be left out. mergekit exits with 0 even when it dropped tensors, so only here does that show.
     """
     whole, written = merge_plan.checkpoints[0], {tensor.name: tensor for tensor in read_headers(directory)}
     if RESHAPING_KEYS & merge_plan.recipe.config.keys():

@@ -1,6 +1,6 @@
 """Merge by recipe: open and compare the models, choose the engine, merge, publish.
 
-`stream` sums tensor by tensor at the speed of a copy, whatever the architecture; `mergekit` does what does not stream.
+`stream` sums tensor by tensor at the speed of a copy, for any architecture; `mergekit` does what does not stream.
 """
 
 import json
@@ -62,7 +62,7 @@ class MergePlan:
 
     def streamed(self, settings: MergeSettings):
         """The plan of a streamed merge (streaming.StreamedMerge), from headers."""
-        from merge_and_evaluate.streaming import plan_streamed  # numba takes its time: not for --help
+        from merge_and_evaluate.streaming import plan_streamed  # numba is slow to import: not for --help
 
         return plan_streamed(self.recipe, self.checkpoints, self.save_path, settings)
 
@@ -138,7 +138,7 @@ def memory_needed(merge_plan: MergePlan, settings: MergeSettings) -> int:
 
 
 def model_digest(checkpoint: Checkpoint) -> str:
-    """One hash for a model's weights, config and tokenizer, wherever the directory lies; reads all of it."""
+    """One hash for a model's weights, config and tokenizer, wherever the directory is; reads all of it."""
     weights = {tensor.path for tensor in checkpoint.tensors.values()}
     files = sorted(weights | {checkpoint.path / "config.json", *companion_files(checkpoint.path)})
     with ThreadPoolExecutor(2) as pool:
@@ -148,7 +148,7 @@ def model_digest(checkpoint: Checkpoint) -> str:
 
 
 def input_digest(checkpoint: Checkpoint) -> str:
-    """What tells a model from another without reading its weights: the hashes that were recorded when it was written (a
+    """What tells models apart without reading weights: the hashes that were recorded when it was written (a
     streamed merge checks them as the bytes pass), or where there are none, its files' sizes and times of last change."""
     known = recorded_hashes_of(checkpoint)
     beside = [[path.name, file_hash(path)] for path in companion_files(checkpoint.path)]
@@ -174,7 +174,7 @@ def merge_identity(recipe: Recipe, digests: dict[str, str], settings: MergeSetti
 
 
 def origin(recipe: Recipe, digests: dict[str, str], settings: MergeSettings) -> dict:
-    """How a model was merged, for the files that lie beside it and its scores."""
+    """How a model was merged, for the files beside it and its scores."""
     method = recipe.config["merge_method"]
     return {
         "recipe_path": recipe.path,
@@ -187,7 +187,7 @@ def origin(recipe: Recipe, digests: dict[str, str], settings: MergeSettings) -> 
 
 
 def already_merged(save_path: Path, identity: str) -> bool:
-    """Whether `save_path` holds the whole result of this merge."""
+    """Whether `save_path` holds the complete result of this merge."""
     report = save_path / REPORT_NAME
     return report.is_file() and read_json(report).get("identity") == identity
 

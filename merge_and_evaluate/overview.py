@@ -31,7 +31,7 @@ def overview_csv(documents: dict[Weights, dict], chosen: Weights) -> str:
 def draw_overview(documents: dict[Weights, dict], chosen: Weights, path: Path) -> None:
     """Score against weight: a line per task, the average in black with its standard error, the choice marked.
 
-    With a weight per model the choices stand side by side, in order.
+    With a weight per model the choices are drawn side by side, in order.
     """
     from matplotlib.figure import Figure
 

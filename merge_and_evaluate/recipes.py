@@ -1,7 +1,7 @@
 """Merge recipes: read, check, set weights.
 
-A recipe is mergekit's YAML. mergekit ignores keys and parameters it does not know, so a slip of the pen
-merges something else than was meant; here it is refused before a weight is read.
+A recipe is mergekit's YAML. mergekit ignores keys and parameters it does not know, so a typing
+error would merge something else than was meant; here it is refused before a weight is read.
 """
 
 import math
@@ -180,7 +180,7 @@ def _method(path: str, name: str):
 
 
 def _ignores_density(method) -> bool:
-    """task_arithmetic takes `density` without a word and does nothing with it."""
+    """task_arithmetic accepts `density` and silently does nothing with it."""
     return hasattr(method, "sparsification_method") and method.sparsification_method is None
 
 

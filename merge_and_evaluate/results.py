@@ -47,7 +47,7 @@ def with_summary(document: dict, name: str, origin: dict) -> dict:
 
 
 def write_results(path: Path, document: dict) -> None:
-    """Write exactly `path`, whole or not at all; DataError if a task has no number in it."""
+    """Write exactly `path`, completely or not at all; DataError if a task has no number in it."""
     from lm_eval.utils import handle_non_serializable
 
     write_json(path, document, handle_non_serializable)

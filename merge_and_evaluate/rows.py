@@ -34,7 +34,7 @@ class Row:
 
 
 def settings_of(document: dict) -> dict:
-    """{what: how} of a results file: what may differ between two rows beside the model. None where it is not known."""
+    """{what: how} of a results file: what may differ between two rows besides the model. None where it is not known."""
     config, origin = document.get("config") or {}, document.get("provenance") or {}
     model_args = config.get("model_args", origin.get("model_args"))
     known = isinstance(model_args, dict)

@@ -91,7 +91,7 @@ def leaf_metrics(document: dict) -> dict[str, str]:
 
 
 def plain_mean(document: dict, group: str, metric: str) -> dict:
-    """The mean over a group's tasks, whatever their sizes, beside lm-eval's own, which weights by size."""
+    """The mean over a group's tasks, regardless of their sizes, beside lm-eval's own, which weights by size."""
     results, leaves = document["results"], leaves_of(document, group)
     values = [results[leaf][metric] for leaf in leaves]
     return {

@@ -105,7 +105,7 @@ def check_tokenizer(recipe: EvalRecipe, models: list[Checkpoint]) -> None:
 def score(scoring: Scoring, model: Model, path: Path, **chosen) -> dict | None:
     """Score a model and write the results file. None in helper processes, which have no scores.
 
-    `chosen` goes into the summary: which weight was chosen on what.
+    `chosen` is added to the summary: which weight was chosen on what.
     """
     recipe, tasks = scoring.recipe, scoring.tasks
     with logged_to(scoring.log or path.with_suffix(".log")):
@@ -128,7 +128,7 @@ def score(scoring: Scoring, model: Model, path: Path, **chosen) -> dict | None:
 def scored_before(scoring: Scoring, model: Model, path: Path) -> dict | None:
     """Scores of the same content by the same recipe, from `path` or another results file beside it; says so.
 
-    Only a whole document counts; its name becomes this row's."""
+    Only a complete document counts; its name becomes this row's."""
     identity = eval_identity(scoring.recipe, scoring.tasks, model.identity)
     beside = sorted(path.parent.glob("*.json")) if path.parent.is_dir() else []
     for place in dict.fromkeys([path, *beside]):

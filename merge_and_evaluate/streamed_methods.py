@@ -1,8 +1,8 @@
 """The merge methods that stream: their parameters, which recipes stream, which can be read without mergekit.
 
 mergekit's import takes seconds, so a recipe whose parameters are plain values does without: `is_plain` accepts only what
-mergekit would accept too, and what it does not accept goes to mergekit's own checks (recipes.py), so that there is one
-set of refusals.
+mergekit would accept too, and what it does not accept is left to mergekit's own checks (recipes.py), so that there is
+one set of refusals.
 """
 
 import os
@@ -81,7 +81,7 @@ class Values:
 
 
 def stream_reason(config: dict) -> str | None:
-    """Why a recipe goes to mergekit, naming the recipe's key; None if it streams.
+    """Why mergekit has to merge a recipe, naming the recipe's key; None if it streams.
 
     stream_reason({"merge_method": "slerp", …}) -> "merge_method: slerp is not one of linear, task_arithmetic, …"
     """
@@ -115,7 +115,7 @@ def _models(config: dict) -> list[dict]:
 def summed_models(config: dict) -> list[str]:
     """The paths of the models that are summed, in the recipe's order.
 
-    linear sums a base_model as well, last unless it stands in the list: so does mergekit. Elsewhere the base is what
+    linear sums a base_model as well, last unless it is in the list: so does mergekit. Elsewhere the base is what
     differences are taken from.
     """
     base, paths = model_path(config.get("base_model")), [model_path(model) for model in _models(config)]

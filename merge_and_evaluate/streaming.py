@@ -1,6 +1,6 @@
 """A streamed merge: every decision from headers, then one job (common.shards.job), like the first three scripts.
 
-By names alone, whatever the architecture: the output has the tensors of the base (for `linear` without a base, of the
+By names alone, for any architecture: the output has the tensors of the base (for `linear` without a base, of the
 first model), each with its shape, and nothing else.
 """
 
@@ -121,7 +121,7 @@ def check_groups(recipe: Recipe, how: dict[str, TensorMerge]) -> None:
 
 
 def merge_and_check(task: Task, worker: Worker, merge: StreamedMerge, found: dict[str, Found]) -> list[dict]:
-    """One tensor, its inputs held against the hashes that earlier steps recorded beside them."""
+    """One tensor, its inputs compared with the hashes that earlier steps recorded beside them."""
     for head, embedding in merge.equal.get(task.name, ()):
         if not same_bytes(worker, head, embedding):
             raise DataError(
@@ -168,7 +168,7 @@ def settle(directory: Path, merge: StreamedMerge) -> None:
 
 
 def finish(part: Path, merge: StreamedMerge, origin: dict, records: dict[str, dict]) -> None:
-    """What lies beside the weights."""
+    """The files beside the weights."""
     settle(part, merge)
     content = {
         **origin,

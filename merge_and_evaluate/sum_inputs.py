@@ -23,7 +23,7 @@ class Block:
 
     @property
     def place(self) -> tuple[int, int]:
-        """(address, kind) for the kernels: compiled once, whatever the number and the dtypes of a recipe's models."""
+        """(address, kind) for the kernels: compiled once for any number and any dtypes of a recipe's models."""
         return _address(self.bits), _KIND[self.dtype]
 
 

@@ -5,14 +5,14 @@
     vector_sum  base + Σ wᵢ·vectorᵢ where masks keep   our cabs, magnitude, random
 
 All arithmetic is float32, each operation rounded by itself unless said otherwise, the result rounded once to the
-dtype written. Blocks are bits (uint16 for "F16" and "BF16", uint32 for "F32"), widened a chunk at a time. A block that
-is given where it lies in its tensor gives the same bits however the tensor is cut.
+dtype written. Blocks are bits (uint16 for "F16" and "BF16", uint32 for "F32"), widened a chunk at a time. Where a
+block is told its place in the tensor, the bits are the same however the tensor is cut.
 
 mergekit 0.1.5 is followed in its order of operations with `dtype: float32` (tests/test_sums.py compares every bit).
 Differs from mergekit: where a sum of differences is zero the base's own bits are kept; mergekit makes a base of −0.0
 +0.0 there.
 
-The conversions stand here a second time (common/pruners/kernels/arithmetic.py has them too): numba's cache does not
+The conversions are repeated here (common/pruners/kernels/arithmetic.py has them, too): numba's cache does not
 notice a change in another file's compiled functions.
 """
 
@@ -66,7 +66,7 @@ def _pointer(context, address):
 
 @_njit()
 def _widen(address, kind, start, values):
-    """values, float32 = elements start, start + 1, … of what lies at the address, exactly."""
+    """values, float32 = elements start, start + 1, … of what is at the address, exactly."""
     size = values.size
     raw = carray(_pointer(address), 4 * (start + size), np.uint8)
     if kind == F16:

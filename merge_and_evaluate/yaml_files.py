@@ -1,4 +1,4 @@
-"""YAML files, read warily."""
+"""YAML files, read with suspicion."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from common.errors import DataError
 
 
 def read_yaml(path: str) -> tuple[str, dict]:
-    """(text, mapping) of a YAML file. Raises DataError where it is missing or no mapping."""
+    """(text, mapping) of a YAML file. Raises DataError where it is missing or not a mapping."""
     import yaml
 
     try:

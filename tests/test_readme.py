@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import yaml
 from conftest import ROOT
 from workplace import bash_commands, run_all
 
@@ -17,7 +18,7 @@ LOCAL = {
 
 @pytest.mark.slow
 def test_every_command_runs_and_chains(workplace):
-    _, *found = bash_commands(README)  # the first is make, which makes an environment
+    found = [command for command in bash_commands(README) if not command.startswith("make ")]  # which makes a .venv
     assert len(found) >= 9
     for printed, local in LOCAL.items():
         found = [command.replace(printed, local) for command in found]
@@ -45,6 +46,17 @@ def test_seed_commands_are_there():
         "lm_eval run --config recipes/open_llm_leaderboard.yml --model_args pretrained=./models/merged",
     ):
         assert words in README
+
+
+def test_the_recipe_on_the_page_is_the_file():
+    (shown,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    assert yaml.safe_load(shown) == yaml.safe_load((ROOT / "recipes" / "recipe.yml").read_text())
+
+
+def test_every_file_that_is_linked_exists():
+    for page in ("README.md", "recipes/README.md", "benchmarks/README.md", "examples/tiny_mistral/README.md"):
+        links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text())
+        assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
 
 
 def test_every_path_in_the_tree_exists():

@@ -1,15 +1,19 @@
 """Every command of recipes/README.md, as printed, in a workplace after the README's first steps."""
 
 import json
+import re
 import shutil
 
 import pytest
 from checkpoints import files
 from conftest import ROOT
-from workplace import bash_commands, run_all
+from workplace import bash_commands, row_commands, run_all, shell
 
-PAGE = bash_commands((ROOT / "recipes" / "README.md").read_text())
-PRUNE = [command for command in PAGE if "prune_task_vector_7b.py" in command]
+TEXT = (ROOT / "recipes" / "README.md").read_text()
+PAGE, ROWS = bash_commands(TEXT), row_commands(TEXT)
+PRINTED = [command for command in PAGE if "prune_task_vector_7b.py" in command]
+PRUNE = [*PRINTED, *ROWS.values()]
+*TABLE, MERGE = [command for command in PAGE if "merge_and_evaluate_7b.py" in command]
 THE_CHAIN_BEFORE = [
     "python convert_dtype.py",
     *(
@@ -41,13 +45,26 @@ def flags(command: str) -> dict[str, list[str]]:
 
 
 def test_there_are_as_many_as_rows():
-    """Ten ways to prune, a merge, a comparison; the comparison, first on the page, needs the results of the others."""
-    assert len(PRUNE) == 10 and len(PAGE) == 12
-    assert PAGE[0].startswith("python merge_and_evaluate_7b.py --compare")
+    """The whole table in two loops and a comparison; ten ways to prune, no two of them alike; a merge."""
+    assert len(TABLE) == 3 and len(PAGE) == 6
+    assert len(PRINTED) == 2 and len(ROWS) == 8 and len(set(PRUNE)) == 10
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", PRUNE, ids=lambda command: command.split("--overwrite ")[1].split(" --task")[0])
+def test_the_whole_table(extracted):
+    """Every row of the paper's table by the three commands, then one table of them, in the page's order."""
+    run_all(TABLE[:2], extracted)
+    done = shell(TABLE[2], extracted)
+    assert done.returncode == 0, done.stderr
+    names = re.findall(r"results_\{(.*?)\}", TABLE[2])
+    rows = [name for listed in names for name in listed.split(",")]
+    assert re.findall(r"^\| ([\w.-]+) \|", done.stdout, re.MULTILINE)[1 : len(rows) + 1] == rows
+    assert "Differences from baseline_task_arithmetic" in done.stdout
+    assert (extracted / "results_comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", PRUNE, ids=lambda command: command.split("--overwrite ")[1].split(" --save")[0])
 def test_prune(extracted, command):
     """What was asked for is what the reports say; the first of the list was pruned first."""
     run_all([command], extracted)
@@ -63,17 +80,15 @@ def test_prune(extracted, command):
 
 
 @pytest.mark.slow
-def test_a_merge_of_every_row_and_the_table(extracted):
-    """Prune, merge and score as the page says, twice; then the table of both rows; plain mergekit reads the pair, too."""
-    merge = next(command for command in PAGE if "--name" in command)
+def test_a_merge_of_each_pair(extracted):
+    """Prune, merge and score as the page says, twice; plain mergekit reads the pair, too."""
     for row, command in enumerate(PRUNE[::6]):
-        named = merge.replace("results_cabs_1_4.json", f"results_{row}.json").replace('"CABS 1:4"', f'"row {row}"')
-        assert named != merge
+        named = MERGE.replace("results_cabs_1_4.json", f"results_{row}.json").replace('"CABS 1:4"', f'"row {row}"')
+        assert named != MERGE
         run_all([command, named], extracted)
-    run_all([merge.replace("results_", "again_"), PAGE[0], "mergekit-yaml recipes/ties.yml ./models/ties"], extracted)
+    run_all(["mergekit-yaml recipes/ties.yml ./models/ties"], extracted)
     names = [json.loads((extracted / f"results_{row}.json").read_text())["summary"]["name"] for row in (0, 1)]
     assert names == ["row 0", "row 1"]
-    assert (extracted / "results_comparison.png").read_bytes().startswith(b"\x89PNG")
     assert all((extracted / "models" / name / "model.safetensors").is_file() for name in ("merged", "ties", *PRUNED))
 
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, save_model
+from workplace import bash_commands, row_commands
 
 import merge_and_evaluate_7b
+import prune_task_vector_7b
 from merge_and_evaluate.recipes import model_paths, read_recipe
 
 EVAL_RECIPES = ("open_llm_leaderboard", "open_llm_leaderboard_v2", "metabench", "metabench_secondary")
@@ -59,7 +61,7 @@ def test_its_commands_use_it_and_parse(path):
         assert f"recipes/{path.name}" in command
         if command[0] == "python":
             args = merge_and_evaluate_7b.parse_args(command[2:])
-            assert str(args.recipe) == f"recipes/{path.name}" and args.save_path.startswith("./models/merged")
+            assert args.recipe == Path("recipes", path.name) and args.save_path.startswith("./models/merged")
     assert any(command[0] == "python" for command in commands)
 
 
@@ -99,15 +101,11 @@ def test_orders_differ_only_in_order():
 
 
 def test_the_commands_of_the_readme_parse():
-    """recipes/README.md: each way of pruning is one that prune takes, and they all differ."""
-    import prune_task_vector_7b
-
+    """recipes/README.md: each way of pruning is one that prune takes, and they all differ; no recipe is left out."""
     text = (ROOT / "recipes" / "README.md").read_text()
-    commands = [shlex.split(c.replace("\\\n", " ")) for c in re.findall(r"```bash\n(.*?)```", text, re.S)]
-    scripts = {"prune_task_vector_7b.py": prune_task_vector_7b, "merge_and_evaluate_7b.py": merge_and_evaluate_7b}
-    parsed = [scripts[command[1]].parse_args(command[2:]) for command in commands]
-    pruned = [str(args) for args in parsed if "pruning_method" in args]
-    assert len(pruned) == len(set(pruned)) == 10
+    commands = [*bash_commands(text), *row_commands(text).values()]
+    pruned = [prune_task_vector_7b.parse_args(shlex.split(c)[2:]) for c in commands if "prune_task_vector_7b.py" in c]
+    assert len({str(args) for args in pruned}) == len(pruned) == 10
     for path in RECIPES:
         assert f"`{path.name}`" in text
 

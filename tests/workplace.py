@@ -17,10 +17,22 @@ DOWNLOADED = ("WildMarcoroni-Variant1-7B", "WestSeverus-7B-DPO-v2")
 
 
 def bash_commands(page: str) -> list[str]:
-    r"""Every command in the ```bash blocks of a Markdown page, in order, a command a line: "a \\\n  b" -> "a b"."""
+    r"""Every command in the ```bash blocks of a Markdown page, in order: a line each, "a \\\n  b" -> "a b"; a loop is one."""
     blocks = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [re.sub(r" +", " ", line).strip() for line in lines if line.strip()]
+    lines = "".join(blocks).replace("\\\n", " ")
+    return [
+        re.sub(r" +", " ", found) for found in re.findall(r"^for .*?^done$|^[^\n]+$", lines, re.DOTALL | re.MULTILINE)
+    ]
+
+
+def row_commands(page: str) -> dict[str, str]:
+    """{row: its command} of a table of what to write in place of a part of one command that is printed above it."""
+    place, rows = re.search(
+        r"^\| row \| in place of `(.*?)` \|\n\|---\|---\|\n((?:\|.*\n)+)", page, re.MULTILINE
+    ).groups()
+    command = next(command for command in bash_commands(page) if place in command)
+    flags = dict(re.findall(r"^\| (.*?) \| `(.*?)` \|$", rows, re.MULTILINE))
+    return {row: command.replace(place, own) for row, own in flags.items()}
 
 
 def fill_hub_cache(home: Path, model: Path) -> None:
@@ -53,7 +65,7 @@ def make_workplace(place: Path) -> Path:
 
 
 def shell(command: str, place: Path, **environment: str) -> subprocess.CompletedProcess:
-    """One line in a shell whose working directory is `place`: this Python, the Hub and data sets offline."""
+    """One command in a shell whose working directory is `place`: this Python, the Hub and data sets offline."""
     own = {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "HF_HOME": str(place / "hf"),
@@ -61,7 +73,7 @@ def shell(command: str, place: Path, **environment: str) -> subprocess.Completed
         "HF_DATASETS_OFFLINE": "1",
     }
     everything = os.environ | own | environment
-    return subprocess.run(command, shell=True, cwd=place, env=everything, capture_output=True, text=True)
+    return subprocess.run(["bash", "-e", "-c", command], cwd=place, env=everything, capture_output=True, text=True)
 
 
 def run_all(commands: list[str], place: Path) -> None:

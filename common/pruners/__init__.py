@@ -11,5 +11,5 @@ devices.py       does a device compute the CPU's bits
 tally.py         counts of one tensor, by name
 report.py        what pruning did: figures, the printed table
 heatmaps.py      the same as pictures
-pictures.py      pictures, written whole
+pictures.py      pictures, written completely or not at all
 """

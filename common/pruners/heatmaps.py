@@ -2,8 +2,8 @@
 
 The reports of the vectors that were pruned together are a *side*: with several, they are drawn side by side. The
 picture has a row of panels per vector, and per measure of prune_report.json one panel per side, on one colour scale.
-Layers go down, kinds of tensors across; what belongs to no layer (embeddings, final norm, head) is a bar over the whole
-width. Where a cell stands for several tensors, it is their mean, weighted by their elements.
+Rows are layers, columns are kinds of tensors; what belongs to no layer (embeddings, final norm, head) is a bar over the
+full width. A cell that stands for several tensors is their mean, weighted by their elements.
 """
 
 import math
@@ -23,7 +23,7 @@ BELOW = {"norms": "final norm", "other": "other", "head": "head"}
 MANY = 45  # rows, beyond which cells are too low for figures
 FOOTNOTE = (
     "overlap rate: kept by both vectors / kept by either (mean over the other vectors).   "
-    "L2 share: part of the vector's squared L2 norm that lies in what is kept.\n"
+    "L2 share: part of the vector's squared L2 norm that is in what is kept.\n"
     "evenness: how evenly what is kept is spread over groups of m elements, 1 = every group keeps as many.   "
     "In bold: the whole model.   Grey: nothing to measure."
 )
@@ -31,7 +31,7 @@ FOOTNOTE = (
 
 @dataclass(frozen=True)
 class Pruned:
-    """Vectors that were pruned together: their reports, in the order of pruning, and where the first lies."""
+    """Vectors that were pruned together: their reports, in the order of pruning, and where the first one is."""
 
     reports: tuple[dict, ...]
     place: str
@@ -45,7 +45,7 @@ class Pruned:
 
 
 def read_report(path: str) -> dict:
-    """The prune_report.json at `path`, a file or a directory. Raises DataError if there is none or it is not whole."""
+    """The prune_report.json at `path`, a file or a directory. Raises DataError if there is none or it is incomplete."""
     file = Path(path) / NAME if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise DataError(f"{path}: no {NAME} there; give a directory that prune_task_vector_7b.py wrote")

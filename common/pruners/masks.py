@@ -47,7 +47,7 @@ class Masks:
         ]
 
     def find_thresholds(self, read: Callable, peek: Callable) -> None:
-        """What of() compares with, where a scope is larger than a block; reads all vectors, see Scope.find."""
+        """What of() compares with, where a scope is larger than a block; this reads all vectors, see Scope.find."""
         for scope in self._scopes:
             scope.find(read, peek, self._room, self._step)
 

@@ -1,4 +1,4 @@
-"""Pictures written whole or not at all."""
+"""Pictures, written completely or not at all."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from common.errors import DataError
 
 
 def save_figure(figure, path: Path) -> None:
-    """Write a picture, whole or not at all; the file's ending says the format (png, pdf, svg)."""
+    """Write a picture, completely or not at all; the file's ending says the format (png, pdf, svg)."""
     from io import BytesIO
 
     from common.shards.staging import write_file

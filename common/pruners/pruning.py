@@ -48,7 +48,7 @@ def scopes(pruning: Pruning, numel: int) -> list[tuple[int, int, int]]:
 
 
 def in_passes(pruning: Pruning, block: int) -> bool:
-    """Whether a scope is larger than a block of so many elements, and is gone through several times."""
+    """Whether a scope is larger than a block of so many elements, and is read several times."""
     return pruning.method == "magnitude" or (pruning.method == "nm" and pruning.m > 2 * block)
 
 

@@ -7,7 +7,7 @@ what the output changes):
   kept       of those, how many are kept
   density    kept / elements
   overlap    with each other vector: kept by both / kept by either
-  l2_share   share of the vector's squared L2 norm (sum of squares) that lies in what is kept
+  l2_share   share of the vector's squared L2 norm (sum of squares) that is in what is kept
   evenness   how evenly what is kept is spread over the whole groups of m: Jain's index of the counts per group,
              (sum c)^2 / (groups * sum c^2); 1 = every group keeps the same, 1/groups = one group keeps all
 """

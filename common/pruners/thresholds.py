@@ -1,7 +1,7 @@
 """Ranking in a scope that is larger than a block: read it twice, once to find the threshold, once to apply it.
 
-A sample says between which keys the threshold most likely lies. The first pass counts only the keys in there, one by
-one, and how many lie above; if the k-th largest is not among them, there is another pass where it must be.
+A sample says between which keys the threshold most likely is. The first pass counts only the keys in there, one by
+one, and how many are above; if the k-th largest is not among them, there is another pass where it must be.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +27,7 @@ class Threshold:
 def bracket(sample: np.ndarray, share: float, top: int) -> tuple[int, int]:
     """(low, high): the threshold that a `share` of all keys passes is most likely at least low and below high.
 
-    sample: keys [pieces, size], all below `top`. How far the pieces differ says how far the whole may be from them.
+    sample: keys [pieces, size], all below `top`. How far the pieces differ says how far all keys may be from them.
     """
     ranked = np.sort(sample.astype(np.min_scalar_type(top - 1)), axis=None)[::-1]  # narrow keys sort faster
     at = min(int(share * ranked.size), ranked.size - 1)
@@ -41,7 +41,7 @@ def bracket(sample: np.ndarray, share: float, top: int) -> tuple[int, int]:
 def find_threshold(count: Callable, k: int, low: int, high: int, top: int) -> Threshold:
     """The threshold that exactly k keys pass, all of them below `top`, by counting; low:high is where to look first.
 
-    count(low, high, shift) -> (how many keys lie in each bin of 2**shift keys from `low`, how many are `high` or above).
+    count(low, high, shift) -> (how many keys are in each bin of 2**shift keys from `low`, how many reach `high`).
     """
     if k == 0:
         return Threshold(top - 1, 0)

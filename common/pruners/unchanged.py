@@ -9,7 +9,7 @@ _BLOCK = 1 << 18  # elements
 def zero_tensor(task: Task, worker: Worker) -> list[dict]:
     """Write +0.0 to every output, of the dtype of its slot; the records have the hashes of what was read and written.
 
-    The base's tensor (task.inputs[0]) is read all the same: its hash is what the next step knows the base by. Raises
+    The base's tensor (task.inputs[0]) is read even so: its hash is what the next step knows the base by. Raises
     DataError if it holds NaN or infinity.
     """
     from common.pruners import kernels

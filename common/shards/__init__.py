@@ -1,11 +1,11 @@
 """Checkpoints in and out, in the order in which a byte meets these files.
 
-documents.py     JSON files: read warily, written whole
+documents.py     JSON files: read with suspicion, written completely or not at all
 headers.py       safetensors headers, every number checked
 bins.py          PyTorch .bin files, described like safetensors
 hub.py           Hugging Face Hub ids to local directories
-companions.py    tokenizer, processors: what goes along
-findings.py      what a directory without weights holds
+companions.py    tokenizer, processors: what is copied along
+findings.py      what a directory without weights does hold
 checkpoint.py    a model directory: tensors, config, companion files
 remote.py        Hub ids described before they are downloaded
 architecture.py  what transformers knows of a model: ties, old names, constants
@@ -28,8 +28,8 @@ buffers.py       what a thread holds of its files, in memory it reuses
 direct.py        between memory and disk, past the page cache
 sink.py          shard files while they are written
 memory.py        the same into a model in memory
-staging.py       files and directories that appear whole or not at all
-systems.py       what a system may lack: stepped down from
+staging.py       files and directories that appear complete or not at all
+systems.py       what a system may lack, and how to do without
 hashing.py       xxh3 of texts, files and tensors
 verify.py        is a directory still what was written
 """

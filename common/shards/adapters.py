@@ -1,7 +1,7 @@
 """LoRA adapters: which tensors of the base they change, and by what.
 
 An adapter (peft) is adapter_config.json and, for each adapted weight W [out, in], A [rank, in] and B [out, rank]:
-W + scale · B·A. Whatever else is in it replaces a tensor of the base whole (modules_to_save). Headers only.
+W + scale · B·A. Anything else in it replaces a tensor of the base as a whole (modules_to_save). Headers only.
 """
 
 import re
@@ -75,7 +75,7 @@ def is_adapter(directory: Path) -> bool:
 
 
 def _check_kind(label: str, config: dict) -> None:
-    """Refuse what is no plain LoRA, by name."""
+    """Refuse what is not a plain LoRA, by name."""
     kind = config.get("peft_type")
     if kind != "LORA":
         raise DataError(f"{label}: an adapter of the type {kind!r:.40}, and only LORA is read here; {MERGE}")
@@ -195,7 +195,7 @@ def open_adapter(label: str, directory: Path, base: Checkpoint, free_rows: bool 
 
 
 def without(adapter: Adapter, base: Checkpoint, skip: tuple[str, ...]) -> Adapter:
-    """The adapter less what it does to tensors of the base of these names (fnmatch).
+    """The adapter without what it does to tensors of the base of these names (fnmatch).
 
     Raises DataError for a pattern that matches no tensor of the base.
     """
@@ -205,7 +205,7 @@ def without(adapter: Adapter, base: Checkpoint, skip: tuple[str, ...]) -> Adapte
 
 
 def match_adapter(base: Checkpoint, adapter: Adapter) -> Match:
-    """What match() gives for a model, of the tensors that the adapter replaces whole."""
+    """What match() gives for a model, of the tensors that the adapter replaces as a whole."""
     notes = [f"{adapter.checkpoint.label}: a LoRA adapter that changes {len(adapter.products)} tensors of {base.label}"]
     if adapter.whole:
         notes.append(f"it replaces {len(adapter.whole)} more as a whole: {', '.join(sorted(adapter.whole)[:4])}")

@@ -1,9 +1,9 @@
 """What transformers knows of a model: the names it loads, old names, ties, what is no weight.
 
-Asked only where two models do not agree by their names as they stand, or where a tensor's shape says that it may be
+Asked only where the names of two models do not agree as they are, or where a tensor's shape says that it may be
 a constant or a spelled-out tie: importing transformers takes seconds, which an ordinary job does not pay. The model is
 built on the meta device, where no weight exists, from config.json and transformers' own classes; code that comes with
-a model is never run. A model that transformers does not know is None, and its names are taken as they stand.
+a model is never run. A model that transformers does not know is None, and its names are taken as they are.
 """
 
 import json
@@ -15,7 +15,7 @@ from functools import cache
 
 from common.shards.headers import Tensor
 
-# A config is a stranger's file, and every layer it asks for is built (as names): the deepest public models have a few
+# A config may come from anyone, and every layer it asks for is built (as names): the deepest public models have a few
 # hundred layers and experts.
 MAX_LAYERS = 4096
 
@@ -68,7 +68,7 @@ class Architecture:
 
 @contextmanager
 def quiet_transformers():
-    """transformers and its warnings silenced: what it says of a model nobody loads only worries people."""
+    """transformers and its warnings silenced: warnings about a model that nobody loads only worry people."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -126,7 +126,7 @@ def _build(config: dict):
             )
             model.tie_weights()
             return model
-    except Exception:  # whatever a stranger's config makes transformers' classes raise: it is none of theirs
+    except Exception:  # a config from anyone can make transformers raise anything: then it does not know the model
         return None
 
 

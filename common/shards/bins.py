@@ -85,7 +85,7 @@ def _state_dict(path: Path) -> dict:
 
 
 def _describe(path: Path, name: str, value, records: dict[int, int]) -> Tensor:
-    """The file range of one fake tensor of a .bin, which must lie within the record of its storage."""
+    """The file range of one fake tensor of a .bin, which must be within the record of its storage."""
     import torch
 
     codes = {

@@ -17,7 +17,7 @@ class InputBuffer:
 
     def __init__(self):
         self._memory = np.empty(0, np.uint8)
-        self._file, self._begin, self._end = None, 0, 0  # bytes begin:end lie from begin % PAGE on
+        self._file, self._begin, self._end = None, 0, 0  # bytes begin:end are in memory from begin % PAGE on
         self._cached_end = 0  # up to here, from where we are, the page cache has the file
 
     @property
@@ -53,7 +53,7 @@ class InputBuffer:
 
 
 class Shelf:
-    """What came from the disk and will be read again within a task, kept in memory as far as that goes."""
+    """What came from the disk and will be read again within a task, kept in memory up to a budget."""
 
     def __init__(self, nbytes: int):
         self._nbytes, self._memory, self._filled = nbytes, None, 0
@@ -82,11 +82,11 @@ class OutputBuffer:
 
     def __init__(self):
         self._memory = np.empty(0, np.uint8)
-        # `held` bytes that belong at `begin` and behind lie from begin % PAGE on.
+        # `held` bytes that belong at `begin` and after it are in memory from begin % PAGE on.
         self._file, self._begin, self._held = None, 0, 0
 
     def room(self, file: File, offset: int, nbytes: int) -> np.ndarray:
-        """uint8 [nbytes] to be filled with what belongs at `offset`: right behind the last room, or anywhere after flush().
+        """uint8 [nbytes] to be filled with what belongs at `offset`: right after the last room, anywhere after flush().
 
         Valid until the next call.
         """

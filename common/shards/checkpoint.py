@@ -55,7 +55,7 @@ def config_with_dtype(config: dict, dtype: str | None) -> str:
     """config.json's text with `dtype` (e.g. 'F16'; None: as it was), nested configs included: from_pretrained believes it.
 
     Left out is what would no longer be true: code that is not copied (see without_code), and a quantization_config,
-    which models whose weights are floating point have only as null, {} or a left-over.
+    which in a model of floating-point weights is null, {} or a left-over.
     """
 
     def renamed(section: dict) -> dict:

@@ -1,4 +1,4 @@
-"""What lies beside a model's weights and belongs to it: tokenizer, processors, chat template; never code.
+"""The files beside a model's weights that belong to it: tokenizer, processors, chat template; never code.
 
 One list for local copies and for downloads from the Hub.
 """

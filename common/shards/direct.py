@@ -3,8 +3,8 @@
 Filling it costs a core more than pruning does: pages are found, cleared, filled and later written by other threads, and
 what others use is pushed out. So what the cache holds is read from there; everything else is read directly, in large
 pieces at multiples of PAGE. What is written leaves the cache as soon as it is on disk (RWF_DONTCACHE, Linux 6.14: the
-same few pages again and again, many requests at a time); on older systems it goes directly too. Where a file system has
-neither, the same calls go through its cache; so they do on systems without these calls, such as macOS.
+same few pages again and again, many requests at a time); on older systems it is written directly, too. Where a file
+system has neither, or a system lacks these calls, as macOS does, the same bytes pass through the cache.
 """
 
 import contextlib
@@ -78,7 +78,7 @@ class File:
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-                self._is_direct = False  # it wants larger pages, or has no direct I/O after all
+                self._is_direct = False  # the file system wants larger pages, or has no direct I/O after all
         return call(self._cached, data, offset)
 
     def write(self, data: np.ndarray, offset: int) -> None:

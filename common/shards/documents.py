@@ -1,6 +1,7 @@
-"""JSON files: read warily, written whole.
+"""JSON files: read with suspicion, written completely or not at all.
 
-They come from people one does not know, so their size, their depth and their names are bounded."""
+They may come from anyone, so their size, their depth and their names are bounded.
+"""
 
 import json
 import re
@@ -32,7 +33,7 @@ def refuse_lfs_pointer(path: Path) -> None:
 
 
 def parse_json(data: bytes, where: str, strict: bool = True):
-    """The value of one JSON text. Text that is no Unicode is refused; so is, if `strict`, a name twice in an object.
+    """The value of one JSON text. Text that is not Unicode is refused; so is, if `strict`, a name twice in an object.
 
     Not strict is what transformers does with a config.json: a byte order mark is skipped, the last of two names counts.
     """
@@ -79,5 +80,5 @@ def read_json(path: Path, strict: bool = True) -> dict:
 
 
 def write_json(path: Path, value, default=str) -> None:
-    """Write a value as indented JSON, whole or not at all."""
+    """Write a value as indented JSON, completely or not at all."""
     write_file(path, (json.dumps(value, indent=2, ensure_ascii=False, default=default) + "\n").encode())

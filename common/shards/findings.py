@@ -1,4 +1,4 @@
-"""What a directory without usable weights does hold, and what to do about it: error lines look before they speak."""
+"""What a directory without usable weights does hold, and what to do about it."""
 
 import re
 from collections.abc import Iterator
@@ -46,7 +46,7 @@ def has_weights(directory: Path) -> bool:
 
 
 def what_is_there(directory: Path) -> str:
-    """Why a directory without weights is none, by what lies in it: "holds x; do y".
+    """Why a directory is not a model, by what is in it: "holds x; do y".
 
     what_is_there(Path("adapter")) -> "holds a LoRA adapter (adapter_config.json), not a model; …"
     """
@@ -95,7 +95,7 @@ def _adapter(directory: Path) -> Iterator[str]:
 
 
 def _shards(directory: Path) -> Iterator[str]:
-    """Shards that nobody lists. Which belong together is not guessed: a stale one would be merged in."""
+    """Shards that no index lists. Which belong together is not guessed: a stale one would be merged in."""
     shards = [(path, match) for path in _glob(directory, "*") if (match := _SHARD.fullmatch(path.name))]
     for path, match in shards:
         stem, count, suffix = match.groups()

@@ -30,8 +30,8 @@ def file_hash(path: Path) -> str:
 def tensor_hashes(tensors: list[Tensor], title: str, look: Callable = lambda _tensor, _bits: None) -> dict[str, str]:
     """{tensor: hash of its bytes} in the order given, by several threads, a block per thread in memory.
 
-    look(tensor, bits) sees every block as it passes, the blocks of one tensor one after the other. Progress goes
-    to stderr, in bytes, under `title`. Raises DataError if a file ends within a tensor.
+    look(tensor, bits) sees every block as it passes, the blocks of one tensor one after the other. Progress is
+    shown on stderr, in bytes, under `title`. Raises DataError if a file ends within a tensor.
     """
 
     def tensor_hash(task: Task, worker: Worker) -> str:

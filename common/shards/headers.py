@@ -1,7 +1,7 @@
 """Safetensors headers and indexes: read, check, describe.
 
-Everything a plan needs is in the headers: names, dtypes, shapes, and where the bytes lie. Headers are
-input from people one does not know, so every number in them is checked before it is used, in memory
+Everything a plan needs is in the headers: names, dtypes, shapes, and where the bytes are. Headers may
+come from anyone, so every number in them is checked before it is used, in memory
 bounded by MAX_HEADER_BYTES. Format: https://huggingface.co/docs/safetensors (8 bytes little-endian
 header length, JSON padded with spaces, then the tensors' bytes, contiguous).
 """
@@ -43,7 +43,7 @@ SINGLE_NAME = "model.safetensors"
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where the bytes of one tensor lie: `nbytes` from `offset` in `path`, row-major, little-endian."""
+    """Where the bytes of one tensor are: `nbytes` from `offset` in `path`, row-major, little-endian."""
 
     name: str
     dtype: str
@@ -215,7 +215,7 @@ def shard_paths(index: Path, weight_map: dict[str, str]) -> list[Path]:
 def read_headers(directory: Path) -> list[Tensor] | None:
     """The tensors of a safetensors checkpoint, in file order; None if the directory holds none.
 
-    A single file with an index that maps all of it to it (mlx_lm writes both) is what both say it is.
+    A single file beside an index that maps every tensor to it (mlx_lm writes both) is accepted.
     """
     single, index = directory / SINGLE_NAME, directory / INDEX_NAME
     if not index.is_file():

@@ -109,7 +109,7 @@ class Running:
         return self.processes.is_main
 
     def stream(self, do: Callable[[Task, stream.Worker], list[dict]]) -> None:
-        """Do this process's share of the tasks; the main process then waits until the others' shards are whole too."""
+        """Do this process's share of the tasks; the main process then waits for the others' shards."""
         mine = deal(self.job.shard_bytes, self.processes)
         tasks = [task for task in self.job.tasks if task.shard in mine - self.done]
         total = sum(task.nbytes for task in self.job.tasks)
@@ -146,8 +146,8 @@ class Running:
 def begin(job: Job, overwrite: bool) -> Iterator[Running]:
     """Claim the outputs, or resume where an earlier attempt of the same job stopped; on leaving, publish them.
 
-    Raises DataError for bad data (what was written is deleted: resuming would meet the same data again); whatever else
-    stops the job leaves complete shards in <save_path>.part for the next attempt.
+    Raises DataError for bad data (what was written is deleted: resuming would meet the same data again). Anything else
+    that stops the job leaves complete shards in <save_path>.part for the next attempt.
     """
     processes = group()
     holds = _claim(job, overwrite) if processes.is_main else []

@@ -42,7 +42,7 @@ def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def partition(sizes: dict[str, int], max_shard_size: int) -> list[list[str]]:
-    """Names cut greedily, in order, into groups of at most max_shard_size bytes (one larger tensor stands alone).
+    """Names cut greedily, in order, into groups of at most max_shard_size bytes (a larger tensor is alone).
 
     partition({"a": 3, "b": 3, "c": 9, "d": 1}, 6) -> [["a", "b"], ["c"], ["d"]]
     """
@@ -59,7 +59,7 @@ def partition(sizes: dict[str, int], max_shard_size: int) -> list[list[str]]:
 def lay_out(filename: str, tensors: list[tuple[str, str, tuple[int, ...]]]) -> Shard:
     """The file that holds (name, dtype, shape) tensors: header and offsets as safetensors' own save_file has them.
 
-    Wider dtypes go first, otherwise the order given is kept: then every tensor is aligned to its element
+    Wider dtypes come first, otherwise the order given is kept: then every tensor is aligned to its element
     size, which torch needs in order to view it.
     """
     tensors = sorted(tensors, key=lambda tensor: -DTYPE_BYTES[tensor[1]])

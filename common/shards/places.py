@@ -16,7 +16,7 @@ def plain(path: Path) -> Path:
     """The shortest spelling of the same place: plain(Path("./a/../x/")) -> x, plain(Path("/a//b/.")) -> /a/b.
 
     `..` behind a symbolic link leads to the parent of what the link points at, so there the link is resolved; behind a
-    directory that is not there yet it leads back, as os.path.normpath has it, and not to an error as the kernel has it.
+    directory that is not there yet it leads back, as os.path.normpath has it, while the kernel would call it an error.
     """
     found = Path(path.anchor)
     for part in path.parts[1:] if path.anchor else path.parts:
@@ -26,7 +26,7 @@ def plain(path: Path) -> Path:
             found = found.resolve().parent
         elif found.name not in ("", ".."):
             found = found.parent
-        elif not found.anchor or found.name:  # above the working directory; / has nothing above it
+        elif not found.anchor or found.name:  # above the working directory; nothing is above /
             found = found / ".."
     return found
 
@@ -40,7 +40,7 @@ def whole_path(path: Path | str) -> str:
 
 
 def check_places(inputs: list[Path], outputs: list[Path]) -> None:
-    """Refuse outputs that are, hold, or lie inside an input or one another, or that are or hold the working directory."""
+    """Refuse outputs that overlap with an input or one another, or that are or contain the working directory."""
     places = [path.resolve() for path in outputs]
     for i, place in enumerate(places):
         if place in (Path.cwd(), *Path.cwd().parents):
@@ -53,7 +53,7 @@ def check_places(inputs: list[Path], outputs: list[Path]) -> None:
 
 
 def existing_parent(path: Path) -> Path:
-    """The nearest directory above `path`, or itself, that is there."""
+    """The nearest directory above `path`, or itself, that exists."""
     path = path.absolute()
     while not path.exists():
         path = path.parent

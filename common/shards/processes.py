@@ -1,4 +1,4 @@
-"""Several processes or hosts of one run, started by torchrun."""
+"""Several processes or hosts of one job, started by torchrun."""
 
 import os
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ def group() -> Group:
 
 
 def wait_for_everyone(processes: Group) -> None:
-    """Return when every process of the run is here. Raises DataError if one has failed."""
+    """Return when every process of the job is here. Raises DataError if one has failed."""
     if processes.count == 1:
         return
     from accelerate import PartialState
@@ -36,7 +36,7 @@ def wait_for_everyone(processes: Group) -> None:
 
 
 def deal(sizes: list[int], processes: Group) -> set[int]:
-    """The numbers of the shards that are this process's: the largest go first, each to who has the fewest bytes.
+    """The numbers of this process's shards: the largest first, each to the process with the fewest bytes so far.
 
     deal([5, 4, 3, 2], Group(0, 2)) -> {0, 3}
     """

@@ -1,8 +1,8 @@
 """Claim, resume, publish, discard.
 
-A run writes to `<save_path>.part`. A shard is written under a temporary name, made durable, and renamed, with a
+A job writes to `<save_path>.part`. A shard is written under a temporary name, made durable, and renamed, with a
 record of its tensors (hashes, statistics) beside it under `.run/`. When every shard of every output is there, each
-directory is renamed to its final name. `.run/run.json` says which run a directory belongs to: the same command
+directory is renamed to its final name. `.run/run.json` says which job a directory belongs to: the same command
 resumes at the last complete shard, any other is refused.
 """
 
@@ -41,7 +41,7 @@ def difference(theirs: dict, ours: dict) -> str:
 def unpublished(outputs: list[Output], identity: dict) -> list[Output]:
     """Outputs still to be renamed: all, unless an earlier attempt was stopped between renames.
 
-    Outputs are renamed in order, and the first one's record goes last: while it is there, the run is not over.
+    Outputs are renamed in order, and the first one's record is deleted last: while it is there, the job is not over.
     """
     if not outputs[0].final.is_dir() or _state(outputs[0].final) != identity:
         return outputs

@@ -19,7 +19,7 @@ from common.shards.places import check_disk
 
 
 def _remote_tensors(hub_id: str, revision: str, path: Path) -> list[Tensor]:
-    """The tensors of one file as its header on the Hub describes them; `path` is where the file will lie.
+    """The tensors of one file as its header on the Hub describes them; `path` is where the file will be.
 
     Offsets count from the end of the header, which is enough for a plan; the downloaded file's own are checked as any.
     """
@@ -39,7 +39,7 @@ def _remote_tensors(hub_id: str, revision: str, path: Path) -> list[Tensor]:
 
 
 def described(hub_id: str) -> Checkpoint | None:
-    """A checkpoint from remote headers; None for what is no Hub id, is here already, or has no headers to be read first."""
+    """A checkpoint from remote headers; None for no Hub id, for what is here already, and without headers to read."""
     if not is_hub_id(hub_id):
         return None
     from huggingface_hub import snapshot_download

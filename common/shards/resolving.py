@@ -26,7 +26,7 @@ def _by_key(tensors: dict[str, Tensor], keys: dict[str, str]) -> dict[str, Tenso
 
 
 def _agree(base: Checkpoint, other: Checkpoint) -> bool:
-    """Whether every parameter of each is one of the other by its name as it stands."""
+    """Whether every parameter of each is one of the other by the same name."""
     mine, theirs = ({n for n, t in c.tensors.items() if t.is_parameter} for c in (base, other))
     return mine <= other.tensors.keys() and theirs <= base.tensors.keys()
 
@@ -56,7 +56,7 @@ def resolve(base: Checkpoint, other: Checkpoint) -> Names:
 
 
 def names_in(base: Checkpoint, names: list[str]) -> dict[str, str]:
-    """{name: the base's name of the same tensor}, as far as they are found: as they stand, renamed, unwrapped."""
+    """{name: the base's name of the same tensor}, as far as they are found: as they are, renamed, unwrapped."""
     if all(name in base.tensors for name in names):
         return {name: name for name in names}
     known = architecture(base.config)

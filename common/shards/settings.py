@@ -39,7 +39,7 @@ def _as_read(config: dict) -> dict | None:
     try:
         with quiet_transformers():
             return _flat(CONFIG_MAPPING[model_type].from_dict(dict(config)).to_dict())
-    except Exception:  # a stranger's values, and as many ways to fail as there are config classes
+    except Exception:  # any value may be in it, and config classes fail in as many ways as there are classes
         return None
 
 

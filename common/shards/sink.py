@@ -1,4 +1,4 @@
-"""Shard files while they are written: under a temporary name, renamed when they are whole."""
+"""Shard files while they are written: under a temporary name, renamed when they are complete."""
 
 import json
 import os
@@ -18,12 +18,12 @@ RUN = ".run"
 
 
 def record_path(output: Output, shard: int) -> Path:
-    """Where the records of a whole shard's tensors lie."""
+    """Where the records of a complete shard's tensors are."""
     return output.part / RUN / f"{output.shards[shard].filename}.json"
 
 
 class Sink:
-    """Open shards of one run's outputs. Nothing else writes tensors."""
+    """Open shards of one job's outputs. Nothing else writes tensors."""
 
     def __init__(self, outputs: list[Output]):
         self._outputs = outputs
@@ -59,7 +59,7 @@ class Sink:
         return [Writer(slot, file, buffer, advance) for slot, file, buffer in places]
 
     def finish_tensor(self, shard: int, name: str, records: list[dict]) -> None:
-        """Take a tensor's record for each output; the shard's last tensor makes the shard whole."""
+        """Take a tensor's record for each output; the shard's last tensor completes it."""
         self.files(shard)
         with self._lock:
             self._records[shard][name] = records
@@ -76,7 +76,7 @@ class Sink:
             sync(output.part)
 
     def abandon(self) -> None:
-        """Close what is open and remove shards that are not whole."""
+        """Close what is open and remove shards that are not complete."""
         for shard, files in self._files.items():
             for output, file in zip(self._outputs, files, strict=True):
                 file.close()

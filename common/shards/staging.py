@@ -1,4 +1,4 @@
-"""Directories and files that appear whole or not at all.
+"""Directories and files that appear complete or not at all.
 
 Work happens under another name on the same file system, is made durable, and is renamed at the end.
 """
@@ -19,7 +19,7 @@ def _meant(final: Path) -> Path:
 
 
 def part_of(final: Path) -> Path:
-    """The name a directory has until it is whole: part_of(Path("a/b")) -> a/b.part.
+    """The name a directory has until it is complete: part_of(Path("a/b")) -> a/b.part.
 
     A mount point cannot be renamed over, and its bytes belong on its own disk: there the work is done in a/b/.part.
     """
@@ -37,7 +37,7 @@ def sync(path: Path) -> None:
 
 
 def lock(directory: Path) -> int:
-    """An open descriptor that holds `directory` for this process; the kernel lets go when the process ends.
+    """An open descriptor that holds `directory` for this process; the kernel releases it when the process ends.
 
     Raises DataError if another process holds it.
     """
@@ -98,9 +98,9 @@ def move(part: Path, final: Path) -> None:
 def _move_out(part: Path) -> None:
     """Move the files of a/b/.part to a/b, which has to stay the directory that it is.
 
-    config.json is deleted first and comes last: without it a directory is no checkpoint, so nobody takes half of one for
-    whole. The job's record arrives under its own name once .part has gone: killed anywhere in here, the same command
-    makes again what has left .part and gets to the end, or finds that the job is done.
+    config.json is deleted first and moved last: without it a directory is not a checkpoint, so nobody mistakes half of
+    one for all of it. The job's record gets its own name once .part is deleted: if this is killed anywhere, the same
+    command makes again what has left .part and gets to the end, or finds that the job is done.
     """
     final, run = part.parent, part / ".run"
     (run / MOVING).touch()
@@ -139,7 +139,7 @@ def staged_directory(final: Path, overwrite: bool):
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a whole file or none: the old one, if any, stays until the new one is durable."""
+    """Write a file completely or not at all: the old one, if any, stays until the new one is durable."""
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")

@@ -2,7 +2,7 @@
 
 Each worker takes the next tensor and moves it block by block: read into a buffer it reuses, compute while the block is
 in its core's cache, write to the block's place in the output. While one worker waits for the disk the others compute.
-Memory is a few blocks per worker, whatever the size of model, shard or tensor.
+Memory is a few blocks per worker, regardless of the size of model, shard or tensor.
 """
 
 import os
@@ -31,7 +31,7 @@ SHELVES = 512 << 20  # bytes that all workers together keep of what a task reads
 
 @dataclass(frozen=True)
 class Task:
-    """One output tensor: where its inputs lie, and its slot in each output (all in shard number `shard`)."""
+    """One output tensor: where its inputs are, and its slot in each output (all in shard number `shard`)."""
 
     name: str
     inputs: tuple[Tensor, ...]
@@ -140,7 +140,7 @@ def progress(title: str, total: int, done: int = 0, shown: bool = True) -> Itera
 
 
 def run(tasks: list[Task], do: Callable[[Task, Worker], list], moved: Callable, workers: int, sink=None) -> dict:
-    """do(task, worker) for every task -> {task's name: what it returned}; the same goes to the sink, if there is one.
+    """do(task, worker) for every task -> {task's name: what it returned}; the sink, if there is one, gets the same.
 
     Shard by shard, the largest tensor first, so that no worker is left alone with a large one at the end. The first
     failure stops all workers at their next block and is raised here, when none of them is at work any more.
@@ -176,7 +176,7 @@ def run(tasks: list[Task], do: Callable[[Task, Worker], list], moved: Callable, 
         try:
             futures = [pool.submit(work) for _ in range(workers)]
             wait(futures)
-        finally:  # an interrupt may come at any moment, also while a thread is being started
+        finally:  # an interrupt may arrive at any moment, even while a thread is being started
             halt.set()
             with idle:
                 idle.wait_for(lambda: not busy)

@@ -1,4 +1,4 @@
-"""What an operating system or a file system may lack: stepped down from, with one line where a guarantee is lost."""
+"""What an operating system or a file system may lack, and how to do without: one line where a guarantee is lost."""
 
 import errno
 import os
@@ -25,7 +25,7 @@ def _warn(what: str, descriptor: int, line: str) -> None:
 
 
 def make_durable(descriptor: int, path: Path) -> None:
-    """fsync: return when what was written would survive a power cut. Where a file system cannot say, carry on.
+    """fsync: return when what was written would survive a power cut. Where a file system cannot say, continue.
 
     macOS's fsync leaves the bytes in the disk's own memory; F_FULLFSYNC is what does there what fsync does on Linux.
     """
@@ -51,7 +51,7 @@ def make_durable(descriptor: int, path: Path) -> None:
 def try_lock(descriptor: int, path: Path) -> bool:
     """Whether this process alone now holds the lock on an open file; True, with a line, where there are no locks.
 
-    The kernel lets go when the process ends.
+    The kernel releases it when the process ends.
     """
     try:
         if fcntl is None:

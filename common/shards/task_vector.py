@@ -55,8 +55,8 @@ def read_task_vector(checkpoint: Checkpoint) -> TaskVector:
         )
     content = read_json(path)
     hashes, base = content.get("tensors"), content.get("base_model_path")
-    sound = isinstance(hashes, dict) and isinstance(base, str) and base.isprintable() and content.get("hash") == HASH
-    if not sound or not all(
+    is_ours = isinstance(hashes, dict) and isinstance(base, str) and base.isprintable() and content.get("hash") == HASH
+    if not is_ours or not all(
         isinstance(h, dict) and isinstance(h.get("base"), str) and isinstance(h.get("vector"), str)
         for h in hashes.values()
     ):
@@ -83,7 +83,7 @@ def open_vectors(paths: list[str], skip: tuple[str, ...] = ()) -> list[TaskVecto
 
 
 def open_base(vectors: list[TaskVector], path: str | None) -> Checkpoint:
-    """The base model. Raises DataError that says which flag helps if the recorded one is gone."""
+    """The base model. Raises DataError that says which flag helps if the recorded one is missing."""
     if path:
         return open_checkpoint(path)
     recorded = vectors[0].base_model_path

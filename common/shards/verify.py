@@ -123,7 +123,7 @@ def unknown_inputs(directory: Path, verified: dict[str, dict[str, str]]) -> list
     """A line about the inputs of a verified directory, of which nothing is known but what `verified` says.
 
     verified: {directory: {tensor: hash}} of all that were read back. A recorded hash finds its directory wherever that
-    lies now.
+    is now.
     """
     here, unknown = [], []
     for name, hashes in recorded_inputs(directory).items():

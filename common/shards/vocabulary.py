@@ -27,13 +27,13 @@ def runs_of(ids: list[int]) -> tuple[tuple[int, int], ...]:
 
 
 def tokens_of(checkpoint: Checkpoint) -> dict[str, int]:
-    """{token: id} of a model's tokenizer, whatever files it is made of; added tokens included."""
+    """{token: id} of a model's tokenizer, of any kind; added tokens included."""
     from transformers import AutoTokenizer
 
     try:
         with quiet_transformers():
             return dict(AutoTokenizer.from_pretrained(str(checkpoint.path), local_files_only=True).get_vocab())
-    except Exception as error:  # a stranger's files, and as many ways to fail as there are kinds of tokenizers
+    except Exception as error:  # files from anyone, and tokenizers fail in as many ways as there are kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"{checkpoint.label}: its tokenizer cannot be read ({reason:.100}); --vocabulary common compares the tokenizers "

@@ -70,7 +70,7 @@ def _value(bits, kind):
 
 @njit(nogil=True, inline="always")
 def _bits(value, kind):
-    """Float32 -> bits, rounded to nearest even; NaN stays NaN, whatever its payload.
+    """Float32 -> bits, rounded to nearest even; NaN stays NaN with any payload.
 
     To bfloat16: half a unit less one is added, and one where the last bit that stays is odd, so that a tie carries only
     into an odd number, which it makes even. In a NaN the addition could carry through to infinity or wrap to zero: it

@@ -1,6 +1,6 @@
 """numba, loaded without scipy, compiling without a cache where there is no place for one.
 
-It would import scipy.linalg, where that is installed, for linear algebra that no kernel here has: 0.1 s of every start.
+numba would import scipy.linalg, if installed, for linear algebra that no kernel here has: 0.1 s of every start.
 """
 
 import sys
@@ -29,7 +29,7 @@ def _warn() -> None:
 
 
 def njit(**options):
-    """numba.njit; without its cache where numba finds no directory for it: a read-only checkout and no home of one's own."""
+    """numba.njit; without its cache where numba finds no directory for it: a read-only checkout, no writable home."""
 
     def compiled(function):
         try:

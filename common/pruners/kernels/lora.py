@@ -1,4 +1,4 @@
-"""LoRA: rows of scale · B·A, the same bits whatever the block size, thread or processor."""
+"""LoRA: rows of scale · B·A, the same bits for any block size, thread or processor."""
 
 from functools import cache
 

@@ -149,7 +149,7 @@ def _fill_keys(keys, bits, taken, magnitude, magnitude_bits, levels):
 
 @njit(nogil=True, inline="always")
 def _mark(keys, low, last, near):
-    """near[i] = whether key i lies in low..last -> (how many do, how many lie above); loops that vectorise.
+    """near[i] = whether key i is in low..last -> (how many are, how many are above); loops that vectorise.
 
     keys[i] - low wraps to something large where the key is below low, so one comparison tests both ends. Counts are
     as wide as a key; a chunk's 4096 fit.

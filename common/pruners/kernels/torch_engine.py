@@ -82,7 +82,7 @@ def keys_of(bits, dtype, taken, levels) -> np.ndarray:
 
 
 def count_keys(counts, bits, dtype, taken, levels, low, high, shift) -> int:
-    """Add to numpy's `counts` how many keys lie in each bin from `low` to below `high` -> how many lie above."""
+    """Add to numpy's `counts` how many keys are in each bin from `low` to below `high` -> how many are above."""
     found = _keys(bits, dtype, taken, levels).to(torch.int64)
     near = found[(found >= low) & (found < high)]
     counts[0] += torch.bincount((near - low) >> shift, minlength=counts.shape[1]).cpu().numpy()
