@@ -199,6 +199,8 @@ def test_a_merge_that_needs_the_code_says_so(tmp_path, capsys):
     )
     with pytest.raises(SystemExit) as stop:
         flags = ["--recipe", f"{tmp_path}/r.yml", "--save_path", f"{tmp_path}/merged", "--merge_only"]
-        run_main(lambda: merge_and_evaluate_7b.main(flags))
+        run_main(lambda: merge_and_evaluate_7b.main([*flags, "--engine", "mergekit"]))
     assert "names code of its own (auto_map), which is never run" in stop.value.code
     assert "trust_remote_code" not in stop.value.code
+    run_main(lambda: merge_and_evaluate_7b.main(flags))  # streamed, by names alone: the code is not needed
+    assert (tmp_path / "merged" / "model.safetensors").is_file()

@@ -499,7 +499,7 @@ def test_one_of_several_processes_is_killed(jobs, tmp_path):
     arguments = [*command, *map(str, job.arguments)]
     first = subprocess.run(arguments, capture_output=True, text=True, env=environment)
     assert first.returncode == 1 and "Signal 9 (SIGKILL)" in first.stderr, first.stderr[-2000:]
-    assert "interrupted; nothing half-written was published. The same command goes on" in first.stderr
+    assert "interrupted; nothing half-written was published. Run the same command again" in first.stderr
     assert job.published() == []
     second = subprocess.run(arguments, capture_output=True, text=True, env=environment)
     assert second.returncode == 0, second.stderr[-2000:]
