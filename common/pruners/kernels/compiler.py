@@ -6,6 +6,8 @@ numba would import scipy.linalg, if installed, for linear algebra that no kernel
 import sys
 from functools import cache
 
+from tqdm import tqdm
+
 _stand_in = sys.modules.setdefault("scipy", None)  # None: an import of it fails at once
 try:
     import numba.np.arraymath  # noqa: F401
@@ -20,11 +22,10 @@ __all__ = ["carray", "intrinsic", "njit", "types"]
 
 @cache  # one line, however many kernels there are
 def _warn() -> None:
-    print(
+    tqdm.write(  # a line of its own, though a progress bar may be there already
         "warning: no place for compiled kernels (neither here nor in the home directory may be written to), so they are "
         "compiled anew at each start; set NUMBA_CACHE_DIR to a directory that can be written to",
         file=sys.stderr,
-        flush=True,
     )
 
 
