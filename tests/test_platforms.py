@@ -126,6 +126,28 @@ def test_no_place_for_compiled_kernels(linux, tmp_path):
     assert len(lines) == 1 and "set NUMBA_CACHE_DIR to a directory" in lines[0]
 
 
+SAID_BY_THREADS = """
+from concurrent.futures import ThreadPoolExecutor
+from time import sleep
+
+from tqdm import tqdm
+
+from common.pruners.kernels import compiler
+
+write = tqdm.write
+tqdm.write = lambda *args, **options: (sleep(0.1), write(*args, **options))  # time enough for the others to come
+with ThreadPoolExecutor(8) as threads:
+    for _ in range(8):
+        threads.submit(compiler._warn)
+"""
+
+
+def test_one_line_from_all_threads(tmp_path):
+    """The first kernels are compiled by several threads at once; the line about their cache is one all the same."""
+    done = subprocess.run([sys.executable, "-c", SAID_BY_THREADS], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stderr.count("warning: ") == 1, done.stderr
+
+
 # --- file systems ---------------------------------------------------------------------------------
 
 

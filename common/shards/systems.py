@@ -4,6 +4,7 @@ import errno
 import os
 import sys
 from pathlib import Path
+from threading import Lock
 
 try:
     import fcntl
@@ -15,13 +16,15 @@ _NO_LOCKS = _UNSUPPORTED | {errno.ENOLCK}
 
 
 _warned: set[tuple[str, int]] = set()  # (what, file system): one line for each, not one for each of a thousand shards
+_warning = Lock()  # the writers are threads: two may find out at the same moment
 
 
 def _warn(what: str, descriptor: int, line: str) -> None:
     key = what, os.fstat(descriptor).st_dev
-    if key not in _warned:
-        _warned.add(key)
-        print(f"warning: {line}", file=sys.stderr, flush=True)
+    with _warning:
+        if key not in _warned:
+            _warned.add(key)
+            print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def make_durable(descriptor: int, path: Path) -> None:

@@ -4,7 +4,7 @@ numba would import scipy.linalg, if installed, for linear algebra that no kernel
 """
 
 import sys
-from functools import cache
+from threading import Lock
 
 from tqdm import tqdm
 
@@ -20,8 +20,12 @@ finally:
 __all__ = ["carray", "intrinsic", "njit", "types"]
 
 
-@cache  # one line, however many kernels there are
+_said = Lock()  # taken once, never released: one line however many kernels, also when two threads load them at once
+
+
 def _warn() -> None:
+    if not _said.acquire(blocking=False):
+        return
     tqdm.write(  # a line of its own, though a progress bar may be there already
         "warning: no place for compiled kernels (neither here nor in the home directory may be written to), so they are "
         "compiled anew at each start; set NUMBA_CACHE_DIR to a directory that can be written to",
