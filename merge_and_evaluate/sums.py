@@ -24,7 +24,7 @@ from llvmlite import ir
 from common.pruners.kernels.compiler import carray, intrinsic, njit, types
 from merge_and_evaluate.sum_inputs import BF16, F16, Block, Rule, check_size, in_order, sum_of_weights, terms_of
 
-_CHUNK = 2048  # elements: float32 rows of ten models stay in a core's second-level cache, those of two in its first
+_CHUNK = 1024  # elements: float32 rows of two models and what is beside them, 24 kB, stay in a core's first-level cache
 # Division as in numpy: x / 0 is infinite, which is reported as not finite. Python's would raise, and does not vectorise.
 _njit = partial(njit, nogil=True, error_model="numpy")
 
@@ -134,13 +134,8 @@ def _interleaved(rows, i):
 
 
 @_njit()
-def _sum_rows(rows, in_order, total):
-    """total = the sum of rows' columns: in plain order before column `in_order`, interleaved from there on."""
-    total[:] = rows[0][: total.size]
-    for j in range(1, rows.shape[0]):
-        row = rows[j][: total.size]
-        for i in range(total.size):
-            total[i] += row[i]
+def _sum_last(rows, in_order, total):
+    """The last columns, from `in_order` on, once more: total = the interleaved sums of the rows."""
     for i in range(in_order, total.size):
         total[i] = _interleaved(rows, i)
 
@@ -201,51 +196,66 @@ def _all_ones_if(condition):
 
 
 @_njit()
-def _drop(row, mask):
-    words = row.view(np.uint32)
-    for i in range(words.size):
-        words[i] = np.uint32(words[i] & _all_ones_if(mask[i]))
-
-
-@_njit()
-def _differences(terms, scales, weights, start, below, rows):
-    """rows[j] = (model j − base) · scale j · weight j, +0.0 where its mask drops -> whether the differences are finite."""
+def _add_differences(terms, scales, weights, start, below, rows, total):
+    """total = Σ rows[j], in order; rows[j] = (model j − base) · scale j · weight j, +0.0 where its mask drops."""
     addresses, kinds, masks = terms
-    size, finite = below.size, True
+    size = below.size
+    total[:] = 0
     for j in range(addresses.size):
         row, scale, weight = rows[j][:size], scales[j], weights[j]
         _widen(addresses[j], kinds[j], start, row)
-        for i in range(size):
-            row[i] -= below[i]
-        finite &= _all_finite(row)
         if masks.size:
-            _drop(row, _mask(masks[j], start, size))
-        if scale != np.float32(1):  # times 1 changes nothing
+            mask, words = _mask(masks[j], start, size), row.view(np.uint32)
             for i in range(size):
-                row[i] = row[i] * scale
-        for i in range(size):
-            row[i] = row[i] * weight
-    return finite
+                row[i] -= below[i]
+            for i in range(size):
+                words[i] = np.uint32(words[i] & _all_ones_if(mask[i]))
+            for i in range(size):
+                row[i] = row[i] * scale * weight
+                total[i] += row[i]
+        else:
+            for i in range(size):
+                row[i] = (row[i] - below[i]) * scale * weight
+                total[i] += row[i]
 
 
 @_njit()
-def _agrees(value, total):
-    """Whether a value has the sign of the total, where a total of 0 counts as +; 0 itself has none."""
-    return ((value > np.float32(0)) & (total >= np.float32(0))) | ((value < np.float32(0)) & (total < np.float32(0)))
+def _elect(rows, weights, in_order, signs, total, votes):
+    """total = Σ of a column's values that have the sign of its `total`, where 0 counts as +; votes = Σ of their weights.
 
-
-@_njit()
-def _elect(rows, weights, total, votes):
-    """Where a row's sign is not that of the total (0 counts as +) its value becomes 0; votes[j] = weight j where it is."""
+    Where the total is negative every value's sign is flipped, by its bits, and flipped back in the sum: so one comparison
+    finds who agrees, and a sum of negated values is the negated sum, each rounding included. Rows are used up.
+    """
+    for i in range(total.size):
+        signs[i] = np.uint32(0x80000000) if total[i] < np.float32(0) else np.uint32(0)
+    sums = total.view(np.uint32)
+    total[:], votes[:] = 0, 0
     for j in range(rows.shape[0]):
-        row, weight = rows[j][: total.size], weights[j : j + 1].view(np.uint32)[0]
+        row, weight = rows[j][: total.size], weights[j]
         words = row.view(np.uint32)
-        vote = votes[j][: total.size].view(np.uint32)
         for i in range(total.size):
-            vote[i] = _all_ones_if(_agrees(row[i], total[i]))
+            words[i] = np.uint32(words[i] ^ signs[i])
         for i in range(total.size):
-            words[i] = np.uint32(words[i] & vote[i])
-            vote[i] = np.uint32(weight & vote[i])
+            # Not stored back as 0 where it does not agree: a store on a condition does not vectorise.
+            value = row[i]
+            total[i] += value if value > np.float32(0) else np.float32(0)
+            votes[i] += weight if value > np.float32(0) else np.float32(0)
+    if in_order < total.size:
+        _elect_last(rows, weights, in_order, total, votes)
+    for i in range(total.size):
+        sums[i] = np.uint32(sums[i] ^ signs[i])
+
+
+@_njit()
+def _elect_last(rows, weights, in_order, total, votes):
+    """The same sums from column `in_order` on, interleaved."""
+    for i in range(in_order, total.size):
+        for j in range(rows.shape[0]):
+            rows[j, i] = max(rows[j, i], np.float32(0))
+        total[i] = _interleaved(rows, i)
+        for j in range(rows.shape[0]):
+            rows[j, i] = weights[j] if rows[j, i] > np.float32(0) else np.float32(0)
+        votes[i] = _interleaved(rows, i)
 
 
 @_njit()
@@ -272,23 +282,21 @@ def _delta_kernel():
     def delta_sum(out, base, terms, rule, extent):
         scales, weights, elect, by_votes, divisor, scale = rule
         size, in_order = extent
-        models, finite = terms[0].size, True
-        scratch = np.empty((3, _CHUNK), np.float32)
-        rows = np.empty((models, _CHUNK), np.float32)
-        votes = np.empty((models if elect else 0, _CHUNK), np.float32)
+        finite, scratch = True, np.empty((4, _CHUNK), np.float32)
+        rows = np.empty((terms[0].size, _CHUNK), np.float32)
         for start in range(0, size, _CHUNK):
             stop = min(_CHUNK, size - start)
-            below, total, divisors = scratch[0][:stop], scratch[1][:stop], scratch[2][:stop]
+            below, total, votes = scratch[0][:stop], scratch[1][:stop], scratch[2][:stop]
+            signs = scratch[3][:stop].view(np.uint32)
             plain = min(max(in_order - start, 0), stop)
             _widen(base[0], base[1], start, below)
-            finite &= _differences(terms, scales, weights, start, below, rows)
-            _sum_rows(rows, plain, total)
+            _add_differences(terms, scales, weights, start, below, rows, total)
+            _sum_last(rows, plain, total)
             if elect:
-                _elect(rows, weights, total, votes)
-                _sum_rows(rows, plain, total)
+                finite &= _all_finite(total)  # a NaN agrees with nobody: it would be lost in what follows
+                _elect(rows, weights, plain, signs, total, votes)
                 if by_votes:
-                    _sum_rows(votes, plain, divisors)
-                    _divide(total, divisors)
+                    _divide(total, votes)
             _scale_sum(total, divisor, scale)
             for i in range(stop):
                 change, own = total[i], below[i]
@@ -301,9 +309,9 @@ def _delta_kernel():
 
 
 def delta_sum(out: Block, base: Block, models: list[Block], rule: Rule, place: tuple[int, int], masks=None) -> bool:
-    """out = base + lambda · Σ wᵢ·(modelᵢ − base) / divisor -> whether the result and all differences are finite.
+    """out = base + lambda · Σ wᵢ·(modelᵢ − base) / divisor -> whether the result is finite, and so all that went in.
 
-    masks: uint8 [elements] a model, 1 = keep (default: all). place: (where the block begins in its tensor, the tensor's
+    masks: uint8 [elements] a model, 1 = keep (default: all); what they drop is not looked at: who made them did. place: (where the block begins in its tensor, the tensor's
     elements), which decides the order of the sum from five models on. Steps, each rounded to float32: model − base;
     0 where the mask drops; times the model's scale; times its weight; with rule.elect, what has not the sign of the sum
     becomes 0; sum; divided (normalize) by Σ wᵢ, 1 if that is below 1e-8, or with rule.elect by the Σ wᵢ of those that
@@ -340,27 +348,23 @@ def _add_kept(total, values, mask, weight):
 
 @_njit()
 def _weigh(row, mask, weight, total):
+    """total += row, which becomes weight · row where mask keeps, else zero."""
+    words = row.view(np.uint32)
     for i in range(row.size):
-        row[i] = row[i] * weight
-    _drop(row, mask)
+        row[i] *= weight
+    for i in range(row.size):
+        words[i] = np.uint32(words[i] & _all_ones_if(mask[i]))
     for i in range(row.size):
         total[i] += row[i]
 
 
 @_njit()
-def _add_agreed(below, rows, total, agreed, count):
+def _add_agreed(below, rows, ones, signs, total, count):
     """below += the mean of the values in a column that have the sign of its total."""
-    agreed[:], count[:] = 0, 0
-    for j in range(rows.shape[0]):
-        row = rows[j][: below.size]
-        for i in range(below.size):
-            value = row[i]
-            agrees = _agrees(value, total[i])
-            agreed[i] += value if agrees else np.float32(0)
-            count[i] += np.float32(1) if agrees else np.float32(0)
+    _elect(rows, ones, below.size, signs, total, count)  # our own sums are in plain order to the last column
     for i in range(below.size):
         own = below[i]
-        added = own + agreed[i] / max(count[i], np.float32(1))
+        added = own + total[i] / max(count[i], np.float32(1))
         below[i] = added if count[i] > np.float32(0) else own
 
 
@@ -372,9 +376,10 @@ def _vector_kernel():
         weights, consensus = how
         vectors, finite = addresses.size, True
         scratch, rows = np.empty((4, _CHUNK), np.float32), np.empty((vectors, _CHUNK), np.float32)
+        ones = np.ones(vectors, np.float32)
         for start in range(0, size, _CHUNK):
             stop = min(_CHUNK, size - start)
-            below, total, agreed, count = scratch[0][:stop], scratch[1][:stop], scratch[2][:stop], scratch[3][:stop]
+            below, total, count = scratch[0][:stop], scratch[1][:stop], scratch[2][:stop]
             _widen(base[0], base[1], start, below)
             total[:] = 0
             for j in range(vectors):
@@ -385,7 +390,7 @@ def _vector_kernel():
                 else:
                     _add_kept(below, row, mask, weights[j])
             if consensus:
-                _add_agreed(below, rows, total, agreed, count)
+                _add_agreed(below, rows, ones, scratch[3][:stop].view(np.uint32), total, count)
             finite &= _store(below, out, start)
         return finite
 

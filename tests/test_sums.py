@@ -268,14 +268,15 @@ def test_where_nothing_differs_the_base_stays(code):
 @pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_is_reported(code, bad):
-    """In the base, in a model even where its mask drops it, in the last chunk; and sums too large for what is written."""
+    """In the base, in a model, in the last chunk, where no value agrees with a NaN; and sums that are too large."""
     base, model = numbers(5000, code, 0), numbers(5000, code, 1)
     broken = model.clone()
     broken[4999] = bad
     mask = [np.zeros(5000, np.uint8)]
     out, good, other = empty(5000, code), block(base), block(broken)
     assert not sums.delta_sum(out, good, [other], Rule((1.0,)), (0, 5000))
-    assert not sums.delta_sum(out, good, [other], Rule((1.0,)), (0, 5000), mask)
+    assert not sums.delta_sum(out, good, [good, other], Rule((1.0, 1.0), True, elect=True), (0, 5000))
+    assert not sums.delta_sum(out, good, [other], Rule((1.0,)), (0, 5000), [1 - mask[0]])
     assert not sums.delta_sum(out, other, [good], Rule((1.0,)), (0, 5000))
     assert not sums.linear(out, [good, other], (0.5, 0.5))
     assert not sums.vector_sum(out, other, [good], mask, (1.0,))

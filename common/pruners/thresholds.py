@@ -12,7 +12,9 @@ import numpy as np
 from common.shards.blocks import blocks
 
 _PIECES, _PIECE = 16, 2048  # a sample: so many pieces, evenly spaced, of so many elements
-_BINS = 1 << 16  # keys are counted in at most so many bins
+# Keys are counted in at most so many bins. A sample's bracket holds some 400 000 float32 keys, in as many bins the first
+# pass over a large scope finds the threshold itself; in a small one that many would cost more than another pass.
+_BINS, _LARGE_BINS, _LARGE = 1 << 16, 1 << 20, 1 << 22
 _ERRORS = 3  # standard errors to either side of where a sample puts the threshold
 
 
@@ -38,7 +40,7 @@ def bracket(sample: np.ndarray, share: float, top: int) -> tuple[int, int]:
     return int(low), high
 
 
-def find_threshold(count: Callable, k: int, low: int, high: int, top: int) -> Threshold:
+def find_threshold(count: Callable, k: int, low: int, high: int, top: int, bins: int = _BINS) -> Threshold:
     """The threshold that exactly k keys pass, all of them below `top`, by counting; low:high is where to look first.
 
     count(low, high, shift) -> (how many keys are in each bin of 2**shift keys from `low`, how many reach `high`).
@@ -46,7 +48,7 @@ def find_threshold(count: Callable, k: int, low: int, high: int, top: int) -> Th
     if k == 0:
         return Threshold(top - 1, 0)
     while True:
-        shift = ((high - low - 1) // _BINS).bit_length()
+        shift = ((high - low - 1) // bins).bit_length()
         counts, above = count(low, high, shift)
         reached = above + np.cumsum(counts[::-1])[::-1]  # keys that reach a bin's least, bin by bin
         if above >= k:
@@ -135,4 +137,4 @@ class Scope:
         guess = 0, top
         if k and size > 16 * _PIECES * _PIECE:  # large enough for a sample to be cheap
             guess = bracket(self._sample(j, peek, masks, min(_PIECE, step)), k / size, top)
-        return find_threshold(count, k, *guess, top)
+        return find_threshold(count, k, *guess, top, _LARGE_BINS if size > _LARGE else _BINS)

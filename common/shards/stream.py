@@ -26,6 +26,7 @@ from common.shards.layout import Slot
 from common.shards.systems import cores
 
 _COPY_BLOCK = 1 << 18  # elements
+_TELL = 16 << 20  # bytes between two reports of a thread to the progress bar
 SHELVES = 512 << 20  # bytes that all workers together keep of what a task reads from disk more than once
 
 
@@ -57,11 +58,18 @@ class Worker:
         self._buffers: list[InputBuffer] = []
         self._out_buffers: list[OutputBuffer] = []
         self._readers, self._writers = 0, []
+        self._passed = 0  # bytes that the progress bar has not been told of
 
     def _advance(self, nbytes: int) -> None:
         if self._halt.is_set():
             raise Halted
-        self._moved(nbytes)
+        self._passed += nbytes
+        if self._passed >= _TELL:  # four calls a block would cost a core a twentieth of its time
+            self._tell()
+
+    def _tell(self) -> None:
+        self._moved(self._passed)
+        self._passed = 0
 
     def reader(self, tensor: Tensor, again: bool = False) -> Reader:
         """A reader of one tensor, for the task at hand. With `again` it will be read in several passes."""
@@ -83,6 +91,7 @@ class Worker:
         """Write what is left of a task's tensor, and hand its records to the sink."""
         for writer in self._writers:
             writer.flush()
+        self._tell()
         self._shelf.clear()
         self._readers, self._writers = 0, []
         if self._sink:
