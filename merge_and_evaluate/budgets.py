@@ -6,7 +6,7 @@ import numpy as np
 
 from common.pruners.kernels.compiler import njit
 
-_EXPONENTS = 256
+_EXPONENTS = 256 + 32  # those of float32, and what sums of them reach
 
 
 def ties_budget(density: float, numel: int) -> int:
@@ -19,21 +19,58 @@ def ties_budget(density: float, numel: int) -> int:
     return max(1, int(density * numel)) if density > 0 and numel else 0
 
 
+_CHUNK, _SPAN = 4096, 27  # 24 digits, moved left by up to 27, 4096 times: 63 bits
+
+
+@njit(nogil=True, inline="always")
+def _lowest(words):
+    """The exponent that a chunk's digits can be added under in 64 bits, each exactly; 0 if it spans too many."""
+    least, most = np.uint32(0xFFFFFFFF), np.uint32(0)
+    for i in range(words.size):
+        magnitude = np.uint32(words[i] & np.uint32(0x7FFFFFFF))
+        most = max(most, magnitude)
+        least = min(least, np.uint32(magnitude - np.uint32(1)))  # of zero that is the largest number there is
+    lowest = max(np.int64(most >> np.uint32(23)) - _SPAN, 1)
+    return lowest if np.int64(least) + 1 >= lowest << 23 else 0
+
+
+@njit(nogil=True, inline="always")
+def _sums_above(words, mask, lowest):
+    """(Σ digits, Σ kept digits), as if all had the exponent `lowest`. Without branches: it vectorises."""
+    every, kept = np.uint64(0), np.uint64(0)
+    for i in range(words.size):
+        magnitude = np.uint64(words[i] & np.uint32(0x7FFFFFFF))
+        moved = max(magnitude >> np.uint64(23), lowest) - lowest
+        digits = (magnitude & np.uint64(0x7FFFFF) | np.uint64(magnitude > np.uint64(0)) << np.uint64(23)) << moved
+        every += digits
+        kept += digits & (np.uint64(0) - np.uint64(mask[i]))
+    return np.int64(every), np.int64(kept)
+
+
 @cache
 def _norm_kernel():
     @njit(nogil=True, cache=True)
     def add_norms(sums, delta, mask):
-        for i in range(delta.size):
-            exponent = (delta[i] >> np.uint32(23)) & np.uint32(0xFF)
-            digits = np.int64(delta[i] & np.uint32(0x7FFFFF)) + (np.int64(1 << 23) if exponent else np.int64(0))
-            sums[0, exponent] += digits
-            sums[1, exponent] += digits if mask[i] else np.int64(0)
+        for start in range(0, delta.size, _CHUNK):
+            words, kept = delta[start : start + _CHUNK], mask[start : start + _CHUNK]
+            lowest = _lowest(words)
+            if lowest:
+                for which, found in enumerate(_sums_above(words, kept, np.uint64(lowest))):
+                    # In halves, the upper as digits of 32 exponents more: whole, the second chunk could overflow 64 bits.
+                    sums[which, lowest] += found & 0xFFFFFFFF
+                    sums[which, lowest + 32] += found >> 32
+                continue
+            for i in range(words.size):
+                exponent = (words[i] >> np.uint32(23)) & np.uint32(0xFF)
+                digits = np.int64(words[i] & np.uint32(0x7FFFFF)) + (np.int64(1 << 23) if exponent else np.int64(0))
+                sums[0, exponent] += digits
+                sums[1, exponent] += digits if kept[i] else np.int64(0)
 
     return add_norms
 
 
 def empty_norms() -> np.ndarray:
-    """Where add_norms counts one model's tensor: int64 [2, 256]."""
+    """Where add_norms counts one model's tensor: int64 [2, exponents]."""
     return np.zeros((2, _EXPONENTS), np.int64)
 
 
@@ -41,8 +78,9 @@ def add_norms(sums: np.ndarray, delta: np.ndarray, mask: np.ndarray) -> None:
     """Add |delta| of a block to sums[0], and of what mask keeps to sums[1].
 
     delta: float32 bits, uint32 [elements], all finite, as kernels.subtract(model, …, base, …, delta, "F32") forms them. mask:
-    uint8 [elements]. Exact: the digits of all values of an exponent are added as integers, so no order, block size or
-    number of threads changes a bit, and parts counted apart may be added up. Good for 2**39 elements a tensor.
+    uint8 [elements]. sums[i, e] counts 2**(max(e, 1) - 150). Exact: the digits of all values of an exponent are added as
+    integers, so no order, block size or number of threads changes a bit of their sum, and parts counted apart may be
+    added up. Good for 2**39 elements a tensor.
     """
     if delta.size != mask.size:
         raise ValueError(f"a mask of {mask.size} for {delta.size} elements")
