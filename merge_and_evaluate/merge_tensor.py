@@ -130,7 +130,7 @@ def find_scales(how: TensorMerge, masks: Masks, differences: Differences) -> tup
     norms = [empty_norms() for _ in how.values.models]
     for start, stop in masks.blocks():
         vectors = [differences.read(j, start, stop) for j in range(len(norms))]
-        for sums, vector, mask in zip(norms, vectors, masks.of(start, vectors), strict=True):
+        for sums, vector, mask in zip(norms, vectors, masks.drawn(start, stop - start), strict=True):
             add_norms(sums, vector, mask)
     return tuple(float(rescale_factor(sums)) for sums in norms)
 
@@ -200,9 +200,14 @@ def _merge_differences(how: TensorMerge, readers, writer: Writer, masks, differe
     for start, stop in masks.blocks() if masks else blocks(numel, kernels.BLOCK):
         raw, out = [reader.read(start, stop) for reader in readers], writer.room(start, stop)
         base, *models = (Block(bits, reader.dtype) for bits, reader in zip(raw, readers, strict=True))
-        kept = None
-        if masks:
+        if how.method == "ties" and masks:
             kept = masks.of(start, [differences.read(j, start, stop) for j in range(len(models))])
+        elif masks:
+            kept = masks.drawn(start, stop - start)
+            if not all(kernels.all_finite(block.bits, block.dtype) for block in models):  # what is dropped, too
+                refuse_sum(how, readers, raw)
+        else:
+            kept = None
         if not delta_sum(Block(out, how.dtype), base, models, rule, (start, numel), kept):
             refuse_sum(how, readers, raw)
         hashes.update(raw, out)

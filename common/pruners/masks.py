@@ -73,14 +73,23 @@ class Masks:
         found = [mask[: len(vectors[0])] for mask in self._room]
         if self.in_passes:
             next(scope for scope in self._scopes if start < scope.stop).fill(found, vectors)
-            return found
-        for j, mask, taken, levels in in_order(found, self._first.conflict_aware):
-            if self._first.method == "nm":
-                n, m = self._prunings[j].n, self._prunings[j].m
-                self._engine.nm_mask(mask, vectors[j], self._dtypes[j], taken, levels, n, m)
-            else:
-                self._engine.random_mask(mask, start, self._keys[j], taken, self._limits[j])
-        if self._first.method == "random":  # after the last draw: draws depend on no value, conflicts are among draws
+        elif self._first.method == "random":
+            self.drawn(start, len(vectors[0]))
+            # After the last draw: draws depend on no value, and conflicts are among draws.
             for mask, bits, dtype in zip(found, vectors, self._dtypes, strict=True):
                 self._engine.drop_zeros(mask, bits, dtype)
+        else:
+            for j, mask, taken, levels in in_order(found, self._first.conflict_aware):
+                n, m = self._prunings[j].n, self._prunings[j].m
+                self._engine.nm_mask(mask, vectors[j], self._dtypes[j], taken, levels, n, m)
+        return found
+
+    def drawn(self, start: int, size: int) -> list:
+        """random: the masks of the `size` elements at `start` as they were drawn, with zeros still in them.
+
+        They need no values, and in a sum a zero is nothing.
+        """
+        found = [mask[:size] for mask in self._room]
+        for j, mask, taken, _ in in_order(found, self._first.conflict_aware):
+            self._engine.random_mask(mask, start, self._keys[j], taken, self._limits[j])
         return found
