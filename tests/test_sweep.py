@@ -17,7 +17,7 @@ from recipes_and_models import RECIPE, left_over, merge_and_score, write_yaml
 
 from common.errors import DataError
 from merge_and_evaluate import in_memory, scoring
-from merge_and_evaluate.candidates import weight_choices
+from merge_and_evaluate.choices import weight_choices
 from merge_and_evaluate.recipes import read_recipe, with_weights
 
 PEAKS = {"colours": 0.9, "shades": 0.3, "tints": 0.6}  # the weight at which the stand-in scores best
