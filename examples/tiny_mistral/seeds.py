@@ -13,6 +13,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+ROWS = ("results_base-float16", "results_countries", "results_elements", "results_task_arithmetic")
+ROWS += ("results_magnitude", "results_dare", "results_ties", "results_ties_dare", "results")  # the last: CABS
+
 
 @dataclass(frozen=True)
 class Row:
@@ -25,10 +28,9 @@ class Row:
 
 
 def read_rows(directory: Path) -> list[Row]:
-    """The rows of one run of the demo, in the order in which they were made."""
-    files = [path for path in directory.glob("results*.json") if not path.stem.endswith("_race")]
+    """The rows of one run of the demo, in the order of its table."""
     found = []
-    for path in sorted(files, key=lambda path: json.loads(path.read_text())["date"]):
+    for path in [place for row in ROWS if (place := directory / f"{row}.json").is_file()]:
         summary = json.loads(path.read_text())["summary"]
         scores = {name: 100 * task["value"] for name, task in summary["tasks"].items()}
         chosen = summary.get("chosen", {})
