@@ -190,5 +190,8 @@ def conclude(sweep: Sweep, outcome: Outcome, making: Making, done: bool) -> None
     print(f"chosen: {outcome.winner.choice.said}, by the {what} of {', '.join(sweep.choosing.tasks.names)}")
     if not sweep.reporting and len(outcome.documents) > 1:
         print("These are the tasks it is reported on as well, which flatters it; --choose_on keeps them apart.")
+    if done:
+        print(f"{sweep.output_path} is from before")
+        return
     for path in (sweep.output_path, sweep.save_path):
         print(f"wrote {path}")
