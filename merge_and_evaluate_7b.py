@@ -42,8 +42,7 @@ One weight per model, all combinations (two models in the recipe, 3 x 2 merges):
     python merge_and_evaluate_7b.py --recipe recipes/recipe.yml \\
         --weight_grid 0.6 0.9 1.2 --weight_grid 0.9 1.2
 
-Score a model without merging (scores it got before by the same recipe are taken, not made again), and ask which of
-several results is better: the differences on the same questions, a verdict in words, a plot:
+Score a model without merging, and ask which of several results is better: the differences on the same questions, a verdict in words, a plot:
 
     python merge_and_evaluate_7b.py --eval_only \\
         --save_path ./models/WestSeverus-7B-DPO-v2 --output_path west.json
@@ -92,7 +91,6 @@ from merge_and_evaluate.scoring import (
     check_chat_template,
     check_one_process,
     check_tokenizer,
-    score_and_show,
     score_or_reuse,
 )
 from merge_and_evaluate.sweep import Sweep
@@ -244,7 +242,7 @@ def merge_and_evaluate(args: argparse.Namespace) -> None:
         return
     model = merged_model(merge_plan, settings, args.name or merge_plan.recipe.name, args.overwrite)
     if not args.merge_only:
-        score_and_show(choosing, model, output_path)
+        score_or_reuse(choosing, model, output_path, args.overwrite)
 
 
 def main(argv=None) -> None:

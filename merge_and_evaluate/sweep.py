@@ -157,14 +157,15 @@ def chosen_record(sweep: Sweep, outcome: Outcome) -> dict:
     }
 
 
-def report_winner(sweep: Sweep, outcome: Outcome) -> None:
+def report_winner(sweep: Sweep, outcome: Outcome, overwrite: bool) -> None:
     """Write the results file of the chosen candidate: scored on what is reported, or taken from what decided."""
     record, winner = chosen_record(sweep, outcome), outcome.winner
     name = sweep.name or winner.merge.recipe.name
     if sweep.reporting or not outcome.whole:
         model = replace(winner.model(sweep.name), path=str(sweep.save_path), name=name)
         reporting = sweep.reporting or sweep.choosing
-        scoring.score_and_show(reporting, model, sweep.output_path, **winner.choice.record, chosen=record)
+        said = {**winner.choice.record, "chosen": record}
+        scoring.score_or_reuse(reporting, model, sweep.output_path, overwrite, **said)
         return
     document = outcome.documents[winner]
     summary = {**document["summary"], "name": name, "chosen": record}
@@ -183,7 +184,7 @@ def conclude(sweep: Sweep, outcome: Outcome, making: Making, done: bool) -> None
     """Put the winner's model in its place, report it unless that is done, leave table, CSV and picture."""
     if not done:
         put_in_place(making, outcome.winner, sweep.save_path)
-        report_winner(sweep, outcome)
+        report_winner(sweep, outcome, making.overwrite)
     scored = {candidate.choice: document for candidate, document in outcome.documents.items()}
     write_overview(scored, outcome.winner.choice, sweep.output_path)
     what = "mean log-probability of the right answer" if sweep.by == "gold" else "average"
