@@ -227,13 +227,20 @@ def told(race: Plan, drop: Drop) -> str:
         return f"{start}worse, {gap}"
     if drop.round + 1 == race.rounds:
         return f"{start}{gap}, on all items"
-    return f"{start}{gap}, and at most {max(100 * drop.bound, 0):.2f} points better (margin {100 * race.margin:g})"
+    if drop.bound <= 0:
+        return f"{start}{gap}, and not better on all of them (95 %)"
+    return f"{start}{gap}, and at most {100 * drop.bound:.2f} points better (margin {100 * race.margin:g})"
 
 
 def outcome(race: Plan, step: Step) -> str:
-    """How a race ended: the winner, and who cannot be told apart from it."""
+    """How a race ended: the winner, and who cannot be told apart from it, by how much each was behind when it dropped out."""
     items, all_items = int(race.counts[step.round].sum()), int(race.sizes.sum())
     start = f"{step.leader} wins after {items:,} of {all_items:,} items"
     if not step.undecided:
         return f"{start}; all others are worse"
-    return f"{start}; on new items it cannot be told apart from {', '.join(step.undecided)}"
+    behind = (
+        f"{drop.candidate} ({100 * abs(drop.difference):.2f} ± {100 * drop.stderr_new:.2f} behind {drop.leader})"
+        for drop in step.dropped
+        if not drop.worse
+    )
+    return f"{start}; on new items not certain to be worse: {', '.join(behind)}"

@@ -379,11 +379,12 @@ def test_what_is_said():
         "0.6 drops out after 2,000 of 16,000 items: 0.10 ± 1.05 points behind 0.9, and at most 0.41 points better "
         "(margin 0.5)"
     )
+    assert told(race, replace(near, bound=-0.0001)).endswith("points behind 0.9, and not better on all of them (95 %)")
     last = replace(near, round=4, stderr=0.0, bound=-0.001)
     assert told(race, last) == "0.6 drops out after 16,000 of 16,000 items: 0.10 ± 1.05 points behind 0.9, on all items"
     step = Step(1, ("0.9",), "0.9", (drop, replace(near, candidate="1.2")), {})
     assert outcome(race, step) == (
-        "0.9 wins after 2,000 of 16,000 items; on new items it cannot be told apart from 1.2"
+        "0.9 wins after 2,000 of 16,000 items; on new items not certain to be worse: 1.2 (0.10 ± 1.05 behind 0.9)"
     )
     assert outcome(race, replace(step, dropped=(drop,))) == "0.9 wins after 2,000 of 16,000 items; all others are worse"
 
