@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole chain on small real models, as the README shows it: make demo
-# Writes models/tiny and demo/ afresh. About three minutes on 2 CPU cores, no network.
+# Writes models/tiny and demo/ afresh. Minutes on 2 CPU cores, both of which are used; no network.
 # SEED=1 make demo trains other models; examples/tiny_mistral/seeds.sh does that for several seeds and averages.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -91,7 +91,7 @@ cat demo/meanwhile.txt
 ((status == 0)) || exit "$status"
 
 say "All rows"
-run merge_and_evaluate_7b.py --plot_path demo/comparison.png --compare \
+run merge_and_evaluate_7b.py --plot_path demo/comparison.png --against "task arithmetic" --compare \
     demo/results_{base-float16,countries,elements,task_arithmetic,magnitude,dare,ties,ties_dare}.json demo/results.json
 
 say "λ of each method, and what choosing it took"
