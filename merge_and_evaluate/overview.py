@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from common.pruners.pictures import save_figure
@@ -11,6 +12,11 @@ from merge_and_evaluate.choices import Choice
 from merge_and_evaluate.comparison import setting_remarks, table
 from merge_and_evaluate.results import limit_of
 from merge_and_evaluate.rows import Row, columns, row_of
+
+DIFFERENT_ITEMS = (
+    "what dropped out early was scored on few items, so these scores do not compare; how far each was behind on the same items is "
+    "said above"
+)
 
 
 def overview_csv(documents: Mapping[Choice, dict], chosen: Choice) -> str:
@@ -100,7 +106,12 @@ def write_overview(documents: Mapping[Choice, dict], chosen: Choice, output_path
     write_file(listing, overview_csv(documents, chosen).encode())
     draw_overview(documents, chosen, picture)
     rows = [row_of(document, name=choice.label) for choice, document in documents.items()]
+    notes = setting_remarks(rows)
+    counts = [_items(row) for row in rows]
+    if len(set(counts)) > 1 and None not in counts:
+        rows = [replace(row, name=f"{row.name} ({count:,} items)") for row, count in zip(rows, counts, strict=True)]
+        notes = [DIFFERENT_ITEMS, *(note for note in notes if ": samples differ: " not in note)]
     print(table(rows, "candidate" if chosen.recipe else "weight"))
-    for note in setting_remarks(rows):
+    for note in notes:
         print(f"- {note}")
     print(f"wrote {listing}\nwrote {picture}")

@@ -238,9 +238,10 @@ def outcome(race: Plan, step: Step) -> str:
     start = f"{step.leader} wins after {items:,} of {all_items:,} items"
     if not step.undecided:
         return f"{start}; all others are worse"
-    behind = (
-        f"{drop.candidate} ({100 * abs(drop.difference):.2f} ± {100 * drop.stderr_new:.2f} behind {drop.leader})"
-        for drop in step.dropped
+    behind = [
+        f"{drop.candidate} ({100 * abs(drop.difference):.2f} ± {100 * drop.stderr_new:.2f} points behind"
+        + (")" if drop.leader == step.leader else f" {drop.leader})")
+        for drop in sorted(step.dropped, key=lambda drop: -drop.difference)
         if not drop.worse
-    )
+    ]
     return f"{start}; on new items not certain to be worse: {', '.join(behind)}"

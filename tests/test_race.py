@@ -384,7 +384,11 @@ def test_what_is_said():
     assert told(race, last) == "0.6 drops out after 16,000 of 16,000 items: 0.10 ± 1.05 points behind 0.9, on all items"
     step = Step(1, ("0.9",), "0.9", (drop, replace(near, candidate="1.2")), {})
     assert outcome(race, step) == (
-        "0.9 wins after 2,000 of 16,000 items; on new items not certain to be worse: 1.2 (0.10 ± 1.05 behind 0.9)"
+        "0.9 wins after 2,000 of 16,000 items; on new items not certain to be worse: 1.2 (0.10 ± 1.05 points behind)"
+    )
+    others = (replace(near, candidate="1.2", leader="0.6", difference=-0.02), replace(near, candidate="0.6"))
+    assert outcome(race, replace(step, dropped=others)).endswith(
+        "worse: 0.6 (0.10 ± 1.05 points behind), 1.2 (2.00 ± 1.05 points behind 0.6)"  # the nearest first
     )
     assert outcome(race, replace(step, dropped=(drop,))) == "0.9 wins after 2,000 of 16,000 items; all others are worse"
 
