@@ -29,7 +29,7 @@ cannot be better than the leader by more than half a point:
 
 Several recipes race in the same way, each with its own weights or with each of --weights; the winner alone is written:
 
-    python merge_and_evaluate_7b.py --recipe recipes/cabs.yml recipes/magnitude.yml recipes/random.yml --race \
+    python merge_and_evaluate_7b.py --recipe recipes/cabs.yml recipes/magnitude.yml recipes/random.yml --race \\
         --weights 0.6 0.9 1.2 --choose_on arc_challenge winogrande --report_on hellaswag mmlu truthfulqa_mc2 gsm8k
 
 Or search for a weight per model (CMA-ES, as in CABS+):
@@ -42,7 +42,8 @@ One weight per model, all combinations (two models in the recipe, 3 x 2 merges):
     python merge_and_evaluate_7b.py --recipe recipes/recipe.yml \\
         --weight_grid 0.6 0.9 1.2 --weight_grid 0.9 1.2
 
-Score a model without merging, and ask which of several results is better: the differences on the same questions, a verdict in words, a plot:
+Score a model without merging, and ask which of several results is better: the differences on the same questions, a
+verdict in words, a plot. Scores that the same content got before by the same recipe are taken, not made again:
 
     python merge_and_evaluate_7b.py --eval_only \\
         --save_path ./models/WestSeverus-7B-DPO-v2 --output_path west.json

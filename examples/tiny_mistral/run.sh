@@ -67,7 +67,8 @@ meanwhile() {
 }
 meanwhile >demo/meanwhile.txt 2>&1 &
 OTHER=$!
-trap 'kill $OTHER 2>/dev/null || true' EXIT
+# Stopped or failed: the other core's command first, whose shell then ends by itself.
+trap 'pkill -P $OTHER || true; kill $OTHER 2>/dev/null || true' EXIT
 
 say "2. Extract the task vectors"
 extract countries
