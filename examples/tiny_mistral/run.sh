@@ -88,6 +88,7 @@ merge "CABS" cabs results
 say "Meanwhile: the rows that need no pruned model"
 status=0
 wait $OTHER || status=$?
+trap - EXIT
 cat demo/meanwhile.txt
 ((status == 0)) || exit "$status"
 
