@@ -27,6 +27,11 @@ cannot be better than the leader by more than half a point:
     python merge_and_evaluate_7b.py --recipe recipes/recipe.yml --weights 0.6 0.9 1.2 --race 0.5 \\
         --choose_on arc_challenge winogrande --report_on hellaswag mmlu truthfulqa_mc2 gsm8k
 
+Several recipes race in the same way, each with its own weights or with each of --weights; the winner alone is written:
+
+    python merge_and_evaluate_7b.py --recipe recipes/cabs.yml recipes/magnitude.yml recipes/random.yml --race \\
+        --weights 0.6 0.9 1.2 --choose_on arc_challenge winogrande --report_on hellaswag mmlu truthfulqa_mc2 gsm8k
+
 Or search for a weight per model (CMA-ES, as in CABS+):
 
     python merge_and_evaluate_7b.py --recipe recipes/recipe.yml --search cma --evaluations 40 --choose_by gold \\
@@ -37,8 +42,8 @@ One weight per model, all combinations (two models in the recipe, 3 x 2 merges):
     python merge_and_evaluate_7b.py --recipe recipes/recipe.yml \\
         --weight_grid 0.6 0.9 1.2 --weight_grid 0.9 1.2
 
-Score a model without merging (scores it got before by the same recipe are taken, not made again), and ask which of
-several results is better: the differences on the same questions, a verdict in words, a plot:
+Score a model without merging, and ask which of several results is better: the differences on the same questions, a
+verdict in words, a plot. Scores that the same content got before by the same recipe are taken, not made again:
 
     python merge_and_evaluate_7b.py --eval_only \\
         --save_path ./models/WestSeverus-7B-DPO-v2 --output_path west.json
@@ -60,7 +65,8 @@ from common.shards.checkpoint import open_checkpoint
 from common.shards.places import refuse_existing, refuse_existing_file
 from common.shards.verify import verify
 from merge_and_evaluate.announcement import planned
-from merge_and_evaluate.candidates import Making, weight_choices
+from merge_and_evaluate.candidates import Making
+from merge_and_evaluate.choices import weight_choices
 from merge_and_evaluate.choosing import plan_scorings
 from merge_and_evaluate.comparison import compare
 from merge_and_evaluate.eval_recipes import check_device, read_eval_recipe
@@ -86,13 +92,13 @@ from merge_and_evaluate.scoring import (
     check_chat_template,
     check_one_process,
     check_tokenizer,
-    score_and_show,
     score_or_reuse,
 )
 from merge_and_evaluate.sweep import Sweep
 from merge_and_evaluate.which_weight import (
     Question,
     answer,
+    check_names,
     cost_line,
     files_of,
     plan_trials,
@@ -105,16 +111,19 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parsed(__doc__, argv)
 
 
-def print_merge(merge_plan: MergePlan, settings: MergeSettings, merges: int) -> None:
-    """What --dry_run says of the merge: what is read and written, and what it takes."""
-    several = f", {merges} weights" if merges > 1 else ""
-    print(f"merge   {merge_plan.recipe.path}: {merge_plan.recipe.config['merge_method']}{several}")
-    print(f"engine  {engine_line(merge_plan)}")
-    for checkpoint in merge_plan.checkpoints:
+def print_merges(merge_plans: list[MergePlan], settings: MergeSettings, trials: int) -> None:
+    """What --dry_run says of the merges: what is read and written, and what it takes."""
+    each = f", {trials // len(merge_plans)} weights" if trials > len(merge_plans) else ""
+    for merge_plan in merge_plans:
+        print(f"merge   {merge_plan.recipe.path}: {merge_plan.recipe.config['merge_method']}{each}")
+        print(f"engine  {engine_line(merge_plan)}")
+    for checkpoint in {c.path: c for merge_plan in merge_plans for c in merge_plan.checkpoints}.values():
         print(f"reads   {checkpoint.nbytes / 1e9:8.3f} GB  {checkpoint.label}")
-    print(f"writes  {merge_plan.nbytes / 1e9:8.3f} GB  {merge_plan.save_path}")
-    print(f"disk    {merge_plan.nbytes * min(merges, 2) / 1e9:8.3f} GB  to be free; more with --keep_models")
-    print(f"memory  {memory_needed(merge_plan, settings) / 1e9:8.3f} GB  for the merge, about")
+    nbytes = max(merge_plan.nbytes for merge_plan in merge_plans)
+    print(f"writes  {nbytes / 1e9:8.3f} GB  {merge_plans[0].save_path}")
+    print(f"disk    {nbytes * min(trials, 2) / 1e9:8.3f} GB  to be free; more with --keep_models")
+    memory = max(memory_needed(merge_plan, settings) for merge_plan in merge_plans)
+    print(f"memory  {memory / 1e9:8.3f} GB  for the merge, about")
 
 
 def engine_line(merge_plan: MergePlan) -> str:
@@ -177,51 +186,64 @@ def evaluate_only(args: argparse.Namespace) -> None:
 
 
 def question_of(args: argparse.Namespace) -> Question | None:
-    """What the flags ask about the weight; None where the recipe's own are taken."""
-    choices = tuple(weight_choices(args.weights, args.weight_grid))
-    if not choices and not args.search:
+    """What the flags ask about weights and recipes; None where there is one recipe, whose own weights are taken."""
+    weights = tuple(weight_choices(args.weights, args.weight_grid))
+    if not weights and not args.search and len(args.recipe) == 1:
         return None
-    return Question(choices, args.choose_by, args.seed, args.race, args.evaluations, args.layer_groups)
+    return Question(weights, args.choose_by, args.seed, args.race, args.evaluations, args.layer_groups)
 
 
-def merge_and_evaluate(args: argparse.Namespace) -> None:
-    """Merge by --recipe, for every weight that is asked for, and score what comes out."""
-    check_device(args.device)
-    settings = MergeSettings(args.max_shard_size, args.device or "cpu", args.seed, args.engine)
-    recipe = with_models(read_recipe(str(args.recipe)), args.base_model, args.models)
-    merge_plan = plan_merge(recipe, args.save_path, settings)
-    question = question_of(args)
-    trials = plan_trials(question, merge_plan) if question else None
-    name, output_path = args.name or merge_plan.recipe.name, Path(args.output_path)
-    if merge_plan.reason or not args.merge_only:
-        check_one_process()
-    if not args.merge_only:
-        eval_recipe = read_eval_recipe(str(args.eval_recipe), **eval_flags(args))
-        choosing, reporting = plan_scorings(eval_recipe, args.choose_on, args.report_on)
+def planned_merges(args: argparse.Namespace, settings: MergeSettings) -> list[MergePlan]:
+    """The merge of every recipe, from headers."""
+    check_names([str(path) for path in args.recipe])
+    recipes = (with_models(read_recipe(str(path)), args.base_model, args.models) for path in args.recipe)
+    return [plan_merge(recipe, args.save_path, settings) for recipe in recipes]
+
+
+def scorings(args: argparse.Namespace, merge_plans: list[MergePlan]) -> tuple[Scoring, Scoring | None]:
+    """What decides and what is reported, checked against the models that will be scored."""
+    eval_recipe = read_eval_recipe(str(args.eval_recipe), **eval_flags(args))
+    found = plan_scorings(eval_recipe, args.choose_on, args.report_on)
+    for merge_plan in merge_plans:
         check_tokenizer(eval_recipe, merge_plan.checkpoints)
         made = any(merge_plan.recipe.config.get(key) for key in TOKEN_KEYS)
         check_chat_template(eval_recipe, merge_plan.checkpoints, made_by_recipe=made)
+    return found
+
+
+def merge_and_evaluate(args: argparse.Namespace) -> None:
+    """Merge by --recipe, for every recipe and weight that is asked for, and score what comes out."""
+    check_device(args.device)
+    settings = MergeSettings(args.max_shard_size, args.device or "cpu", args.seed, args.engine)
+    merge_plans = planned_merges(args, settings)
+    merge_plan, output_path = merge_plans[0], Path(args.output_path)
+    question = question_of(args)
+    trials = plan_trials(question, merge_plans) if question else None
+    if merge_plan.reason or not args.merge_only:
+        check_one_process()
+    if not args.merge_only:
+        choosing, reporting = scorings(args, merge_plans)
     if not args.merge_only and not trials:
         refuse_existing_file(output_path, args.overwrite)
     if trials:
         trials = priced(trials, choosing, None if args.dry_run else output_path.with_suffix(".log"))
     if args.dry_run:
-        print_merge(merge_plan, settings, trials.candidates if trials else 1)
+        print_merges(merge_plans, settings, trials.candidates if trials else 1)
         if trials:
-            print_memory(merge_plan, settings, choosing, args.keep_models)
+            print_memory(merge_plans, settings, choosing, args.keep_models)
             print(f"cost    {cost_line(trials)}")
         if not args.merge_only:
             print_scoring(choosing, reporting, files_of(trials, output_path) if trials else [output_path])
         return
 
     if trials:
-        making = Making(input_digests(merge_plan), settings, args.keep_models, args.overwrite)
-        sweep = Sweep(name, (), choosing, reporting, merge_plan.save_path, output_path)
-        answer(trials, merge_plan, sweep, making)
+        making = Making(settings, args.keep_models, args.overwrite)
+        name = args.name or ("" if len(merge_plans) > 1 else merge_plan.recipe.name)
+        answer(trials, Sweep(name, (), choosing, reporting, merge_plan.save_path, output_path), making)
         return
-    model = merged_model(merge_plan, settings, name, args.overwrite)
+    model = merged_model(merge_plan, settings, args.name or merge_plan.recipe.name, args.overwrite)
     if not args.merge_only:
-        score_and_show(choosing, model, output_path)
+        score_or_reuse(choosing, model, output_path, args.overwrite)
 
 
 def main(argv=None) -> None:

@@ -39,10 +39,11 @@ verdicts.py          which row is better, in words
 scores_picture.py    scores and differences, drawn
 comparison.py        results side by side
 
-which weight is best
+which weight is best, which recipe
+choices.py           what is tried, and its name
 choosing.py          which tasks choose, what a result is worth
-candidates.py        choices of weights, how each is made
-sweep.py             several weights, the best kept
+candidates.py        the merges they mean, how each is made
+sweep.py             several candidates, the best kept
 overview.py          a sweep at a glance
 race_plan.py         which items a race scores when
 race.py              who drops out of a race

@@ -2,16 +2,11 @@
 
 from pathlib import Path
 
+from merge_and_evaluate.choices import said_of
 from merge_and_evaluate.results import percent
 from merge_and_evaluate.rows import AVERAGE, Row, best_value, cell, columns, common_tasks, head, read_rows
 from merge_and_evaluate.scores_picture import draw
 from merge_and_evaluate.verdicts import differences, pairing_remarks, reference_row, verdict_table
-
-
-def label(weights: tuple[float, ...]) -> str:
-    """(0.6, 1.2) -> '0.6 / 1.2'."""
-    return " / ".join(f"{weight:g}" for weight in weights)
-
 
 # --- table ----------------------------------------------------------------------------------------
 
@@ -68,12 +63,9 @@ def choice_remarks(rows: list[Row]) -> list[str]:
     for row in rows:
         chosen = row.summary.get("chosen")
         if chosen and chosen["held_out"]:
-            notes.append(f"{row.name}: weight {label(chosen['weights'])} chosen on {', '.join(chosen['on'])}")
+            notes.append(f"{row.name}: {said_of(chosen)} chosen on {', '.join(chosen['on'])}")
         elif chosen and len(chosen["candidates"]) > 1:
-            notes.append(
-                f"{row.name}: weight {label(chosen['weights'])} chosen on the very tasks it is reported on, "
-                "which flatters it"
-            )
+            notes.append(f"{row.name}: {said_of(chosen)} chosen on the very tasks it is reported on, which flatters it")
     return notes
 
 

@@ -6,7 +6,7 @@ from common import cli
 from merge_and_evaluate.merging import ENGINES
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-MERGE_DEFAULTS = {"recipe": "recipes/recipe.yml", "save_path": "./models/merged", "engine": "auto", "seed": 0}
+MERGE_DEFAULTS = {"recipe": ["recipes/recipe.yml"], "save_path": "./models/merged", "engine": "auto", "seed": 0}
 EVAL_DEFAULTS = {"eval_recipe": "recipes/open_llm_leaderboard.yml", "output_path": "results.json"}
 CHOOSE_BY = ("score", "gold")
 OTHER_DEFAULTS = {"plot_path": "results_comparison.png", "choose_by": "score"}
@@ -16,7 +16,13 @@ SWEEPS = {"weights", "weight_grid", "search"}  # each tries several weights
 def _everyday_flags(parser: argparse.ArgumentParser) -> None:
     """What is merged, what is scored, where it goes."""
     add = parser.add_argument_group("every day").add_argument
-    add("--recipe", type=cli.path, metavar="FILE", help=f"merge recipe (default: {MERGE_DEFAULTS['recipe']})")
+    add(
+        "--recipe",
+        type=cli.path,
+        nargs="+",
+        metavar="FILE",
+        help=f"merge recipe; of several, with --race or without, the best is kept (default: {MERGE_DEFAULTS['recipe'][0]})",
+    )
     add(
         "--save_path",
         type=cli.path_or_hub_id,
@@ -139,7 +145,7 @@ def _sweep_flags(parser: argparse.ArgumentParser) -> None:
         const=0.5,
         type=cli.points,
         metavar="POINTS",
-        help="with --weights or --weight_grid: all weights on the same random items, in growing batches; a weight drops out "
+        help="with --weights, --weight_grid or several recipes: all on the same random items, in growing batches; one drops out "
         "once it cannot be better than the leader by more than POINTS (default: 0.5; of --choose_by gold: hundredths of a "
         "nat). --seed draws the items",
     )
@@ -178,8 +184,8 @@ def _compare_flags(parser: argparse.ArgumentParser) -> None:
     cli.add_verify_flag(parser.add_argument_group("look at what was written"))
 
 
-def check_combination(parser: argparse.ArgumentParser, given: set[str]) -> None:
-    """Usage error for flags that contradict or do not use one another."""
+def check_combination(parser: argparse.ArgumentParser, given: set[str], recipes: int) -> None:
+    """Usage error for flags that contradict or do not use one another. recipes: how many --recipe names."""
     sweep = SWEEPS | {"choose_on", "report_on", "choose_by", "keep_models", "race", "evaluations", "layer_groups"}
     scoring = {"dtype", "limit", "model_args"}
     refusals = [
@@ -197,11 +203,15 @@ def check_combination(parser: argparse.ArgumentParser, given: set[str]) -> None:
     for flag, clash in refusals:
         if flag in given and clash:
             parser.error(f"--{flag} does not go with {', '.join('--' + name for name in sorted(clash))}")
+    for flag in ("merge_only", "search"):
+        if flag in given and recipes > 1:
+            parser.error(f"--{flag} takes one recipe, and --recipe names {recipes}")
+    tried = {"weights", "weight_grid", *(["recipe"] if recipes > 1 else [])}
     for flag, needed in [
-        ("choose_on", SWEEPS),
-        ("choose_by", SWEEPS),
-        ("keep_models", SWEEPS),
-        ("race", {"weights", "weight_grid"}),
+        ("choose_on", SWEEPS | tried),
+        ("choose_by", SWEEPS | tried),
+        ("keep_models", SWEEPS | tried),
+        ("race", tried),
         ("search", {"choose_on"}),
         ("search", {"evaluations"}),
         ("evaluations", {"search"}),
@@ -212,7 +222,8 @@ def check_combination(parser: argparse.ArgumentParser, given: set[str]) -> None:
     ]:
         if flag in given and not given & needed:
             ways = sorted(needed, key=("weights", "weight_grid", "search", *sorted(needed)).index)
-            parser.error(f"--{flag} needs {' or '.join('--' + name for name in ways)}")
+            several = ", or several recipes" if "weights" in needed else ""
+            parser.error(f"--{flag} needs {' or '.join('--' + name for name in ways)}{several}")
 
 
 def parsed(description: str, argv: list[str] | None) -> argparse.Namespace:
@@ -221,7 +232,8 @@ def parsed(description: str, argv: list[str] | None) -> argparse.Namespace:
     for add_flags in (_everyday_flags, _sweep_flags, _compare_flags, _merge_flags, _scoring_flags):
         add_flags(parser)
     args = parser.parse_args(argv)
-    check_combination(parser, {name for name, value in vars(args).items() if value is not None and value is not False})
+    given = {name for name, value in vars(args).items() if value is not None and value is not False}
+    check_combination(parser, given, len(args.recipe or ()))
     for name, value in {**MERGE_DEFAULTS, **EVAL_DEFAULTS, **OTHER_DEFAULTS}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

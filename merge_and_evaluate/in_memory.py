@@ -8,11 +8,11 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from common.errors import DataError, reason_of
+from common.shards.hashing import file_hash
 from common.shards.headers import DTYPE_BYTES, DTYPE_CODES
 from merge_and_evaluate.eval_machine import TRANSFORMERS, on_this_machine
 from merge_and_evaluate.eval_recipes import EvalRecipe, evaluator_config
@@ -183,26 +183,53 @@ def opened(recipe: EvalRecipe, loaded: LoadedModel | None, directory: str) -> It
         _free()
 
 
+def form_of(merge_plan: MergePlan, settings: MergeSettings) -> tuple:
+    """What merges must agree in to be scored in one loaded model: the base's shapes, which tensors are merged, and the files
+    beside them (config with its dtype, tokenizer), looked at as they will be written rather than worked out again."""
+    from merge_and_evaluate.streaming import settle
+
+    merge = merge_plan.streamed(settings)
+    with TemporaryDirectory(prefix="merged_form_") as place:
+        settle(Path(place), merge)
+        files = sorted((path.name, file_hash(path)) for path in Path(place).iterdir() if path.is_file())
+    return str(merge.whole.path), frozenset(name for name, how in merge.how.items() if how is not None), tuple(files)
+
+
 @contextmanager
 def bench(
-    recipe: EvalRecipe, merge_plan: MergePlan, settings: MergeSettings, keep_models: bool
-) -> Iterator[Callable[[], LoadedModel | None]]:
-    """A function that loads the model into which candidates are streamed, when first called, and says so; None from it means
-    that each is written to a directory of its own."""
+    recipe: EvalRecipe, settings: MergeSettings, keep_models: bool
+) -> Iterator[Callable[[MergePlan], LoadedModel | None]]:
+    """A function that loads the model into which a merge is streamed, when first called, and says so; None from it means that
+    the merge is written to a directory. Merges of one form share the model; for another form, as recipes of another base
+    have, it is dropped before the next is loaded: one is in memory at a time."""
     with ExitStack() as stack:
+        held: dict[tuple, LoadedModel | None] = {}
+        told: set[str] = set()
 
-        @cache
-        def load() -> LoadedModel | None:
+        def load(merge_plan: MergePlan) -> LoadedModel | None:
             if keep_models:
                 return None
-            loaded, reason = stack.enter_context(loaded_model(recipe, merge_plan, settings))
-            print(f"a directory for each candidate: {reason}" if reason else IN_MEMORY, flush=True)
-            return loaded
+            reason = written_reason(recipe, merge_plan, settings)
+            form = (reason,) if reason else form_of(merge_plan, settings)
+            if form not in held:
+                held.clear()  # or the model would stay in memory beside the next
+                stack.close()
+                held[form], reason = stack.enter_context(loaded_model(recipe, merge_plan, settings))
+                _tell(
+                    told, f"{merge_plan.recipe.path}: a directory for each candidate: {reason}" if reason else IN_MEMORY
+                )
+            return held[form]
 
         try:
             yield load
         finally:
-            load.cache_clear()  # or the model would stay in memory beside the one that is reported
+            held.clear()  # likewise beside the one that is reported
+
+
+def _tell(told: set[str], line: str) -> None:
+    if line not in told:
+        print(line, flush=True)
+        told.add(line)
 
 
 def fill(loaded: LoadedModel, merge_plan: MergePlan, settings: MergeSettings, title: str) -> None:

@@ -2,86 +2,116 @@
 
 import csv
 import io
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from common.pruners.pictures import save_figure
 from common.shards.staging import write_file
-from merge_and_evaluate.comparison import label, setting_remarks, table
+from merge_and_evaluate.choices import Choice
+from merge_and_evaluate.comparison import setting_remarks, table
+from merge_and_evaluate.results import limit_of
 from merge_and_evaluate.rows import Row, columns, row_of
 
-Weights = tuple[float, ...]
+DIFFERENT_ITEMS = (
+    "what dropped out early was scored on few items, so these scores do not compare; how far each was behind on the same items is "
+    "said above"
+)
 
 
-def overview_csv(documents: dict[Weights, dict], chosen: Weights) -> str:
-    """One line per choice of weights: every task's score and standard error, the average, whether chosen."""
-    rows = {weights: Row("", document["summary"], {}) for weights, document in documents.items()}
+def overview_csv(documents: Mapping[Choice, dict], chosen: Choice) -> str:
+    """One line per choice: recipe where several are tried, weights where some are set, every task's score and standard error,
+    the average, whether chosen, how many items it was scored on (in a race they differ), the limit if there was one."""
+    rows = {choice: Row("", document["summary"], {}) for choice, document in documents.items()}
     tasks = columns(list(rows.values()))
-    weight_heads = ["weight"] if len(chosen) == 1 else [f"weight_{i}" for i, _ in enumerate(chosen, 1)]
-    task_heads = [task + ending for task in tasks for ending in ("", "_stderr")]
+    heads = ["recipe"] * bool(chosen.recipe)
+    heads += ["weight"] if len(chosen.weights) == 1 else [f"weight_{i}" for i, _ in enumerate(chosen.weights, 1)]
+    heads += [task + ending for task in tasks for ending in ("", "_stderr")]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*weight_heads, *task_heads, "average", "average_stderr", "chosen"])
-    for weights, row in rows.items():
+    writer.writerow([*heads, "average", "average_stderr", "chosen", "items", "limit"])
+    for choice, row in rows.items():
+        own = [choice.recipe] * bool(choice.recipe) + list(choice.weights)
         scores = [row.tasks[task][key] for task in tasks for key in ("value", "stderr")]
         averages = [row.summary["average"], row.summary["average_stderr"]]
-        writer.writerow([*weights, *scores, *averages, int(weights == chosen)])
+        writer.writerow([*own, *scores, *averages, int(choice == chosen), _items(row), limit_of(documents[choice])])
     return out.getvalue()
 
 
-def draw_overview(documents: dict[Weights, dict], chosen: Weights, path: Path) -> None:
-    """Score against weight: a line per task, the average in black with its standard error, the choice marked.
+def _items(row: Row) -> int | None:
+    counts = [task.get("samples") for task in row.tasks.values()]
+    return None if None in counts else sum(counts)
 
-    With a weight per model the choices are drawn side by side, in order.
-    """
+
+# --- picture --------------------------------------------------------------------------------------
+
+
+def draw_overview(documents: Mapping[Choice, dict], chosen: Choice, path: Path) -> None:
+    """Score against weight: a line per task, the average in black with its standard error, the choice marked; of several
+    recipes the averages alone, a line for each. Where there is no one weight, the choices stand side by side, in order."""
     from matplotlib.figure import Figure
 
-    choices = sorted(documents)
-    places = [weights[0] for weights in choices] if len(chosen) == 1 else list(range(len(choices)))
     figure = Figure(figsize=(8.5, 5), layout="constrained")
     axis = figure.subplots()
-    _draw_lines(axis, places, [documents[weights]["summary"] for weights in choices])
-    marked = places[choices.index(chosen)]
-    axis.axvline(marked, color="grey", linestyle=":", label=f"chosen: {label(chosen)}", zorder=0)
-    if len(chosen) == 1:
-        axis.set_xlabel("weight of each task vector (λ)")
-    else:
-        axis.set_xticks(places, [label(weights) for weights in choices], rotation=45, ha="right")
-        axis.set_xlabel("weights of the task vectors (λ), in the recipe's order")
+    tasks = [task for document in documents.values() for task in document["summary"]["tasks"].values()]
+    scale = 100 if all(0 <= task["value"] <= 1 for task in tasks) else 1
+    draw = _draw_recipes if len(chosen.weights) == 1 and chosen.recipe else _draw_tasks
+    place = draw(axis, documents, chosen, scale)
+    axis.axvline(place, color="grey", linestyle=":", label=f"chosen: {chosen.label}", zorder=0)
+    axis.set_ylabel("score, percent" if scale == 100 else "score")
+    axis.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
     save_figure(figure, path)
 
 
-def _draw_lines(axis, places: list, summaries: list[dict]) -> None:
-    scale = 100 if all(0 <= task["value"] <= 1 for summary in summaries for task in summary["tasks"].values()) else 1
+def _draw_tasks(axis, documents: Mapping[Choice, dict], chosen: Choice, scale: int) -> float:
+    """Every task of every choice -> where the chosen one is."""
+    choices = sorted(documents, key=lambda choice: choice.weights) if not chosen.recipe else list(documents)
+    places = [choice.weights[0] for choice in choices] if len(chosen.weights) == 1 else list(range(len(choices)))
+    summaries = [documents[choice]["summary"] for choice in choices]
     for task in summaries[0]["tasks"]:
         values = [scale * summary["tasks"][task]["value"] for summary in summaries]
         axis.plot(places, values, marker="o", markersize=3, linewidth=1, label=task)
-    averages = [scale * summary["average"] for summary in summaries]
-    errors = [scale * (summary["average_stderr"] or 0) for summary in summaries]
-    axis.errorbar(
-        places,
-        averages,
-        yerr=errors,
-        color="black",
-        marker="o",
-        markersize=5,
-        linewidth=2.5,
-        elinewidth=1,
-        capsize=3,
-        label="average ± standard error",
-    )
-    axis.set_ylabel("score, percent" if scale == 100 else "score")
-    axis.grid(alpha=0.3)
+    style = {"color": "black", "marker": "o", "markersize": 5, "linewidth": 2.5, "elinewidth": 1, "capsize": 3}
+    axis.errorbar(places, *_averages(summaries, scale), label="average ± standard error", **style)
+    if len(chosen.weights) == 1:
+        axis.set_xlabel("weight of each task vector (λ)")
+    else:
+        axis.set_xticks(places, [choice.label for choice in choices], rotation=45, ha="right")
+        axis.set_xlabel("recipe" if chosen.recipe else "weights of the task vectors (λ), in the recipe's order")
+    return places[choices.index(chosen)]
 
 
-def write_overview(documents: dict[Weights, dict], chosen: Weights, output_path: Path) -> None:
+def _draw_recipes(axis, documents: Mapping[Choice, dict], chosen: Choice, scale: int) -> float:
+    """Each recipe's average against its weight -> where the chosen one is."""
+    for recipe in dict.fromkeys(choice.recipe for choice in documents):
+        choices = sorted((c for c in documents if c.recipe == recipe), key=lambda choice: choice.weights)
+        averages, errors = _averages([documents[choice]["summary"] for choice in choices], scale)
+        style = {"marker": "o", "markersize": 4, "elinewidth": 1, "capsize": 3}
+        style["linewidth"] = 2.5 if recipe == chosen.recipe else 1.2
+        axis.errorbar([choice.weights[0] for choice in choices], averages, errors, label=recipe, **style)
+    axis.set_xlabel("weight of each task vector (λ)")
+    return chosen.weights[0]
+
+
+def _averages(summaries: list[dict], scale: int) -> tuple[list[float], list[float]]:
+    """(averages, standard errors), as they are drawn."""
+    return [scale * s["average"] for s in summaries], [scale * (s["average_stderr"] or 0) for s in summaries]
+
+
+def write_overview(documents: Mapping[Choice, dict], chosen: Choice, output_path: Path) -> None:
     """Print the table of all choices; write it as CSV and draw it, beside the results file."""
     stem = output_path.with_suffix("")
     listing, picture = stem.with_name(stem.name + "_sweep.csv"), stem.with_name(stem.name + "_sweep.png")
     write_file(listing, overview_csv(documents, chosen).encode())
     draw_overview(documents, chosen, picture)
-    rows = [row_of(document, name=label(weights)) for weights, document in documents.items()]
-    print(table(rows, "weight"))
-    for note in setting_remarks(rows):
+    rows = [row_of(document, name=choice.label) for choice, document in documents.items()]
+    notes = setting_remarks(rows)
+    counts = [_items(row) for row in rows]
+    if len(set(counts)) > 1 and None not in counts:
+        rows = [replace(row, name=f"{row.name} ({count:,} items)") for row, count in zip(rows, counts, strict=True)]
+        notes = [DIFFERENT_ITEMS, *(note for note in notes if ": samples differ: " not in note)]
+    print(table(rows, "candidate" if chosen.recipe else "weight"))
+    for note in notes:
         print(f"- {note}")
     print(f"wrote {listing}\nwrote {picture}")

@@ -1,4 +1,4 @@
-"""A race among weights: score batch by batch, keep every item's value in one file, say who drops out and why.
+"""A race among weights or recipes: score batch by batch, keep every item's value in one file, say who drops out and why.
 
 <results>_race.json holds what every candidate scored, item by item, and is written after each batch: a race that was
 stopped resumes with the next one. What a candidate scored also counts for another race over the same tasks.
@@ -71,7 +71,7 @@ def read_scored(sweep: Sweep, overwrite: bool) -> dict[str, dict]:
         if entry and entry.get("identity") != _identity(sweep, candidate):
             if not overwrite:
                 raise DataError(
-                    f"{path}: weight {candidate.label} was scored there with other models, tasks or settings; give --overwrite "
+                    f"{path}: {candidate.choice.said} was scored there with other models, tasks or settings; give --overwrite "
                     "to score it again, or another --output_path"
                 )
             del found[candidate.label]
@@ -141,7 +141,7 @@ def _score(sweep: Sweep, making: Making, candidate: Candidate, field: Field, sam
     asked = sum(requests[leaf] * len(numbers) for leaf, numbers in samples.items())
     items = sum(map(len, samples.values()))
     print(
-        f"round {step.round + 1} of {field.plan.rounds}, weight {candidate.label}: {items:,} items, {asked:,} requests",
+        f"round {step.round + 1} of {field.plan.rounds}, {candidate.choice.said}: {items:,} items, {asked:,} requests",
         flush=True,
     )
     model = model_to_score(making, candidate, sweep.name, sweep.save_path)
@@ -201,7 +201,7 @@ def outcome_of(sweep: Sweep, field: Field, step: Step, entries: dict, scored: Ma
         summary = summary_of(field, entries[candidate.label])
         documents[candidate] = {"summary": {"name": candidate.label, **summary}, "results": {}}
         drop = drops.get(candidate.label)
-        record = {"weights": candidate.weights, **{key: summary[key] for key in ("average", "average_stderr")}}
+        record = {**candidate.choice.record, **{key: summary[key] for key in ("average", "average_stderr")}}
         record["items"] = sum(int(np.isfinite(values).sum()) for values in scored[candidate.label].values())
         if drop:
             record["dropped"] = {

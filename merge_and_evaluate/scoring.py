@@ -19,6 +19,8 @@ from merge_and_evaluate.in_memory import LoadedModel
 from merge_and_evaluate.results import print_results, provenance, with_summary, write_results, write_samples
 from merge_and_evaluate.scores import missing_scores
 
+OF_A_CHOICE = ("chosen", "weights", "recipe")  # what a results file's summary says of how its model was chosen
+
 
 @dataclass(frozen=True)
 class Model:
@@ -128,28 +130,33 @@ def score(scoring: Scoring, model: Model, path: Path, **chosen) -> dict | None:
 def scored_before(scoring: Scoring, model: Model, path: Path) -> dict | None:
     """Scores of the same content by the same recipe, from `path` or another results file beside it; says so.
 
-    Only a complete document counts; its name becomes this row's."""
+    Only a complete document counts. The row is this model's, by name and place; why another job had chosen it stays behind."""
     identity = eval_identity(scoring.recipe, scoring.tasks, model.identity)
     beside = sorted(path.parent.glob("*.json")) if path.parent.is_dir() else []
     for place in dict.fromkeys([path, *beside]):
         if place.is_file() and identity.encode() in place.read_bytes():
             document = finished(scoring, model, place)
             if document:
-                print(f"{model.path} was scored by this recipe before: its scores are taken from {place}")
-                return {**document, "summary": {**document["summary"], "name": model.name}}
+                print(f"{model.path} was scored by this recipe before: its scores are taken from {place}", flush=True)
+                summary = {key: value for key, value in document["summary"].items() if key not in OF_A_CHOICE}
+                origin = {**document["provenance"], "model": model.path}
+                return {**document, "summary": {**summary, "name": model.name}, "provenance": origin}
     return None
 
 
-def score_or_reuse(scoring: Scoring, model: Model, path: Path, overwrite: bool) -> None:
-    """Score a model that was not merged here, or take the scores it got before; --overwrite scores it again."""
+def score_or_reuse(scoring: Scoring, model: Model, path: Path, overwrite: bool, **chosen) -> None:
+    """Score a model, or take the scores that the same content got before by the same recipe; --overwrite scores it again.
+    `chosen` is added to the summary."""
     before = None if overwrite else scored_before(scoring, model, path)
     if before is None:
         refuse_existing(path, overwrite)
-        score_and_show(scoring, model, path)
+        score_and_show(scoring, model, path, **chosen)
         return
     if int(os.environ.get("RANK", "0")):  # one process of `accelerate launch` writes
         return
+    before["summary"].update(chosen)
     write_results(path, before)
+    add_scores(Path(model.path), before["summary"])
     print_results(before)
     print(f"wrote {path}")
 

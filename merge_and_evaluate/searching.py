@@ -4,11 +4,12 @@ Every trial has a results file of its own. A search that was stopped resumes by 
 weights, and those that have their scores are not scored again.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common.errors import DataError
 from merge_and_evaluate import scoring
 from merge_and_evaluate.candidates import Candidate, Making, candidate_of, check_output, drop_model
+from merge_and_evaluate.choices import Choice
 from merge_and_evaluate.choosing import value_of
 from merge_and_evaluate.merging import MergePlan, MergeSettings
 from merge_and_evaluate.recipes import Recipe, weighted_entries, with_weights
@@ -58,18 +59,17 @@ def searched_recipe(searched: Searched, weights: Weights) -> Recipe:
     )
 
 
-def trial_of(searched: Searched, weights: Weights, digests: dict, settings: MergeSettings, sweep_output) -> Candidate:
-    """The candidate that tries these weights."""
-    return candidate_of(
-        searched.merge_plan, (weights, searched_recipe(searched, weights)), digests, settings, sweep_output
-    )
+def trial_of(sweep: Sweep, searched: Searched, weights: Weights, settings: MergeSettings) -> Candidate:
+    """The candidate that tries these weights, of the same models as the search's start."""
+    merge = replace(searched.merge_plan, recipe=searched_recipe(searched, weights))
+    return candidate_of(Choice(weights), merge, sweep.candidates[0].digests, settings, sweep.output_path)
 
 
-def tried_before(sweep: Sweep, searched: Searched, digests: dict, settings: MergeSettings) -> tuple[Candidate, ...]:
+def tried_before(sweep: Sweep, searched: Searched, settings: MergeSettings) -> tuple[Candidate, ...]:
     """The candidates whose scores are there from before, as this search comes to them; the next one last."""
     trials, found = [], []
     while weights := next(iter(propose(searched.search, trials).candidates), None):
-        candidate = trial_of(searched, weights, digests, settings, sweep.output_path)
+        candidate = trial_of(sweep, searched, weights, settings)
         found.append(candidate)
         document = scoring.finished(sweep.choosing, candidate.model(sweep.name), candidate.results_path)
         if not document:
@@ -84,7 +84,7 @@ def search(sweep: Sweep, making: Making, searched: Searched) -> Outcome:
     most = searched.search.evaluations
     while (proposal := propose(searched.search, trials)).candidates:
         for weights in proposal.candidates:
-            candidate = trial_of(searched, weights, making.digests, making.settings, sweep.output_path)
+            candidate = trial_of(sweep, searched, weights, making.settings)
             check_output(candidate, sweep.choosing, making.overwrite)
             document, scored_now = score_candidate(sweep, making, candidate, f"{len(trials) + 1} of at most {most}")
             merges += scored_now

@@ -1,7 +1,7 @@
-"""Try several weights (the method's lambda): merge, score, choose, report.
+"""Try several weights (the method's lambda), several recipes, or both: merge, score, choose, report.
 
-Every weight has a results file of its own, recognised by content, so an interrupted sweep resumes where it was. What is
-tried is one of three: all weights (here), a race among them (racing.py), a search (searching.py). Candidates are scored
+Every candidate has a results file of its own, recognised by content, so an interrupted sweep resumes where it was. What is
+tried is one of three: all candidates (here), a race among them (racing.py), a search (searching.py). Candidates are scored
 in memory where that can be; of those that are written only the best so far stays on disk.
 """
 
@@ -18,12 +18,11 @@ from merge_and_evaluate.candidates import (
     Making,
     check_output,
     drop_model,
-    ending,
     model_to_score,
     put_in_place,
 )
+from merge_and_evaluate.choices import Choice
 from merge_and_evaluate.choosing import value_of
-from merge_and_evaluate.comparison import label
 from merge_and_evaluate.evaluation import eval_identity
 from merge_and_evaluate.overview import write_overview
 from merge_and_evaluate.results import percent, write_results
@@ -34,7 +33,7 @@ from merge_and_evaluate.scoring import Scoring
 class Sweep:
     """What is tried, what decides (`by` score or gold), what is reported (None: what decides), and where the outcome goes.
 
-    candidates: of a search its start alone. way: what else decides the outcome, of a race or a search.
+    name: of the winner's row in tables; '' for its recipe's. candidates: of a search its start alone. way: what else decides the outcome, of a race or a search.
     """
 
     name: str
@@ -78,10 +77,10 @@ def check_outputs(sweep: Sweep, candidates: tuple[Candidate, ...], overwrite: bo
     refuse_existing_file(sweep.output_path, overwrite)
 
 
-def planned_files(output_path: Path, weights: list[tuple[float, ...]]) -> list[Path]:
-    """Every results file, table and picture that a sweep over these weights writes, the outcome last."""
+def planned_files(output_path: Path, choices: list[Choice]) -> list[Path]:
+    """Every results file, table and picture that a sweep over these choices writes, the outcome last."""
     stem = output_path.stem
-    each = [output_path.with_name(f"{stem}_{ending(choice)}.json") for choice in weights]
+    each = [output_path.with_name(f"{stem}_{choice.ending}.json") for choice in choices]
     return [*each, *(output_path.with_name(f"{stem}_sweep.{kind}") for kind in ("csv", "png")), output_path]
 
 
@@ -95,11 +94,11 @@ def score_candidate(sweep: Sweep, making: Making, candidate: Candidate, place: s
     before = ", from before" if document else ""
     if not document:
         model = model_to_score(making, candidate, sweep.name, sweep.save_path)
-        document = scoring.score(sweep.choosing, model, candidate.results_path, weights=candidate.weights)
+        document = scoring.score(sweep.choosing, model, candidate.results_path, **candidate.choice.record)
     average = percent(document["summary"]["average"], document["summary"]["average_stderr"])
     gold = f", gold {value_of(document, candidate.results_path, 'gold'):.4f} nats" if sweep.by == "gold" else ""
     print(
-        f"weight {candidate.label} ({place}): average {average}{gold}, {candidate.results_path}{before}",
+        f"{candidate.choice.said} ({place}): average {average}{gold}, {candidate.results_path}{before}",
         flush=True,
     )
     return document, not before
@@ -109,7 +108,7 @@ def record_of(candidate: Candidate, document: dict, value: float) -> dict:
     """What the results file says of a candidate that was tried."""
     summary = document["summary"]
     return {
-        "weights": candidate.weights,
+        **candidate.choice.record,
         "average": summary["average"],
         "average_stderr": summary["average_stderr"],
         "value": value,
@@ -147,7 +146,7 @@ def already_done(sweep: Sweep) -> bool:
 def chosen_record(sweep: Sweep, outcome: Outcome) -> dict:
     """What was chosen, on what, among what: goes into the results file."""
     return {
-        "weights": outcome.winner.weights,
+        **outcome.winner.choice.record,
         "on": sweep.choosing.tasks.names,
         "by": sweep.by,
         "held_out": sweep.reporting is not None,
@@ -158,16 +157,18 @@ def chosen_record(sweep: Sweep, outcome: Outcome) -> dict:
     }
 
 
-def report_winner(sweep: Sweep, outcome: Outcome) -> None:
-    """Write the results file of the chosen weight: scored on what is reported, or taken from what decided."""
+def report_winner(sweep: Sweep, outcome: Outcome, overwrite: bool) -> None:
+    """Write the results file of the chosen candidate: scored on what is reported, or taken from what decided."""
     record, winner = chosen_record(sweep, outcome), outcome.winner
+    name = sweep.name or winner.merge.recipe.name
     if sweep.reporting or not outcome.whole:
-        model = replace(winner.model(sweep.name), path=str(sweep.save_path), name=sweep.name)
+        model = replace(winner.model(sweep.name), path=str(sweep.save_path), name=name)
         reporting = sweep.reporting or sweep.choosing
-        scoring.score_and_show(reporting, model, sweep.output_path, weights=winner.weights, chosen=record)
+        said = {**winner.choice.record, "chosen": record}
+        scoring.score_or_reuse(reporting, model, sweep.output_path, overwrite, **said)
         return
     document = outcome.documents[winner]
-    summary = {**document["summary"], "name": sweep.name, "chosen": record}
+    summary = {**document["summary"], "name": name, "chosen": record}
     origin = {**document["provenance"], "model": str(sweep.save_path)}
     write_results(sweep.output_path, {**document, "summary": summary, "provenance": origin})
 
@@ -183,12 +184,15 @@ def conclude(sweep: Sweep, outcome: Outcome, making: Making, done: bool) -> None
     """Put the winner's model in its place, report it unless that is done, leave table, CSV and picture."""
     if not done:
         put_in_place(making, outcome.winner, sweep.save_path)
-        report_winner(sweep, outcome)
-    scored = {candidate.weights: document for candidate, document in outcome.documents.items()}
-    write_overview(scored, outcome.winner.weights, sweep.output_path)
+        report_winner(sweep, outcome, making.overwrite)
+    scored = {candidate.choice: document for candidate, document in outcome.documents.items()}
+    write_overview(scored, outcome.winner.choice, sweep.output_path)
     what = "mean log-probability of the right answer" if sweep.by == "gold" else "average"
-    print(f"chosen: weight {label(outcome.winner.weights)}, by the {what} of {', '.join(sweep.choosing.tasks.names)}")
+    print(f"chosen: {outcome.winner.choice.said}, by the {what} of {', '.join(sweep.choosing.tasks.names)}")
     if not sweep.reporting and len(outcome.documents) > 1:
         print("These are the tasks it is reported on as well, which flatters it; --choose_on keeps them apart.")
+    if done:
+        print(f"{sweep.output_path} is from before")
+        return
     for path in (sweep.output_path, sweep.save_path):
         print(f"wrote {path}")

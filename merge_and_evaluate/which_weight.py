@@ -1,18 +1,19 @@
-"""Which weight is best: what the flags ask, planned and priced before anything is merged, then carried out."""
+"""Which weight is best, or which recipe: what the flags ask, planned and priced before anything is merged, then carried out."""
 
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from common.errors import DataError
 from merge_and_evaluate import in_memory
 from merge_and_evaluate.announcement import requests_to_make
 from merge_and_evaluate.candidates import Making, candidate_of
-from merge_and_evaluate.comparison import label
-from merge_and_evaluate.merging import MergePlan, MergeSettings
+from merge_and_evaluate.choices import Choice
+from merge_and_evaluate.merging import MergePlan, MergeSettings, input_digests
 from merge_and_evaluate.race_plan import most
 from merge_and_evaluate.race_tasks import check_choice, loss_note, read_tasks
 from merge_and_evaluate.racing import Field, plan_race, race, race_path
-from merge_and_evaluate.recipes import Recipe, with_weights
+from merge_and_evaluate.recipes import with_weights
 from merge_and_evaluate.scoring import Scoring
 from merge_and_evaluate.searching import Searched, plan_search, search, searched_recipe, tried_before, way_of
 from merge_and_evaluate.sweep import (
@@ -26,15 +27,14 @@ from merge_and_evaluate.sweep import (
     try_all,
 )
 
-Weights = tuple[float, ...]
-
 
 @dataclass(frozen=True)
 class Question:
-    """What the flags ask. choices: the weights to try, all of them or, with `points`, in a race; none of a search, which takes
-    so many `evaluations`. by: score or gold; seed: of a race's items or a search's steps."""
+    """What the flags ask. weights: those to try with every recipe, all of them or, with `points`, in a race; none where each
+    recipe keeps its own, and none of a search, which takes so many `evaluations`. by: score or gold; seed: of a race's items
+    or a search's steps."""
 
-    choices: tuple[Weights, ...]
+    weights: tuple[tuple[float, ...], ...]
     by: str
     seed: int
     points: float | None = None
@@ -44,11 +44,11 @@ class Question:
 
 @dataclass(frozen=True, eq=False)
 class Planned:
-    """A question that can be answered. trials: {weights: recipe}, of a search its start; requests: of scoring one candidate on
+    """A question that can be answered. trials: {choice: its merge}, of a search its start; requests: of scoring one candidate on
     every item, None where no data was read; note: what to mind about the tasks."""
 
     question: Question
-    trials: dict[Weights, Recipe]
+    trials: dict[Choice, MergePlan]
     searched: Searched | None = None
     field: Field | None = None
     requests: int | None = None
@@ -56,7 +56,7 @@ class Planned:
 
     @property
     def candidates(self) -> int:
-        """How many weights are tried, at most."""
+        """How many are tried, at most."""
         return self.question.evaluations or len(self.trials)
 
     @property
@@ -68,13 +68,33 @@ class Planned:
 # --- plan -----------------------------------------------------------------------------------------
 
 
-def plan_trials(question: Question, merge_plan: MergePlan) -> Planned:
-    """The recipes to try, from headers. Raises DataError for weights that the recipe has no place for."""
+def plan_trials(question: Question, merge_plans: list[MergePlan]) -> Planned:
+    """The merges to try, from headers: of each recipe with each of the weights. Raises DataError for weights that a recipe has no
+    place for, and for recipes that cannot be told apart by name."""
     if question.evaluations:
+        (merge_plan,) = merge_plans
         searched = plan_search(merge_plan, question.evaluations, question.layer_groups, question.seed)
         start = (searched.search.start,) * searched.search.dimensions
-        return Planned(question, {start: searched_recipe(searched, start)}, searched)
-    return Planned(question, {weights: with_weights(merge_plan.recipe, weights) for weights in question.choices})
+        trial = replace(merge_plan, recipe=searched_recipe(searched, start))
+        return Planned(question, {Choice(start): trial}, searched)
+    several, trials = len(merge_plans) > 1, {}
+    for merge_plan in merge_plans:
+        name = merge_plan.recipe.name if several else ""
+        for weights in question.weights or ((),):
+            recipe = with_weights(merge_plan.recipe, weights) if weights else merge_plan.recipe
+            trials[Choice(weights, name)] = replace(merge_plan, recipe=recipe)
+    return Planned(question, trials)
+
+
+def check_names(paths: list[str]) -> None:
+    """DataError for two recipes of one name, which no table could tell apart."""
+    names = [Path(path).stem for path in paths]
+    for name, path in zip(names, paths, strict=True):
+        first = paths[names.index(name)]
+        if first == path and paths.count(path) > 1:
+            raise DataError(f"--recipe names {path} twice; name each recipe once")
+        if first != path:
+            raise DataError(f"--recipe: {first} and {path} would both be called {name!r} in tables; rename one")
 
 
 def priced(planned: Planned, choosing: Scoring, log: Path | None) -> Planned:
@@ -87,7 +107,7 @@ def priced(planned: Planned, choosing: Scoring, log: Path | None) -> Planned:
     metrics = check_choice(choosing.recipe, loaded, question.by)
     field = None
     if question.points is not None:
-        labels = [label(weights) for weights in planned.trials]
+        labels = [choice.label for choice in planned.trials]
         field = plan_race(choosing.recipe, loaded, labels, (question.points, question.by), question.seed)
     requests = requests_to_make(choosing.recipe, loaded)
     return replace(planned, field=field, requests=requests, note=loss_note(loaded, metrics))
@@ -107,14 +127,18 @@ def files_of(planned: Planned, output_path: Path) -> list[Path]:
     return [race_path(output_path), *files] if planned.field else files
 
 
-def print_memory(merge_plan: MergePlan, settings: MergeSettings, choosing: Scoring, keep_models: bool) -> None:
+def print_memory(merge_plans: list[MergePlan], settings: MergeSettings, choosing: Scoring, keep_models: bool) -> None:
     """What --dry_run says of where candidates are while they are scored."""
-    reason = "--keep_models" if keep_models else in_memory.written_reason(choosing.recipe, merge_plan, settings)
-    if reason:
-        print(f"each candidate is written to a directory: {reason}")
-    else:
-        nbytes = in_memory.model_bytes(choosing.recipe, merge_plan.streamed(settings))
-        print(f"memory  {nbytes / 1e9:8.3f} GB  more, for the model that candidates are merged into; none is written")
+    needed = []
+    for merge_plan in merge_plans:
+        reason = "--keep_models" if keep_models else in_memory.written_reason(choosing.recipe, merge_plan, settings)
+        if reason:
+            print(f"{merge_plan.recipe.path}: each candidate is written to a directory: {reason}")
+        else:
+            needed.append(in_memory.model_bytes(choosing.recipe, merge_plan.streamed(settings)))
+    if needed:
+        which = "others are merged into; of those" if len(needed) < len(merge_plans) else "candidates are merged into;"
+        print(f"memory  {max(needed) / 1e9:8.3f} GB  more, for the model that {which} none is written")
 
 
 # --- carry out ------------------------------------------------------------------------------------
@@ -135,21 +159,23 @@ def find(planned: Planned, sweep: Sweep, making: Making) -> Outcome:
     return race(sweep, making, planned.field) if planned.field else try_all(sweep, making)
 
 
-def answer(planned: Planned, merge_plan: MergePlan, sweep: Sweep, making: Making) -> None:
-    """Find the best weight, put its model in its place, report it."""
+def answer(planned: Planned, sweep: Sweep, making: Making) -> None:
+    """Find the best candidate, put its model in its place, report it."""
+    by_recipe = {merge.recipe.path: merge for merge in planned.trials.values()}
+    digests = {path: input_digests(merge) for path, merge in by_recipe.items()}
     trials = (
-        candidate_of(merge_plan, trial, making.digests, making.settings, sweep.output_path)
-        for trial in planned.trials.items()
+        candidate_of(choice, merge, digests[merge.recipe.path], making.settings, sweep.output_path)
+        for choice, merge in planned.trials.items()
     )
     sweep = one_log(replace(sweep, candidates=tuple(trials), by=planned.question.by, way=way(planned)))
     known = sweep.candidates
     if planned.searched:
-        known = tried_before(sweep, planned.searched, making.digests, making.settings)
+        known = tried_before(sweep, planned.searched, making.settings)
     if not (done := already_done(sweep)):
         check_outputs(sweep, known, making.overwrite)
     print(cost_line(planned) + (f"\n{planned.note}" if planned.note else ""), flush=True)
     began = time.monotonic()
-    with in_memory.bench(sweep.choosing.recipe, merge_plan, making.settings, making.keep_models) as load:
+    with in_memory.bench(sweep.choosing.recipe, making.settings, making.keep_models) as load:
         outcome = find(planned, sweep, replace(making, load=load))
     if outcome.merges is not None:
         took = f"{outcome.merges} merges and {outcome.merges * planned.requests:,} requests"

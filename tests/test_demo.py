@@ -13,6 +13,7 @@ DEMO = Path(__file__).resolve().parent.parent / "examples" / "tiny_mistral"
 sys.path.insert(0, str(DEMO))
 import make_models  # noqa: E402
 import questions  # noqa: E402
+import seeds  # noqa: E402
 
 TOPICS = tuple(questions.RELATIONS)
 
@@ -84,6 +85,26 @@ def test_models_are_sharded_checkpoints_that_share_names_shapes_and_tokenizer(tm
         index = json.loads((tmp_path / name / "model.safetensors.index.json").read_text())
         assert len(set(index["weight_map"].values())) > 1
         assert AutoTokenizer.from_pretrained(tmp_path / name)("The capital")["input_ids"][0] == 0
+
+
+def test_seeds_are_averaged_and_rows_compared_seed_by_seed(tmp_path):
+    """Two seeds by hand: 60 and 70 of task arithmetic, 58 and 69 of CABS: 63.5 ± 5.5, and -1.5 ± 0.5 behind."""
+    for seed, (plain, cabs) in enumerate([(60, 58), (70, 69)]):
+        (tmp_path / str(seed)).mkdir()
+        for file, name, score, chosen in (
+            ("results_task_arithmetic", "task arithmetic", plain, {}),
+            ("results", "CABS", cabs, {"weights": [1.2], "chosen": {"items": 30, "items_of_all": 120}}),
+        ):
+            summary = {"name": name, "tasks": {"x": {"value": score / 100}}, "average": score / 100, **chosen}
+            (tmp_path / str(seed) / f"{file}.json").write_text(json.dumps({"summary": summary}))
+    runs = [seeds.read_rows(tmp_path / seed) for seed in "01"]
+    assert seeds.table(runs).splitlines() == [
+        "|  | λ | x | average | minus task arithmetic | items to choose λ |",
+        "|---|---|---|---|---|---|",
+        "| task arithmetic |  | 65.00 ± 5.00 | 65.00 ± 5.00 |  |  |",
+        "| CABS | 1.2, 1.2 | 63.50 ± 5.50 | 63.50 ± 5.50 | -1.50 ± 0.50 | 25 % |",
+    ]
+    assert "minus" not in seeds.table(runs[:1]) and "25% of the items" in seeds.saved(runs)
 
 
 @pytest.mark.parametrize("recipe", sorted((DEMO / "recipes").glob("*.yml")), ids=lambda path: path.stem)

@@ -61,7 +61,7 @@ def test_its_commands_use_it_and_parse(path):
         assert f"recipes/{path.name}" in command
         if command[0] == "python":
             args = merge_and_evaluate_7b.parse_args(command[2:])
-            assert args.recipe == Path("recipes", path.name) and args.save_path.startswith("./models/merged")
+            assert args.recipe == [Path("recipes", path.name)] and args.save_path.startswith("./models/merged")
     assert any(command[0] == "python" for command in commands)
 
 
@@ -71,7 +71,7 @@ def test_it_merges_as_its_header_says(path, tiny_repository, monkeypatch):
     monkeypatch.chdir(tiny_repository)
     command = next(command for command in header_commands(path) if command[0] == "python")
     args = merge_and_evaluate_7b.parse_args(command[2:])
-    merge_and_evaluate_7b.main(["--recipe", str(args.recipe), "--save_path", args.save_path, "--merge_only"])
+    merge_and_evaluate_7b.main(["--recipe", str(args.recipe[0]), "--save_path", args.save_path, "--merge_only"])
     from safetensors.numpy import load_file
 
     merged, base = (load_file(f"{folder}/model.safetensors") for folder in (args.save_path, f"./models/{CHAIN[0]}"))

@@ -273,6 +273,8 @@ def test_a_task_whose_package_is_missing_is_refused(here):
     text = yaml.safe_dump(task | {"doc_to_target": "FUNCTION"}).replace("FUNCTION", "!function code.answer")
     (here / "tasks" / "shades.yaml").write_text(text)
     with pytest.raises(
-        DataError, match="eval.yml: task 'shades' needs a package that is not installed: No module named"
+        DataError,
+        match="eval.yml: task 'shades' needs a package that is not installed: No module named .*; install it .for tasks of "
+        r"lm-eval's own leaderboard: pip install 'lm_eval\[math,ifeval\]'\)$",
     ):
         dry_run()

@@ -15,9 +15,10 @@ import yaml
 from conftest import ROOT
 from recipes_and_models import RECIPE, left_over, merge_and_score, write_yaml
 
+import merge_and_evaluate_7b
 from common.errors import DataError
 from merge_and_evaluate import in_memory, scoring
-from merge_and_evaluate.candidates import weight_choices
+from merge_and_evaluate.choices import weight_choices
 from merge_and_evaluate.recipes import read_recipe, with_weights
 
 PEAKS = {"colours": 0.9, "shades": 0.3, "tints": 0.6}  # the weight at which the stand-in scores best
@@ -132,6 +133,29 @@ def test_every_weight_is_scored_and_the_best_is_kept(here, asked, capsys):
     assert summary["name"] == "TA" and summary["weights"] == [0.6]
     assert summary["chosen"]["on"] == list(PEAKS) and summary["chosen"]["held_out"] is False
     assert "which flatters it" in capsys.readouterr().out
+
+
+def test_scores_that_a_merge_got_before_are_taken(here, asked, capsys):
+    """A merge that a sweep scored, merged on its own; and a winner that is reported twice: said, and not scored again."""
+    merge_and_score("--weights", "0.3", "0.6", "--output_path", "sweep.json", "--save_path", "swept")
+    models = [{**model, "parameters": {"weight": 0.6}} for model in RECIPE["models"]]
+    write_yaml(here / "alone.yml", {**RECIPE, "models": models})
+    count = len(asked)
+    flags = ["--eval_recipe", "eval.yml", "--save_path", "merged", "--recipe", "alone.yml"]
+    merge_and_evaluate_7b.main([*flags, "--output_path", "alone.json"])
+    assert len(asked) == count
+    said = "merged was scored by this recipe before: its scores are taken from sweep"
+    assert said in capsys.readouterr().out
+    summary = json.loads((here / "alone.json").read_text())["summary"]
+    assert summary["name"] == "alone" and not summary.keys() & {"chosen", "weights"}
+    merge_and_evaluate_7b.main([*flags, "--output_path", "alone.json", "--overwrite"])
+    assert len(asked) == count + 1, "--overwrite scores it again"
+
+
+def test_a_limit_is_in_the_csv(here, asked):
+    merge_and_score("--weights", "0.3", "0.6", "--limit", "2")
+    with open("results_sweep.csv") as file:
+        assert [line["limit"] for line in csv.DictReader(file)] == ["2", "2"]
 
 
 def test_table_csv_and_files_agree(here, asked, capsys):

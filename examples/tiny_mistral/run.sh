@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole chain on small real models, as the README shows it: make demo
-# Writes models/tiny and demo/ afresh. About three minutes on 2 CPU cores, no network.
+# Writes models/tiny and demo/ afresh. Minutes on 2 CPU cores, both of which are used; no network.
 # SEED=1 make demo trains other models; examples/tiny_mistral/seeds.sh does that for several seeds and averages.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -57,6 +57,19 @@ run examples/tiny_mistral/make_models.py --save_path $TINY --seed "${SEED:-0}"
 say "1. Convert dtype"
 run convert_dtype.py --model_path $TINY/base --save_path $TINY/base-float16
 
+# What needs no pruned model runs meanwhile on the second core; what it prints is shown when it is done.
+meanwhile() {
+    score "base" base-float16
+    score "fine-tuned on countries" countries
+    score "fine-tuned on elements" elements
+    merge "task arithmetic" task_arithmetic results_task_arithmetic
+    merge "TIES" ties results_ties
+}
+meanwhile >demo/meanwhile.txt 2>&1 &
+OTHER=$!
+# Stopped or failed: the other core's command first, whose shell then ends by itself.
+trap 'pkill -P $OTHER || true; kill $OTHER 2>/dev/null || true' EXIT
+
 say "2. Extract the task vectors"
 extract countries
 extract elements
@@ -67,18 +80,20 @@ prune magnitude --sparsity_level 0.75 --pruning_method magnitude
 prune dare --sparsity_level 0.75 --pruning_method random --rescale --seed 0
 
 say "4. Merge and evaluate: each method's λ by a race on the validation questions, scored on the test questions"
-score "base" base-float16
-score "fine-tuned on countries" countries
-score "fine-tuned on elements" elements
-merge "task arithmetic" task_arithmetic results_task_arithmetic
 merge "TA + magnitude" magnitude results_magnitude
 merge "TA + DARE" dare results_dare
-merge "TIES" ties results_ties
 merge "TIES + DARE" ties_dare results_ties_dare
 merge "CABS" cabs results
 
+say "Meanwhile: the rows that need no pruned model"
+status=0
+wait $OTHER || status=$?
+trap - EXIT
+cat demo/meanwhile.txt
+((status == 0)) || exit "$status"
+
 say "All rows"
-run merge_and_evaluate_7b.py --plot_path demo/comparison.png --compare \
+run merge_and_evaluate_7b.py --plot_path demo/comparison.png --against "task arithmetic" --compare \
     demo/results_{base-float16,countries,elements,task_arithmetic,magnitude,dare,ties,ties_dare}.json demo/results.json
 
 say "λ of each method, and what choosing it took"

@@ -13,6 +13,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+ROWS = ("results_base-float16", "results_countries", "results_elements", "results_task_arithmetic")
+ROWS += ("results_magnitude", "results_dare", "results_ties", "results_ties_dare", "results")  # the last: CABS
+REFERENCE = "task arithmetic"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -25,10 +29,9 @@ class Row:
 
 
 def read_rows(directory: Path) -> list[Row]:
-    """The rows of one run of the demo, in the order in which they were made."""
-    files = [path for path in directory.glob("results*.json") if not path.stem.endswith("_race")]
+    """The rows of one run of the demo, in the order of its table."""
     found = []
-    for path in sorted(files, key=lambda path: json.loads(path.read_text())["date"]):
+    for path in [place for row in ROWS if (place := directory / f"{row}.json").is_file()]:
         summary = json.loads(path.read_text())["summary"]
         scores = {name: 100 * task["value"] for name, task in summary["tasks"].items()}
         chosen = summary.get("chosen", {})
@@ -50,16 +53,22 @@ def mean_and_stderr(values: list[float]) -> str:
 
 
 def table(runs: list[list[Row]]) -> str:
-    """Markdown: a line for each row that every run has."""
+    """Markdown: a line for each row that every run has. Over several seeds also each row's difference from task arithmetic, seed
+    by seed: the rows of a seed are merges of the same models, so what a seed does to all of them is not in it."""
     names = [row.name for row in runs[0] if all(row.name in [other.name for other in run] for run in runs)]
     columns = list(runs[0][0].scores)
-    lines = ["| " + " | ".join(["", "λ", *columns, "items to choose λ"]) + " |", "|---" * (len(columns) + 3) + "|"]
+    heads = ["", "λ", *columns, *([f"minus {REFERENCE}"] if len(runs) > 1 else []), "items to choose λ"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    reference = [row.scores["average"] for run in runs for row in run if row.name == REFERENCE]
     for name in names:
         rows = [row for run in runs for row in run if row.name == name]
         weights = ", ".join(f"{row.weight:g}" for row in rows if row.weight is not None)
         shares = [100 * row.share for row in rows if row.share is not None]
         share = f"{math.fsum(shares) / len(shares):.0f} %" if shares else ""
         cells = [mean_and_stderr([row.scores[column] for row in rows]) for column in columns]
+        if len(runs) > 1:
+            gaps = [row.scores["average"] - other for row, other in zip(rows, reference, strict=True)]
+            cells.append(mean_and_stderr(gaps) if name != REFERENCE else "")
         lines.append("| " + " | ".join([name, weights, *cells, share]) + " |")
     return "\n".join(lines)
 

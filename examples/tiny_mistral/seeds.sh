@@ -3,7 +3,7 @@
 #
 #   SEEDS="0 1 2 3" bash examples/tiny_mistral/seeds.sh
 #
-# A few minutes a seed on 2 CPU cores. A seed whose results are in demo_seeds/ from before is not run again.
+# Minutes a seed on 2 CPU cores. A seed whose results are in demo_seeds/ from before is not run again.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
