@@ -49,11 +49,11 @@ from common.shards.checkpoint import (
 )
 from common.shards.headers import DTYPE_CODES, Tensor
 from common.shards.hub import local_directory
-from common.shards.job import Job, begin, describe, identity
+from common.shards.job import Job, begin, describe, downloaded, identity
 from common.shards.layout import Output, plan_shards, slots_of
 from common.shards.matching import check_floats, match
-from common.shards.places import check_places
-from common.shards.remote import describe_checkpoint, described, fetch
+from common.shards.places import check_places, refuse_existing_outputs
+from common.shards.remote import describe_checkpoint, described
 from common.shards.settings import config_notes
 from common.shards.stream import Task, Worker, copy_tensor, new_hash, not_finite, same_bytes
 from common.shards.task_vector import write_task_vector_json
@@ -250,6 +250,8 @@ def size_note(finetuned: Checkpoint, base: Checkpoint, records: dict[str, dict])
 
 def main(argv=None) -> None:
     args = parse_args(argv)
+    if not args.dry_run:
+        refuse_existing_outputs([args.save_path], args.overwrite)
     base = describe_checkpoint(args.base_model_path)
     check_floats(base)
     finetuned, adapter = open_finetuned(args.finetuned_model_path, base, tuple(args.skip), args.vocabulary)
@@ -263,7 +265,7 @@ def main(argv=None) -> None:
         print(describe(job, [finetuned, base]))
         return
     if finetuned.is_remote or base.is_remote:  # only now that everything fits are they downloaded
-        finetuned, base = fetch(finetuned), fetch(base)
+        finetuned, base = downloaded(job, [finetuned, base], args.overwrite)
         by, _ = compare(finetuned, base, adapter, args)
         job = plan(finetuned, base, by, args.save_path, parameters)
     with begin(job, args.overwrite) as running:

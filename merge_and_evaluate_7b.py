@@ -51,13 +51,14 @@ Are these files still what was written? Every tensor against its recorded hash:
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # which PYTHONSAFEPATH leaves out
 
 from common.exits import run
-from common.shards.checkpoint import open_checkpoint
-from common.shards.places import refuse_existing, refuse_existing_file
+from common.shards.places import refuse_existing_file, refuse_existing_outputs
+from common.shards.remote import describe_checkpoint, fetch
 from common.shards.verify import verify
 from merge_and_evaluate.announcement import planned
 from merge_and_evaluate.candidates import Making, weight_choices
@@ -71,6 +72,7 @@ from merge_and_evaluate.merging import (
     MergePlan,
     MergeSettings,
     already_merged,
+    fetched,
     input_digests,
     memory_needed,
     merge,
@@ -93,8 +95,10 @@ from merge_and_evaluate.sweep import Sweep
 from merge_and_evaluate.which_weight import (
     Question,
     answer,
+    check_before_download,
     cost_line,
     files_of,
+    on,
     plan_trials,
     priced,
     print_memory,
@@ -111,7 +115,9 @@ def print_merge(merge_plan: MergePlan, settings: MergeSettings, merges: int) -> 
     print(f"merge   {merge_plan.recipe.path}: {merge_plan.recipe.config['merge_method']}{several}")
     print(f"engine  {engine_line(merge_plan)}")
     for checkpoint in merge_plan.checkpoints:
-        print(f"reads   {checkpoint.nbytes / 1e9:8.3f} GB  {checkpoint.label}")
+        print(
+            f"reads   {checkpoint.nbytes / 1e9:8.3f} GB  {checkpoint.label}{', to be downloaded' * checkpoint.is_remote}"
+        )
     print(f"writes  {merge_plan.nbytes / 1e9:8.3f} GB  {merge_plan.save_path}")
     print(f"disk    {merge_plan.nbytes * min(merges, 2) / 1e9:8.3f} GB  to be free; more with --keep_models")
     print(f"memory  {memory_needed(merge_plan, settings) / 1e9:8.3f} GB  for the merge, about")
@@ -139,8 +145,6 @@ def print_scoring(choosing: Scoring, reporting: Scoring | None, files: list[Path
 
 def merged_model(merge_plan: MergePlan, settings: MergeSettings, name: str, overwrite: bool) -> Model:
     """Merge, unless the output holds this merge from an earlier run that did not get to scoring."""
-    if not (merge_plan.save_path / REPORT_NAME).is_file():
-        refuse_existing(merge_plan.save_path, overwrite)
     digests = input_digests(merge_plan)
     identity = merge_identity(merge_plan.recipe, digests, settings)
     if overwrite or not already_merged(merge_plan.save_path, identity):
@@ -163,16 +167,19 @@ def eval_flags(args: argparse.Namespace) -> dict:
 def evaluate_only(args: argparse.Namespace) -> None:
     """Score the model in --save_path."""
     eval_recipe = read_eval_recipe(str(args.eval_recipe), **eval_flags(args))
-    checkpoint, output_path = open_checkpoint(args.save_path), Path(args.output_path)
+    checkpoint, output_path = describe_checkpoint(args.save_path), Path(args.output_path)
     scoring, _ = plan_scorings(eval_recipe, None, None)
     check_tokenizer(eval_recipe, [checkpoint])
     check_chat_template(eval_recipe, [checkpoint])
     place = str(Path(args.save_path)) if Path(args.save_path).is_dir() else str(checkpoint.path)
     name = args.name or Path(args.save_path).name
     if args.dry_run:
-        print(f"model   {place}")
+        print(f"model   {place}{' (to be downloaded)' * checkpoint.is_remote}")
         print_scoring(scoring, None, [output_path])
         return
+    if checkpoint.is_remote:
+        refuse_existing_file(output_path, args.overwrite)
+        checkpoint = fetch(checkpoint)
     score_or_reuse(scoring, Model(place, name, model_digest(checkpoint), {}), output_path, args.overwrite)
 
 
@@ -187,6 +194,8 @@ def question_of(args: argparse.Namespace) -> Question | None:
 def merge_and_evaluate(args: argparse.Namespace) -> None:
     """Merge by --recipe, for every weight that is asked for, and score what comes out."""
     check_device(args.device)
+    if not args.dry_run and not (Path(args.save_path) / REPORT_NAME).is_file():  # is it this merge? Its inputs will say
+        refuse_existing_outputs([Path(args.save_path)], args.overwrite)
     settings = MergeSettings(args.max_shard_size, args.device or "cpu", args.seed, args.engine)
     recipe = with_models(read_recipe(str(args.recipe)), args.base_model, args.models)
     merge_plan = plan_merge(recipe, args.save_path, settings)
@@ -215,10 +224,15 @@ def merge_and_evaluate(args: argparse.Namespace) -> None:
         return
 
     if trials:
-        making = Making(input_digests(merge_plan), settings, args.keep_models, args.overwrite)
         sweep = Sweep(name, (), choosing, reporting, merge_plan.save_path, output_path)
-        answer(trials, merge_plan, sweep, making)
+        making = Making({}, settings, args.keep_models, args.overwrite)
+        if merge_plan.is_remote:
+            check_before_download(trials, merge_plan, sweep, making)
+        merge_plan = fetched(merge_plan, settings, args.overwrite)
+        making = replace(making, digests=input_digests(merge_plan))
+        answer(on(trials, merge_plan), merge_plan, sweep, making)
         return
+    merge_plan = fetched(merge_plan, settings, args.overwrite)
     model = merged_model(merge_plan, settings, name, args.overwrite)
     if not args.merge_only:
         score_and_show(choosing, model, output_path)

@@ -135,6 +135,23 @@ def find(planned: Planned, sweep: Sweep, making: Making) -> Outcome:
     return race(sweep, making, planned.field) if planned.field else try_all(sweep, making)
 
 
+def check_before_download(planned: Planned, merge_plan: MergePlan, sweep: Sweep, making: Making) -> None:
+    """Refuse whatever is under an output's name while models are still on the Hub: it was made from other files than those.
+
+    What is there already is told from a stranger's by hashes and times of the inputs, which are not here yet.
+    """
+    trials = planned.trials.items()
+    candidates = (candidate_of(merge_plan, trial, {}, making.settings, sweep.output_path) for trial in trials)
+    check_outputs(sweep, tuple(candidates), making.overwrite)
+
+
+def on(planned: Planned, merge_plan: MergePlan) -> Planned:
+    """The same of another plan of the merge, whose models have been downloaded."""
+    if planned.searched is None:
+        return planned
+    return replace(planned, searched=replace(planned.searched, merge_plan=merge_plan))
+
+
 def answer(planned: Planned, merge_plan: MergePlan, sweep: Sweep, making: Making) -> None:
     """Find the best weight, put its model in its place, report it."""
     trials = (

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import load, write
+from checkpoints import extract, load, write
 from conftest import ROOT
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -84,7 +85,8 @@ def tensors(rows: int = SIDE, extra: dict | None = None) -> dict:
     return {name: tensor.half() for name, tensor in (made | (extra or {})).items()}
 
 
-def call(hub, tmp_path: Path, script: str, *arguments) -> subprocess.CompletedProcess:
+def call(hub, tmp_path: Path, script: str, *arguments, free: int | None = None) -> subprocess.CompletedProcess:
+    """Run a script against the stand-in; free: bytes that every disk has left."""
     environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")} | {
         "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_address[1]}",
         "HF_HUB_OFFLINE": "0",
@@ -92,7 +94,13 @@ def call(hub, tmp_path: Path, script: str, *arguments) -> subprocess.CompletedPr
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_XET": "1",
     }
-    command = [sys.executable, ROOT / script, *map(str, arguments)]
+    little = f"import shutil, runpy, sys; del sys.argv[0]; shutil.disk_usage = lambda p: shutil._ntuple_diskusage(9, 9, {free}); "
+    as_script = (
+        [ROOT / script]
+        if free is None
+        else ["-c", f"{little}runpy.run_path(sys.argv[0], run_name='__main__')", ROOT / script]
+    )
+    command = [sys.executable, *as_script, *map(str, arguments)]
     return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
 
 
@@ -144,3 +152,115 @@ def test_what_does_not_fit_is_refused_before_the_download(hub, tmp_path, finetun
     )
     assert done.returncode == 1 and line in done.stderr and done.stderr.count("error: ") == 1, done.stderr
     assert hub.sent < 400_000
+
+
+# --- prune and merge ------------------------------------------------------------------------------
+
+WEIGHTS = 2 * SIDE * SIDE * 2  # bytes of one model
+
+
+@pytest.fixture
+def published(hub) -> Path:
+    """org/base, org/ft, org/va and org/vb on the Hub: a base, a fine-tuned model, two task vectors of that base."""
+    base = tensors()
+    fine = [{n: t + (i + 1) * torch.eye(SIDE).half() for n, t in base.items()} for i in range(2)]
+    root = hub.root / "org"
+    write(root / "base", base, CONFIG)
+    for model, vector, own in zip(("ft", "ft2"), ("va", "vb"), fine, strict=True):
+        write(root / model, own, CONFIG)
+        extract(root / model, root / "base", root / vector)
+        record = root / vector / "task_vector.json"
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"base_model_path": "org/base"}))
+    return root
+
+
+PRUNE = ["--task_vector_paths", "org/va", "org/vb", "--save_directories", "pa", "pb", "--n", 1, "--m", 4]
+RECIPE = """merge_method: task_arithmetic
+base_model: org/base
+models: [{model: org/ft, parameters: {weight: 0.5}}, {model: org/ft2, parameters: {weight: 0.5}}]
+dtype: float32
+out_dtype: float16
+"""
+MERGE = ["--recipe", "r.yml", "--save_path", "merged", "--merge_only"]
+JOBS = {
+    "prune": ("prune_task_vector_7b.py", PRUNE, ["pa", "pb"], 3 * WEIGHTS),
+    "merge": ("merge_and_evaluate_7b.py", MERGE, ["merged"], 3 * WEIGHTS),
+    "convert": ("convert_dtype.py", ["--model_path", "org/base", "--save_path", "out"], ["out"], WEIGHTS),
+    "extract": (
+        "extract_task_vector_7b.py",
+        ["--finetuned_model_path", "org/ft", "--base_model_path", "org/base", "--save_path", "v"],
+        ["v"],
+        2 * WEIGHTS,
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, arguments, outputs, nbytes", JOBS.values(), ids=JOBS)
+def test_nothing_is_downloaded_before_everything_fits(hub, tmp_path, published, script, arguments, outputs, nbytes):
+    """A dry run, an output that exists, too little room, another job's rest: headers alone are sent. Then the job itself."""
+    (tmp_path / "r.yml").write_text(RECIPE)
+    done = call(hub, tmp_path, script, *arguments, "--dry_run")
+    assert done.returncode == 0 and done.stdout.count("to be downloaded") == nbytes // WEIGHTS, done.stderr
+    (tmp_path / outputs[-1]).mkdir()
+    (tmp_path / outputs[-1] / "mine").write_text("x")
+    done = call(hub, tmp_path, script, *arguments)
+    assert done.stderr == f"error: {outputs[-1]}: already there; give --overwrite to replace it, or write elsewhere\n"
+    done = call(hub, tmp_path, script, *arguments, "--overwrite", free=nbytes + 1000)
+    needed = nbytes + len(outputs) * (WEIGHTS + 100)
+    assert f"{needed / 1e9:.2f} GB are needed there and {nbytes / 1e9:.2f} GB are free" in done.stderr, done.stderr
+    assert (tmp_path / outputs[-1] / "mine").read_text() == "x"
+    (tmp_path / outputs[-1]).rename(tmp_path / f"{outputs[-1]}.part")
+    done = call(hub, tmp_path, script, *arguments)
+    assert f"{outputs[-1]}.part: left by another job" in done.stderr, done.stderr
+    shutil.rmtree(tmp_path / f"{outputs[-1]}.part")
+    assert hub.sent < 1_000_000 and not any((tmp_path / name).exists() for name in outputs)
+
+    done = call(hub, tmp_path, script, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert nbytes < hub.sent < nbytes + 2_000_000
+    assert all(set(load(tmp_path / name)) == set(tensors()) for name in outputs)
+
+
+@pytest.mark.slow
+def test_the_same_bytes_from_the_hub_as_from_directories(hub, tmp_path, published):
+    """Pruned and merged."""
+    (tmp_path / "r.yml").write_text(RECIPE)
+    (tmp_path / "local.yml").write_text(RECIPE.replace("org/", f"{published}/"))
+    local = [f"{published}/{a.removeprefix('org/')}" if str(a).startswith("org/") else a for a in PRUNE]
+    local = [{"pa": "qa", "pb": "qb"}.get(a, a) for a in local]
+    for script, arguments in (
+        ("prune_task_vector_7b.py", PRUNE),
+        ("prune_task_vector_7b.py", [*local, "--base_model_path", published / "base"]),
+        ("merge_and_evaluate_7b.py", MERGE),
+        ("merge_and_evaluate_7b.py", ["--recipe", "local.yml", "--save_path", "merged_too", "--merge_only"]),
+    ):
+        done = call(hub, tmp_path, script, *arguments)
+        assert done.returncode == 0, done.stderr
+    for one, other in (("pa", "qa"), ("pb", "qb"), ("merged", "merged_too")):
+        assert (tmp_path / one / "model.safetensors").read_bytes() == (
+            tmp_path / other / "model.safetensors"
+        ).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, arguments", [JOBS[name][:2] for name in ("prune", "merge")], ids=["prune", "merge"])
+def test_a_base_that_does_not_fit_is_refused_before_the_download(hub, tmp_path, published, script, arguments):
+    """Its headers tell."""
+    (tmp_path / "r.yml").write_text(RECIPE)
+    shutil.rmtree(published / "base")
+    write(published / "base", tensors(extra={"model.layers.0.w": torch.ones(3)}), CONFIG)
+    done = call(hub, tmp_path, script, *arguments)
+    assert done.returncode == 1 and "2 of 3 tensors agree; only in org/base: model.layers.0.w (1 tensor)" in done.stderr
+    assert hub.sent < 700_000
+
+
+@pytest.mark.slow
+def test_room_for_a_bin_is_checked_before_its_download(hub, tmp_path):
+    """It has no header to read, but a size."""
+    write(hub.root / "org" / "old", tensors(), CONFIG, suffix=".bin")
+    arguments = ["--model_path", "org/old", "--save_path", "out"]
+    done = call(hub, tmp_path, "convert_dtype.py", *arguments, free=1_000_000)
+    assert done.returncode == 1 and "0.00 GB are needed there" in done.stderr, done.stderr
+    assert hub.sent < 100_000
+    assert call(hub, tmp_path, "convert_dtype.py", *arguments).returncode == 0 and hub.sent > WEIGHTS

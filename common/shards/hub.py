@@ -5,6 +5,7 @@ from pathlib import Path
 
 from common.errors import DataError
 from common.shards.companions import COMPANIONS
+from common.shards.places import check_disk
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 PICKLED_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
@@ -31,7 +32,10 @@ def download(hub_id: str) -> Path:
             snapshot_download(hub_id, allow_patterns=[*WEIGHTS, *CONFIGS_AND_TOKENIZER], ignore_patterns=[*NEVER])
         )
         if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(hub_id, allow_patterns=[*PICKLED_WEIGHTS], ignore_patterns=[*NEVER]))
+            wanted = {"allow_patterns": [*PICKLED_WEIGHTS], "ignore_patterns": [*NEVER]}
+            files = snapshot_download(hub_id, dry_run=True, **wanted)
+            check_disk({folder: sum(file.file_size or 0 for file in files if file.will_download)})
+            folder = Path(snapshot_download(hub_id, **wanted))
         return folder
     except (LocalEntryNotFoundError, ConnectionError) as error:
         reason = f"it is in no local cache and the Hub cannot be reached ({type(error).__name__})"

@@ -70,6 +70,15 @@ def describe_checkpoint(label: str) -> Checkpoint:
     return described(label) or open_checkpoint(label)
 
 
+def to_download(checkpoints: list[Checkpoint]) -> dict[Path, int]:
+    """{where it will be: bytes} of the weights that are still on the Hub."""
+    return {
+        checkpoint.path: sum(tensor.nbytes for tensor in checkpoint.tensors.values() if not tensor.path.is_file())
+        for checkpoint in checkpoints
+        if checkpoint.is_remote
+    }
+
+
 def fetch(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with its weights on this machine: downloaded if they are still on the Hub.
 
@@ -77,7 +86,7 @@ def fetch(checkpoint: Checkpoint) -> Checkpoint:
     """
     if not checkpoint.is_remote:
         return checkpoint
-    check_disk({checkpoint.path: checkpoint.nbytes})
+    check_disk(to_download([checkpoint]))
     local = open_checkpoint(checkpoint.label)
 
     def seen(one: Checkpoint) -> set:
