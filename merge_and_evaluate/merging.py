@@ -113,9 +113,11 @@ def check_names(recipe: Recipe, checkpoints: tuple[Checkpoint, ...]) -> None:
     whole = checkpoints[0]
     for other in checkpoints[1:]:
         for name, theirs in match(whole, other).pairs.items():
-            if theirs.name != name and theirs.name not in whole.tensors:  # renamed, not tied
+            is_fused = theirs.name not in other.tensors  # a piece of one that is
+            if is_fused or (theirs.name != name and theirs.name not in whole.tensors):  # renamed, not tied
+                called = "part of a fused tensor" if is_fused else f"called {theirs.name!r}"
                 raise DataError(
-                    f"{recipe.path}: tensor {name!r} of {whole.label} is called {theirs.name!r} in {other.label}, and "
+                    f"{recipe.path}: tensor {name!r} of {whole.label} is {called} in {other.label}, and "
                     "mergekit matches by name; extract and prune it first (the outputs have the base's names)"
                 )
 

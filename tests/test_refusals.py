@@ -81,7 +81,7 @@ def arguments(script: str, folder: Path, *more: str) -> list:
 
 
 RELATED = "is {d}/a a fine-tuned model of {d}/base?"
-ONLY = "5 of 6 tensors agree; only in {{d}}/{0}: {1} (1 tensor); leave them out with --skip '{1}'"
+ONLY = "5 of 6 tensors agree; only in {{d}}/{0}: {1} (1 tensor); leave it out with --skip '{1}'"
 BEYOND = "convert to bfloat16 or float32, or accept the nearest finite value with --clamp"
 FLOATING = "take versions of both models in floating point"
 CASES = {

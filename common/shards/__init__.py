@@ -8,6 +8,7 @@ companions.py    tokenizer, processors: what is copied along
 findings.py      what a directory without weights does hold
 checkpoint.py    a model directory: tensors, config, companion files
 remote.py        Hub ids described before they are downloaded
+fused.py         experts that one model stores fused
 architecture.py  what transformers knows of a model: ties, old names, constants
 names.py         two ways to name the same tensors: wrappers, patterns
 resolving.py     names of two models made to agree

@@ -280,9 +280,10 @@ def match(base: Checkpoint, other: Checkpoint, skip: tuple[str, ...] | None = No
     notes = list(names.notes)
     if found.unused:
         what, _ = left_over(found.unused, [*found.pairs, *(t.name for t in found.pairs.values())])
-        notes.append(f"{names.known.name} makes no use of {what}: left as in {base.label}")
+        notes.append(f"{names.known.name} does without {what}: left as in {base.label}")
     if found.left_out:
-        notes.append(f"left out by --skip: {len(found.left_out)} tensors; {base.label}'s keep their bits")
+        count = f"{len(found.left_out)} tensor{'s' * (len(found.left_out) > 1)}"
+        notes.append(f"left out by --skip: {count}; {base.label}'s keep their bits")
     notes += [*_tie_notes(base, other, found.equal), *_constant_notes(base, other)]
     return Match(found.pairs, tuple(notes), found.equal)
 
