@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from common.shards import headers
 from common.shards.headers import DTYPE_BYTES
 
-KNOWN = ", ".join(DTYPE_BYTES)
+NOT_READ = f"is none of those read here ({', '.join(DTYPE_BYTES)}); take a version of the model in float16, bfloat16 or float32"
 AGAIN = "download it again"
 CUT = "it is truncated or damaged, download it again"
 SAFE = "use a safetensors version of this model"
@@ -85,8 +85,8 @@ def test_header(model, content, line):
 
 TENSORS = {
     "no fields": (3, "the header needs dtype, shape and data_offsets; download the file again"),
-    "unknown dtype": (entry("F4"), f"unknown dtype 'F4'; known are {KNOWN}"),
-    "dtype is a list": (entry(["F16"]), f"unknown dtype ['F16']; known are {KNOWN}"),
+    "unknown dtype": (entry("F4"), f"its dtype 'F4' {NOT_READ}"),
+    "dtype is a list": (entry(["F16"]), f"its dtype ['F16'] {NOT_READ}"),
     "negative": (entry(shape=[-1]), "[-1] is no shape; download the file again"),
     "boolean": (entry(shape=[True]), "[True] is no shape; download the file again"),
     "fraction": (entry(shape=[1.0]), "[1.0] is no shape; download the file again"),
@@ -354,8 +354,7 @@ def test_quantised(model):
     save_file(state() | {"a.qweight": torch.ones(2, 2, dtype=torch.int32)}, model / "model.safetensors")
     expect_refused(
         model,
-        "tensor 'a.qweight' is I32 in {m}, whose config.json has a quantization_config; take an unquantised version of the "
-        "model",
+        "tensor 'a.qweight' is I32 in {m}: its weights are quantised; take an unquantised version of the model",
     )
 
 
@@ -412,7 +411,14 @@ BINS = {
         f"tensor 'a' in {BIN}: the file does not hold its 800 bytes; {AGAIN}",
     ),
     "a list": (saved([torch.ones(2)]), f"{BIN}: holds a list, needed is a state dict of tensors; {SAFE}"),
-    "nested": (saved({"model": {}}), f"tensor 'model' in {BIN}: found dict, needed is a plain tensor; {SAFE}"),
+    "nested": (
+        saved({"model": {}}),
+        f"{BIN}: a training checkpoint, whose tensors are one level deeper, under 'model'; save what is there alone, or {SAFE}",
+    ),
+    "a dict among tensors": (
+        saved({"a": torch.ones(2), "b": {}}),
+        f"tensor 'b' in {BIN}: found dict, needed is a plain tensor; {SAFE}",
+    ),
     "numbered": (saved({1: torch.ones(2)}), f"{BIN}: 1 is no name of a tensor; {SAFE}"),
     "no Unicode": (saved({"\ud800": torch.ones(2)}), f"{BIN}: '\\ud800' is no name of a tensor; {SAFE}"),
     "complex": (

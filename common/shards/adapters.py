@@ -76,6 +76,10 @@ def is_adapter(directory: Path) -> bool:
 
 def _check_kind(label: str, config: dict) -> None:
     """Refuse what is not a plain LoRA, by name."""
+    if "peft_type" not in config and ("lora_parameters" in config or "fine_tune_type" in config):
+        raise DataError(
+            f"{label}: an adapter of mlx_lm, and peft's are read here; fuse it with mlx_lm.fuse, extract from that"
+        )
     kind = config.get("peft_type")
     if kind != "LORA":
         raise DataError(f"{label}: an adapter of the type {kind!r:.40}, and only LORA is read here; {MERGE}")
@@ -95,7 +99,13 @@ def _read_tensors(label: str, directory: Path) -> list[Tensor]:
         path = directory / name
         if path.is_file():
             return headers.read_file_header(path) if path.suffix == ".safetensors" else bins._read_file(path)
-    raise DataError(f"{label}: {CONFIG} but no {' or '.join(WEIGHTS)} in it; download the adapter again")
+    found = sorted(path.name for path in directory.glob("*.safetensors"))
+    there = (
+        f" (but {found[0]}; if that is the adapter, rename it to {WEIGHTS[0]})"
+        if found
+        else "; download the adapter again"
+    )
+    raise DataError(f"{label}: {CONFIG} but no {' or '.join(WEIGHTS)} in it{there}")
 
 
 def _pattern_value(label: str, config: dict, key: str, module: str, default):

@@ -90,7 +90,10 @@ def _check_entry(path: Path, name: str, entry, data_bytes: int) -> tuple[str, tu
         raise DataError(f"{where}: the header needs dtype, shape and data_offsets; download the file again")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise DataError(f"{where}: unknown dtype {dtype!r:.40}; known are {', '.join(DTYPE_BYTES)}")
+        raise DataError(
+            f"{where}: its dtype {dtype!r:.40} is none of those read here ({', '.join(DTYPE_BYTES)}); take a version of the "
+            "model in float16, bfloat16 or float32"
+        )
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
         raise DataError(f"{where}: {shape!r:.60} is no shape; download the file again")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
@@ -114,6 +117,10 @@ def _header_bytes(path: Path) -> tuple[bytes, int]:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
+        if prefix.lower().startswith((b"<!doctyp", b"<html")):
+            raise DataError(
+                f"{path}: a web page, not the file, as a download without access leaves it; download it again"
+            )
         if len(prefix) < 8 or length > size - 8:
             raise DataError(
                 f"{path}: {size} bytes, too few for its header; it is truncated or no safetensors file, "

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from common.errors import DataError
 from common.shards.companions import COMPANIONS
+from common.shards.findings import what_file
 from common.shards.places import check_disk
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -54,5 +55,5 @@ def local_directory(path: str) -> Path:
     if is_hub_id(path):
         return download(path)
     if Path(path).exists():
-        raise DataError(f"{path}: a file; give the directory that holds it, {Path(path).parent}")
+        raise DataError(f"{path}: {what_file(Path(path))}")
     raise DataError(f"{path}: no such directory; check the path, or give a Hugging Face Hub id such as org/name")

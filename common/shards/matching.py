@@ -118,6 +118,12 @@ def mask_names(base: Checkpoint) -> dict[str, str]:
 # --- refusals -------------------------------------------------------------------------------------
 
 
+def _is_packed(tensor: Tensor) -> bool:
+    """Whether integers are weights: bitsandbytes' and mlx's `weight`, GPTQ's `qweight`, `weight_packed`, gpt-oss's `_blocks`."""
+    last = tensor.name.rpartition(".")[2]
+    return tensor.dtype[0] in "IU" and ("weight" in last or last.endswith("_blocks"))
+
+
 def check_floats(checkpoint: Checkpoint) -> None:
     """Refuse parameters in a dtype without exact arithmetic here (float64, 8 bits)."""
     for tensor in checkpoint.tensors.values():
@@ -126,15 +132,14 @@ def check_floats(checkpoint: Checkpoint) -> None:
                 f"tensor {tensor.name!r} is {tensor.dtype} in {checkpoint.label}; needed is float16, "
                 "bfloat16 or float32: take an unquantised version of the model"
             )
+    packed = [tensor for tensor in checkpoint.tensors.values() if _is_packed(tensor)]
+    if packed:  # whatever config.json says: as a buffer it would pass unchanged, and nobody would notice
+        largest = max(packed, key=lambda tensor: tensor.nbytes)
+        raise DataError(
+            f"tensor {largest.name!r} is {largest.dtype} in {checkpoint.label}: its weights are quantised; "
+            "take an unquantised version of the model"
+        )
     if checkpoint.config.get("quantization_config"):  # null and {} say that there is none
-        packed = [
-            t.name for t in checkpoint.tensors.values() if not t.is_parameter and "weight" in t.name.split(".")[-1]
-        ]
-        if packed:
-            raise DataError(
-                f"tensor {packed[0]!r} is {checkpoint.tensors[packed[0]].dtype} in {checkpoint.label}, whose config.json "
-                "has a quantization_config; take an unquantised version of the model"
-            )
         raise DataError(
             f"{checkpoint.label}: config.json has a quantization_config, but no weight is quantised; if it is left over, "
             "remove it from config.json, or else take an unquantised version of the model"
