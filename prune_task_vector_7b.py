@@ -55,7 +55,7 @@ from common.shards.layout import Output, plan_shards, slots_of
 from common.shards.matching import check_floats, mask_names, match
 from common.shards.places import check_places, refuse_existing_outputs
 from common.shards.stream import Task, Worker, copy_tensor
-from common.shards.task_vector import TaskVector, open_base, open_vectors, write_pruned_vector_json
+from common.shards.task_vector import TaskVector, open_base, open_vectors, whereabouts, write_pruned_vector_json
 from common.shards.verify import verify
 
 USED_BY = {"n": ["nm"], "m": ["nm"], "sparsity_level": ["random", "magnitude"], "seed": ["random"]}
@@ -346,7 +346,8 @@ def main(argv=None) -> None:
         by = Prune(pruning, mask_names(whole), engine, vectors, pairs, base is not None)
         running.stream(partial(prune_and_check, by=by))
         for own, part, records in running.whole():
-            report = build(parameters | {"hash": "xxh3_128"}, labels, own, records)
+            source = {"base_model_path": whereabouts(base)} if base else {}
+            report = build(parameters | source | {"hash": "xxh3_128"}, labels, own, records)
             finish(part, base, vectors[own], report, records)
     if not running.is_main:
         return

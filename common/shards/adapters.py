@@ -98,7 +98,7 @@ def _read_tensors(label: str, directory: Path) -> list[Tensor]:
     for name in WEIGHTS:
         path = directory / name
         if path.is_file():
-            return headers.read_file_header(path) if path.suffix == ".safetensors" else bins._read_file(path)
+            return headers.read_file_header(path) if path.suffix == ".safetensors" else bins.read_file(path)
     found = sorted(path.name for path in directory.glob("*.safetensors"))
     there = (
         f" (but {found[0]}; if that is the adapter, rename it to {WEIGHTS[0]})"
@@ -167,6 +167,22 @@ def _sorted_out(label: str, tensors: list[Tensor]) -> tuple[dict[str, dict[str, 
     return factors, embeddings, whole
 
 
+def _product(adapter: Checkpoint, config: dict, module: str, own: Tensor, pair: tuple[Tensor, Tensor, bool]) -> Product:
+    """What the adapter adds to the base's tensor `own`; pair: (A, B, whether the config says it is stored transposed)."""
+    a, b, by_config = pair
+    scale = _scale(adapter.label, config, module, a.shape[0] if a.shape else 0)
+    return Product(a, b, scale, _is_transposed(adapter.label, own, a, b, by_config))
+
+
+def _checked_copy(copy: Tensor | None, own: Tensor, adapter: Checkpoint, base: Checkpoint) -> Tensor | None:
+    """The adapter's own copy of an adapted tensor. Raises DataError if that has another shape: a resized vocabulary."""
+    if copy and copy.shape != own.shape:
+        raise DataError(
+            f"tensor {own.name!r} is {list(copy.shape)} in {adapter.label} but {list(own.shape)} in {base.label}; {MERGE}"
+        )
+    return copy
+
+
 def open_adapter(label: str, directory: Path, base: Checkpoint, free_rows: bool = False) -> Adapter:
     """The LoRA adapter in a directory, for `base`: every header read and checked, no weight read.
 
@@ -183,23 +199,19 @@ def open_adapter(label: str, directory: Path, base: Checkpoint, free_rows: bool 
             f"{len(lost)} of the {len(factors) + len(whole)} tensors that {label} changes are not in {base.label}, the first "
             f"{lost[0]!r:.200}; is it an adapter of this base? Otherwise {MERGE}"
         )
+    found = Checkpoint(label, directory.resolve(), {tensor.name: tensor for tensor in tensors}, base.config)
+    # A tensor that is adapted and stored whole, too, is what peft saves beside adapted embeddings: a copy of the base's.
     adapted = {place[name] for name in factors}
     copies = {place[name]: tensor for name, tensor in whole.items() if place[name] in adapted}
-    products = {}
-    for name, pair in factors.items():
-        if pair.keys() != {"A", "B"} or place[name] in products:
-            raise DataError(f"tensor {name!r} of {label}: needs one A and one B; download the adapter again")
-        own, a, b = base.tensors[place[name]], pair["A"], pair["B"]
-        by_config = name in embeddings or bool(config.get("fan_in_fan_out"))
-        scale = _scale(label, config, name.removesuffix(".weight"), a.shape[0] if a.shape else 0)
-        transposed = _is_transposed(label, own, a, b, by_config)
-        products[own.name] = Product(a, b, scale, transposed, copies.get(own.name))
-        if copies.get(own.name, own).shape != own.shape:
-            raise DataError(
-                f"tensor {own.name!r} is {list(copies[own.name].shape)} in {label} but {list(own.shape)} in {base.label}; {MERGE}"
-            )
-    found = Checkpoint(label, directory.resolve(), {tensor.name: tensor for tensor in tensors}, base.config)
     replaced = {place[name]: tensor for name, tensor in whole.items() if place[name] not in adapted}
+    products: dict[str, Product] = {}
+    for name, pair in factors.items():
+        own = base.tensors[place[name]]
+        if pair.keys() != {"A", "B"} or own.name in products:
+            raise DataError(f"tensor {name!r} of {label}: needs one A and one B; download the adapter again")
+        by_config = name in embeddings or bool(config.get("fan_in_fan_out"))
+        product = _product(found, config, name.removesuffix(".weight"), own, (pair["A"], pair["B"], by_config))
+        products[own.name] = replace(product, copy=_checked_copy(copies.get(own.name), own, found, base))
     check_shapes(base, found, replaced, replaced if free_rows else ())
     return Adapter(found, config, products, replaced)
 

@@ -11,7 +11,10 @@ from common.shards.places import check_disk
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 PICKLED_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
 CONFIGS_AND_TOKENIZER = ("config.json", "task_vector.json", "adapter_config.json", *COMPANIONS)
-NEVER = ("consolidated*", "*.py", "*/*")
+_TEMPLATES = "additional_chat_templates"
+# No folder but that of the templates: patterns of names match across folders, and there is no other way to say "but".
+_FOLDERS = tuple(f"{_TEMPLATES[:i]}{rest}" for i, letter in enumerate(_TEMPLATES) for rest in ("/*", f"[!{letter}]*/*"))
+NEVER = ("consolidated*", "*.py", *_FOLDERS)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 

@@ -118,8 +118,8 @@ def publish(outputs: list[Output]) -> None:
     for output in waiting:
         if len(output.shards) > 1:
             (output.part / INDEX_NAME).write_text(index_text(list(output.shards)), encoding="utf-8")
-        for path in output.part.iterdir():
-            if path.is_file():
+        for path in output.part.rglob("*"):
+            if RUN not in path.relative_to(output.part).parts:  # the job's own record, which is deleted
                 sync(path)
         sync(output.part)
     for output in waiting:
