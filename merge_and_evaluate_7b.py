@@ -66,6 +66,7 @@ from merge_and_evaluate.choosing import plan_scorings
 from merge_and_evaluate.comparison import compare
 from merge_and_evaluate.eval_recipes import check_device, read_eval_recipe
 from merge_and_evaluate.flags import parsed
+from merge_and_evaluate.loadable import check_loadable
 from merge_and_evaluate.mergekit_engine import TOKEN_KEYS
 from merge_and_evaluate.merging import (
     REPORT_NAME,
@@ -171,6 +172,7 @@ def evaluate_only(args: argparse.Namespace) -> None:
     scoring, _ = plan_scorings(eval_recipe, None, None)
     check_tokenizer(eval_recipe, [checkpoint])
     check_chat_template(eval_recipe, [checkpoint])
+    check_loadable(eval_recipe, [checkpoint], is_merged=False)
     place = str(Path(args.save_path)) if Path(args.save_path).is_dir() else str(checkpoint.path)
     name = args.name or Path(args.save_path).name
     if args.dry_run:
@@ -210,6 +212,7 @@ def merge_and_evaluate(args: argparse.Namespace) -> None:
         check_tokenizer(eval_recipe, merge_plan.checkpoints)
         made = any(merge_plan.recipe.config.get(key) for key in TOKEN_KEYS)
         check_chat_template(eval_recipe, merge_plan.checkpoints, made_by_recipe=made)
+        check_loadable(eval_recipe, merge_plan.checkpoints, is_merged=True, makes_tokenizer=made)
     if not args.merge_only and not trials:
         refuse_existing_file(output_path, args.overwrite)
     if trials:
