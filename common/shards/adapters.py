@@ -115,7 +115,9 @@ def _pattern_value(label: str, config: dict, key: str, module: str, default):
         found = (v for k, v in table.items() if re.fullmatch(rf"(?:.*\.)?(?:{k})", module))
         return next(found, default)
     except (re.error, AttributeError):
-        raise DataError(f"{label}: {key} in {CONFIG} is no table of module names; download the adapter again") from None
+        raise DataError(
+            f"{label}: {key} in {CONFIG} is not a table of module names; download the adapter again"
+        ) from None
 
 
 def _scale(label: str, config: dict, module: str, rank: int) -> float:
@@ -128,7 +130,7 @@ def _scale(label: str, config: dict, module: str, rank: int) -> float:
             f"{label}: module {inner!r} has rank {rank} in its tensors but {said!r:.40} in {CONFIG}; download the adapter again"
         )
     if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise DataError(f"{label}: lora_alpha of {inner!r} is {alpha!r:.40}, no number; download the adapter again")
+        raise DataError(f"{label}: lora_alpha of {inner!r} is {alpha!r:.40}, not a number; download the adapter again")
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
@@ -152,7 +154,7 @@ def _sorted_out(label: str, tensors: list[Tensor]) -> tuple[dict[str, dict[str, 
     for tensor in tensors:
         if not tensor.is_parameter or tensor.dtype not in FLOAT_DTYPES:
             raise DataError(
-                f"tensor {tensor.name!r} is {tensor.dtype} in {label}; needed is float16, bfloat16 or float32"
+                f"tensor {tensor.name!r} is {tensor.dtype} in {label}; needed is float16, bfloat16 or float32: {MERGE}"
             )
         found = _FACTOR.fullmatch(tensor.name) or _EMBEDDING.fullmatch(tensor.name)
         if found:
@@ -228,7 +230,8 @@ def without(adapter: Adapter, base: Checkpoint, skip: tuple[str, ...]) -> Adapte
 
 def match_adapter(base: Checkpoint, adapter: Adapter) -> Match:
     """What match() gives for a model, of the tensors that the adapter replaces as a whole."""
-    notes = [f"{adapter.checkpoint.label}: a LoRA adapter that changes {len(adapter.products)} tensors of {base.label}"]
+    count = f"{len(adapter.products)} tensor{'s' * (len(adapter.products) != 1)}"
+    notes = [f"{adapter.checkpoint.label}: a LoRA adapter that changes {count} of {base.label}"]
     if adapter.whole:
         notes.append(f"it replaces {len(adapter.whole)} more as a whole: {', '.join(sorted(adapter.whole)[:4])}")
     return Match(adapter.whole, tuple(notes))

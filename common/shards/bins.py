@@ -108,7 +108,7 @@ def _describe(path: Path, name: str, value, records: dict[int, int]) -> Tensor:
 
     codes = {getattr(torch, name): code for name, code in _DTYPES.items()}
     if not isinstance(name, str) or not name.isprintable():
-        raise DataError(f"{path}: {ascii(name):.80} is no name of a tensor; {_TAKE_ANOTHER}")
+        raise DataError(f"{path}: {ascii(name):.80} is not a tensor's name; {_TAKE_ANOTHER}")
     if not isinstance(value, torch.Tensor) or value.dtype not in codes or value.layout != torch.strided:
         found = f"{value.dtype}, {value.layout}" if isinstance(value, torch.Tensor) else type(value).__name__
         raise DataError(f"tensor {name!r} in {path}: found {found}, needed is a plain tensor; {_TAKE_ANOTHER}")

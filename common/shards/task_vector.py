@@ -52,7 +52,7 @@ def read_task_vector(checkpoint: Checkpoint) -> TaskVector:
     path = checkpoint.path / NAME
     if not path.is_file():
         raise DataError(
-            f"{checkpoint.label}: no {NAME} in it, so it is no task vector; make one with extract_task_vector_7b.py"
+            f"{checkpoint.label}: no {NAME} in it, so it is not a task vector; make one with extract_task_vector_7b.py"
         )
     content = read_json(path)
     hashes, base = content.get("tensors"), content.get("base_model_path")
