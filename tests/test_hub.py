@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import extract, load, write
-from conftest import ROOT
+from conftest import ROOT, save_model
+from recipes_and_models import set_the_table
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 CONFIG = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "tie_word_embeddings": False}
@@ -264,3 +265,21 @@ def test_room_for_a_bin_is_checked_before_its_download(hub, tmp_path):
     assert done.returncode == 1 and "0.00 GB are needed there" in done.stderr, done.stderr
     assert hub.sent < 100_000
     assert call(hub, tmp_path, "convert_dtype.py", *arguments).returncode == 0 and hub.sent > WEIGHTS
+
+
+@pytest.mark.slow
+def test_a_model_to_score_is_downloaded_after_every_refusal(hub, tmp_path):
+    """--eval_only on a Hub id: a dry run, results that exist, no tokenizer to load."""
+    save_model(hub.root / "org" / "model", 0)
+    (hub.root / "org" / "model" / "padding.jinja").write_text("x")  # not a file of the model
+    set_the_table(tmp_path, hub.root / "org")
+    (tmp_path / "model").unlink()
+    weights = (hub.root / "org" / "model" / "model.safetensors").stat().st_size
+    flags = ["--eval_only", "--save_path", "org/model", "--eval_recipe", "eval.yml", "--output_path", "r.json"]
+    done = call(hub, tmp_path, "merge_and_evaluate_7b.py", *flags, "--dry_run")
+    assert done.returncode == 0 and "(to be downloaded)" in done.stdout, done.stderr
+    (tmp_path / "r.json").write_text("{}")
+    done = call(hub, tmp_path, "merge_and_evaluate_7b.py", *flags)
+    assert done.stderr.endswith("error: r.json: already there; give --overwrite to replace it, or write elsewhere\n")
+    cached = [path for path in (tmp_path / "home").rglob("*.safetensors") if path.stat().st_size >= weights]
+    assert cached == []
