@@ -23,10 +23,10 @@ from common.errors import DataError
 from common.exits import run_and_leave
 from common.shards.blocks import blocks
 from common.shards.checkpoint import Checkpoint, code_notes, config_with_dtype, copy_companions
+from common.shards.dtypes import check_floats
 from common.shards.headers import DTYPE_CODES, DTYPE_NAMES
 from common.shards.job import Job, begin, describe, downloaded, identity
 from common.shards.layout import Output, plan_shards, slots_of
-from common.shards.matching import check_floats
 from common.shards.places import check_places, refuse_existing_outputs
 from common.shards.remote import describe_checkpoint
 from common.shards.stream import Task, Worker, copy_tensor, new_hash, not_finite

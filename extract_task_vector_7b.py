@@ -47,11 +47,12 @@ from common.shards.checkpoint import (
     copy_companions,
     open_checkpoint,
 )
+from common.shards.dtypes import check_floats
 from common.shards.headers import DTYPE_CODES, Tensor
 from common.shards.hub import local_directory
 from common.shards.job import Job, begin, describe, downloaded, identity
 from common.shards.layout import Output, plan_shards, slots_of
-from common.shards.matching import check_floats, match
+from common.shards.matching import match
 from common.shards.places import check_places, refuse_existing_outputs
 from common.shards.remote import describe_checkpoint, described
 from common.shards.settings import config_notes

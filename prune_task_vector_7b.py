@@ -49,10 +49,11 @@ from common.pruners.report import build, table
 from common.pruners.unchanged import zero_tensor
 from common.shards.checkpoint import Checkpoint, config_with_dtype, copy_companions
 from common.shards.documents import read_json, write_json
+from common.shards.dtypes import check_floats
 from common.shards.headers import Tensor
 from common.shards.job import Job, begin, describe, downloaded, identity
 from common.shards.layout import Output, plan_shards, slots_of
-from common.shards.matching import check_floats, mask_names, match
+from common.shards.matching import mask_names, match
 from common.shards.places import check_places, refuse_existing_outputs
 from common.shards.stream import Task, Worker, copy_tensor
 from common.shards.task_vector import TaskVector, open_base, open_vectors, whereabouts, write_pruned_vector_json
