@@ -61,13 +61,20 @@ class Standing(BaseHTTPRequestHandler):
         if not self.path.startswith("/api/models/"):
             return self._file(True)
         org, name = self.path.split("?")[0].split("/")[3:5]
-        files = sorted(path for path in (self.server.root / org / name).glob("*") if path.is_file())
+        root = self.server.root / org / name
+        files = sorted(path for path in root.rglob("*") if path.is_file())
         if not files:
             return self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
         if "/tree/" in self.path:
-            listed = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": SHA} for f in files]
+            listed = [
+                {"type": "file", "path": str(f.relative_to(root)), "size": f.stat().st_size, "oid": SHA} for f in files
+            ]
         else:
-            listed = {"id": f"{org}/{name}", "sha": SHA, "siblings": [{"rfilename": f.name} for f in files]}
+            listed = {
+                "id": f"{org}/{name}",
+                "sha": SHA,
+                "siblings": [{"rfilename": str(f.relative_to(root))} for f in files],
+            }
         return self._answer(200, json.dumps(listed).encode(), {"Content-Type": "application/json"})
 
 
@@ -153,6 +160,39 @@ def test_what_does_not_fit_is_refused_before_the_download(hub, tmp_path, finetun
     )
     assert done.returncode == 1 and line in done.stderr and done.stderr.count("error: ") == 1, done.stderr
     assert hub.sent < 400_000
+
+
+UNUSABLE = {
+    "GGUF": (
+        ["m.Q4_K_M.gguf", "README.md", ".gitattributes"],
+        "holds GGUF (m.Q4_K_M.gguf), which llama.cpp reads; take the safetensors version of the model",
+    ),
+    "an image model": (
+        ["model_index.json", "README.md", "unet/diffusion_pytorch_model.safetensors"],
+        "holds what diffusers reads (model_index.json), for image models; these scripts take transformers' models",
+    ),
+    "a config alone": (
+        ["config.json", "README.md"],
+        "a config.json but no weights (model.safetensors, pytorch_model.bin, or an index of several); download those too",
+    ),
+    "no config": (
+        ["model.safetensors", "README.md"],
+        "no config.json in it; download the weights and copy it there from the model they are of",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("files, line", UNUSABLE.values(), ids=UNUSABLE)
+def test_a_repository_that_holds_something_else(hub, tmp_path, files, line):
+    """Said by what its list of files shows; nothing of it is downloaded."""
+    for name in files:
+        path = hub.root / "org" / "other" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"{}" if name.endswith("json") else bytes(2_000_000))
+    done = call(hub, tmp_path, "convert_dtype.py", "--model_path", "org/other", "--save_path", "out")
+    assert done.stderr.splitlines()[-1] == f"error: org/other: {line}"
+    assert hub.sent < 100_000
 
 
 # --- prune and merge ------------------------------------------------------------------------------

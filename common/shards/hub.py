@@ -1,11 +1,13 @@
 """Hugging Face Hub ids to local directories."""
 
 import re
+from fnmatch import fnmatchcase
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from common.errors import DataError
 from common.shards.companions import COMPANIONS
-from common.shards.findings import what_file
+from common.shards.findings import what_file, what_is_there
 from common.shards.places import check_disk
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -21,6 +23,31 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 def is_hub_id(path: str) -> bool:
     """Whether a path is no directory and could be a Hub id: 'org/name'."""
     return not Path(path).is_dir() and bool(_HUB_ID.fullmatch(path)) and not path.startswith(".")
+
+
+def refuse_unusable(hub_id: str, files: list[str]) -> None:
+    """DataError for a repository of these files if they are no model and no adapter: by what they are, as of a directory."""
+    weights = (
+        "model*.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model*.bin",
+        "pytorch_model.bin.index.json",
+    )
+    top = [name for name in files if "/" not in name]
+    if any(name.startswith("adapter_") for name in top):
+        return
+    if not any(fnmatchcase(name, pattern) for name in top for pattern in weights):
+        with TemporaryDirectory(prefix="listing_") as place:  # empty files of the same names, to look at
+            for name in files:
+                if ".." in Path(name).parts or Path(name).is_absolute():  # it is a stranger's list
+                    continue
+                (Path(place) / name).parent.mkdir(parents=True, exist_ok=True)
+                (Path(place) / name).touch()
+            raise DataError(f"{hub_id}: {what_is_there(Path(place)).replace(place, hub_id)}")
+    if "config.json" not in top:
+        raise DataError(
+            f"{hub_id}: no config.json in it; download the weights and copy it there from the model they are of"
+        )
 
 
 def download(hub_id: str) -> Path:

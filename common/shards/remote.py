@@ -12,8 +12,9 @@ from common.errors import DataError
 from common.shards.architecture import with_constants
 from common.shards.checkpoint import Checkpoint, open_checkpoint
 from common.shards.documents import read_json
+from common.shards.findings import not_gathered
 from common.shards.headers import DTYPE_BYTES, INDEX_NAME, SINGLE_NAME, Tensor, check_index, read_index
-from common.shards.hub import CONFIGS_AND_TOKENIZER, NEVER, is_hub_id
+from common.shards.hub import CONFIGS_AND_TOKENIZER, NEVER, is_hub_id, refuse_unusable
 from common.shards.layout import tensor_bytes
 from common.shards.places import check_disk
 
@@ -43,12 +44,13 @@ def described(hub_id: str) -> Checkpoint | None:
     """A checkpoint from remote headers; None for no Hub id, for what is here already, and without headers to read."""
     if not is_hub_id(hub_id):
         return None
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, SafetensorsParsingError
 
     small = [*CONFIGS_AND_TOKENIZER, "*.safetensors.index.json"]
     try:
         folder = Path(snapshot_download(hub_id, allow_patterns=small, ignore_patterns=[*NEVER]))
+        refuse_unusable(hub_id, HfApi().list_repo_files(hub_id, revision=folder.name))
         index, config = folder / INDEX_NAME, folder / "config.json"
         if not config.is_file():
             return None
@@ -61,6 +63,8 @@ def described(hub_id: str) -> Checkpoint | None:
         return None  # the download that follows says what is wrong, or brings what has no such header
     if weight_map:
         check_index(index, weight_map, tensors)
+    if reason := not_gathered(tensors):
+        raise DataError(f"{hub_id}: {reason}")
     settings = read_json(config)
     tensors = with_constants(tensors, settings)
     return Checkpoint(hub_id, folder, {tensor.name: tensor for tensor in tensors}, settings, is_remote=True)
