@@ -10,7 +10,8 @@
 
 A LoRA adapter is taken like a model: task vector = round(scale * B * A), +0.0 for tensors that it does not adapt.
 Models are matched by name, with transformers' help where one of them has other names, ties spelled out, constants or
-fused experts; what was resolved is printed. What only one of them has is left out with --skip, other tokens with --vocabulary common:
+fused experts; what was resolved is printed. What only one of them has is left out with --skip, other tokens with
+--vocabulary common:
 
     python extract_task_vector_7b.py --finetuned_model_path models/with-value-head --skip 'v_head.*' ...
     python extract_task_vector_7b.py --finetuned_model_path models/with-two-more-tokens --vocabulary common ...
