@@ -23,12 +23,12 @@ from common.errors import DataError
 from common.exits import run_and_leave
 from common.shards.blocks import blocks
 from common.shards.checkpoint import Checkpoint, code_notes, config_with_dtype, copy_companions
+from common.shards.dtypes import check_floats
 from common.shards.headers import DTYPE_CODES, DTYPE_NAMES
-from common.shards.job import Job, begin, describe, identity
+from common.shards.job import Job, begin, describe, downloaded, identity
 from common.shards.layout import Output, plan_shards, slots_of
-from common.shards.matching import check_floats
-from common.shards.places import check_places
-from common.shards.remote import describe_checkpoint, fetch
+from common.shards.places import check_places, refuse_existing_outputs
+from common.shards.remote import describe_checkpoint
 from common.shards.stream import Task, Worker, copy_tensor, new_hash, not_finite
 from common.shards.verify import write_convert_report
 
@@ -122,13 +122,15 @@ def print_changes(model: Checkpoint, records: dict[str, dict]) -> None:
 def main(argv=None) -> None:
     args = parse_args(argv)
     dtype = DTYPE_CODES[args.dtype]
+    if not args.dry_run:
+        refuse_existing_outputs([args.save_path], args.overwrite)
     model = describe_checkpoint(args.model_path)
     job = plan(model, args.save_path, dtype, args.clamp, args.max_shard_size)
     if args.dry_run:
         print(describe(job, [model]))
         return
     if model.is_remote:  # only now that everything fits is it downloaded
-        model = fetch(model)
+        (model,) = downloaded(job, [model], args.overwrite)
         job = plan(model, args.save_path, dtype, args.clamp, args.max_shard_size)
     with begin(job, args.overwrite) as running:
         running.stream(partial(convert_tensor, dtype=dtype))

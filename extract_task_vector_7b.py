@@ -9,8 +9,9 @@
     task vector = round(round(finetuned) - round(base)), rounding to --dtype, subtracting in float32
 
 A LoRA adapter is taken like a model: task vector = round(scale * B * A), +0.0 for tensors that it does not adapt.
-Models are matched by name, with transformers' help where one of them has other names, ties spelled out or constants;
-what was resolved is printed. What only one of them has is left out with --skip, other tokens with --vocabulary common:
+Models are matched by name, with transformers' help where one of them has other names, ties spelled out, constants or
+fused experts; what was resolved is printed. What only one of them has is left out with --skip, other tokens with
+--vocabulary common:
 
     python extract_task_vector_7b.py --finetuned_model_path models/with-value-head --skip 'v_head.*' ...
     python extract_task_vector_7b.py --finetuned_model_path models/with-two-more-tokens --vocabulary common ...
@@ -47,13 +48,14 @@ from common.shards.checkpoint import (
     copy_companions,
     open_checkpoint,
 )
+from common.shards.dtypes import check_floats
 from common.shards.headers import DTYPE_CODES, Tensor
 from common.shards.hub import local_directory
-from common.shards.job import Job, begin, describe, identity
+from common.shards.job import Job, begin, describe, downloaded, identity
 from common.shards.layout import Output, plan_shards, slots_of
-from common.shards.matching import check_floats, match
-from common.shards.places import check_places
-from common.shards.remote import describe_checkpoint, described, fetch
+from common.shards.matching import match
+from common.shards.places import check_places, refuse_existing_outputs
+from common.shards.remote import describe_checkpoint, described
 from common.shards.settings import config_notes
 from common.shards.stream import Task, Worker, copy_tensor, new_hash, not_finite, same_bytes
 from common.shards.task_vector import write_task_vector_json
@@ -250,6 +252,8 @@ def size_note(finetuned: Checkpoint, base: Checkpoint, records: dict[str, dict])
 
 def main(argv=None) -> None:
     args = parse_args(argv)
+    if not args.dry_run:
+        refuse_existing_outputs([args.save_path], args.overwrite)
     base = describe_checkpoint(args.base_model_path)
     check_floats(base)
     finetuned, adapter = open_finetuned(args.finetuned_model_path, base, tuple(args.skip), args.vocabulary)
@@ -263,7 +267,7 @@ def main(argv=None) -> None:
         print(describe(job, [finetuned, base]))
         return
     if finetuned.is_remote or base.is_remote:  # only now that everything fits are they downloaded
-        finetuned, base = fetch(finetuned), fetch(base)
+        finetuned, base = downloaded(job, [finetuned, base], args.overwrite)
         by, _ = compare(finetuned, base, adapter, args)
         job = plan(finetuned, base, by, args.save_path, parameters)
     with begin(job, args.overwrite) as running:

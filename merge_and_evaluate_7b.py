@@ -61,8 +61,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # which PYTHONSAFEPATH leaves out
 
 from common.exits import run
-from common.shards.checkpoint import open_checkpoint
-from common.shards.places import refuse_existing, refuse_existing_file
+from common.shards.places import refuse_existing_file, refuse_existing_outputs
+from common.shards.remote import describe_checkpoint, fetch
 from common.shards.verify import verify
 from merge_and_evaluate.announcement import planned
 from merge_and_evaluate.candidates import Making
@@ -71,12 +71,14 @@ from merge_and_evaluate.choosing import plan_scorings
 from merge_and_evaluate.comparison import compare
 from merge_and_evaluate.eval_recipes import check_device, read_eval_recipe
 from merge_and_evaluate.flags import parsed
+from merge_and_evaluate.loadable import check_loadable
 from merge_and_evaluate.mergekit_engine import TOKEN_KEYS
 from merge_and_evaluate.merging import (
     REPORT_NAME,
     MergePlan,
     MergeSettings,
     already_merged,
+    fetched,
     input_digests,
     memory_needed,
     merge,
@@ -98,9 +100,11 @@ from merge_and_evaluate.sweep import Sweep
 from merge_and_evaluate.which_weight import (
     Question,
     answer,
+    check_before_download,
     check_names,
     cost_line,
     files_of,
+    on,
     plan_trials,
     priced,
     print_memory,
@@ -118,7 +122,8 @@ def print_merges(merge_plans: list[MergePlan], settings: MergeSettings, trials: 
         print(f"merge   {merge_plan.recipe.path}: {merge_plan.recipe.config['merge_method']}{each}")
         print(f"engine  {engine_line(merge_plan)}")
     for checkpoint in {c.path: c for merge_plan in merge_plans for c in merge_plan.checkpoints}.values():
-        print(f"reads   {checkpoint.nbytes / 1e9:8.3f} GB  {checkpoint.label}")
+        later = ", to be downloaded" if checkpoint.is_remote else ""
+        print(f"reads   {checkpoint.nbytes / 1e9:8.3f} GB  {checkpoint.label}{later}")
     nbytes = max(merge_plan.nbytes for merge_plan in merge_plans)
     print(f"writes  {nbytes / 1e9:8.3f} GB  {merge_plans[0].save_path}")
     print(f"disk    {nbytes * min(trials, 2) / 1e9:8.3f} GB  to be free; more with --keep_models")
@@ -148,8 +153,6 @@ def print_scoring(choosing: Scoring, reporting: Scoring | None, files: list[Path
 
 def merged_model(merge_plan: MergePlan, settings: MergeSettings, name: str, overwrite: bool) -> Model:
     """Merge, unless the output holds this merge from an earlier run that did not get to scoring."""
-    if not (merge_plan.save_path / REPORT_NAME).is_file():
-        refuse_existing(merge_plan.save_path, overwrite)
     digests = input_digests(merge_plan)
     identity = merge_identity(merge_plan.recipe, digests, settings)
     if overwrite or not already_merged(merge_plan.save_path, identity):
@@ -172,16 +175,20 @@ def eval_flags(args: argparse.Namespace) -> dict:
 def evaluate_only(args: argparse.Namespace) -> None:
     """Score the model in --save_path."""
     eval_recipe = read_eval_recipe(str(args.eval_recipe), **eval_flags(args))
-    checkpoint, output_path = open_checkpoint(args.save_path), Path(args.output_path)
+    checkpoint, output_path = describe_checkpoint(args.save_path), Path(args.output_path)
     scoring, _ = plan_scorings(eval_recipe, None, None)
     check_tokenizer(eval_recipe, [checkpoint])
     check_chat_template(eval_recipe, [checkpoint])
+    check_loadable(eval_recipe, [checkpoint], is_merged=False)
     place = str(Path(args.save_path)) if Path(args.save_path).is_dir() else str(checkpoint.path)
     name = args.name or Path(args.save_path).name
     if args.dry_run:
-        print(f"model   {place}")
+        print(f"model   {place}{' (to be downloaded)' * checkpoint.is_remote}")
         print_scoring(scoring, None, [output_path])
         return
+    if checkpoint.is_remote:
+        refuse_existing_file(output_path, args.overwrite)
+        checkpoint = fetch(checkpoint)
     score_or_reuse(scoring, Model(place, name, model_digest(checkpoint), {}), output_path, args.overwrite)
 
 
@@ -208,12 +215,15 @@ def scorings(args: argparse.Namespace, merge_plans: list[MergePlan]) -> tuple[Sc
         check_tokenizer(eval_recipe, merge_plan.checkpoints)
         made = any(merge_plan.recipe.config.get(key) for key in TOKEN_KEYS)
         check_chat_template(eval_recipe, merge_plan.checkpoints, made_by_recipe=made)
+        check_loadable(eval_recipe, merge_plan.checkpoints, is_merged=True, makes_tokenizer=made)
     return found
 
 
 def merge_and_evaluate(args: argparse.Namespace) -> None:
     """Merge by --recipe, for every recipe and weight that is asked for, and score what comes out."""
     check_device(args.device)
+    if not args.dry_run and not (Path(args.save_path) / REPORT_NAME).is_file():  # is it this merge? Its inputs will say
+        refuse_existing_outputs([Path(args.save_path)], args.overwrite)
     settings = MergeSettings(args.max_shard_size, args.device or "cpu", args.seed, args.engine)
     merge_plans = planned_merges(args, settings)
     merge_plan, output_path = merge_plans[0], Path(args.output_path)
@@ -239,8 +249,13 @@ def merge_and_evaluate(args: argparse.Namespace) -> None:
     if trials:
         making = Making(settings, args.keep_models, args.overwrite)
         name = args.name or ("" if len(merge_plans) > 1 else merge_plan.recipe.name)
-        answer(trials, Sweep(name, (), choosing, reporting, merge_plan.save_path, output_path), making)
+        sweep = Sweep(name, (), choosing, reporting, merge_plan.save_path, output_path)
+        if any(plan.is_remote for plan in merge_plans):
+            check_before_download(trials, sweep, making)
+            trials = on(trials, [fetched(plan, settings, args.overwrite) for plan in merge_plans])
+        answer(trials, sweep, making)
         return
+    merge_plan = fetched(merge_plan, settings, args.overwrite)
     model = merged_model(merge_plan, settings, args.name or merge_plan.recipe.name, args.overwrite)
     if not args.merge_only:
         score_or_reuse(choosing, model, output_path, args.overwrite)

@@ -49,13 +49,14 @@ from common.pruners.report import build, table
 from common.pruners.unchanged import zero_tensor
 from common.shards.checkpoint import Checkpoint, config_with_dtype, copy_companions
 from common.shards.documents import read_json, write_json
+from common.shards.dtypes import check_floats
 from common.shards.headers import Tensor
-from common.shards.job import Job, begin, describe, identity
+from common.shards.job import Job, begin, describe, downloaded, identity
 from common.shards.layout import Output, plan_shards, slots_of
-from common.shards.matching import check_floats, mask_names, match
-from common.shards.places import check_places
+from common.shards.matching import mask_names, match
+from common.shards.places import check_places, refuse_existing_outputs
 from common.shards.stream import Task, Worker, copy_tensor
-from common.shards.task_vector import TaskVector, open_base, open_vectors, write_pruned_vector_json
+from common.shards.task_vector import TaskVector, open_base, open_vectors, whereabouts, write_pruned_vector_json
 from common.shards.verify import verify
 
 USED_BY = {"n": ["nm"], "m": ["nm"], "sparsity_level": ["random", "magnitude"], "seed": ["random"]}
@@ -193,6 +194,25 @@ def engine_for(device: str):
     return arithmetic
 
 
+def decide(
+    base: Checkpoint | None, vectors: list[TaskVector], args: argparse.Namespace, parameters: dict, passes: int
+) -> tuple[Job, list[dict[str, Tensor]], list[str]]:
+    """(the job, for each vector {tensor's name in the base: the vector's tensor}, notes): all that headers decide."""
+    matches = [match(base or vectors[0].checkpoint, vector.checkpoint, tuple(args.skip)) for vector in vectors]
+    pairs = [matched.pairs for matched in matches]
+    hidden = {"max_shard_size": args.max_shard_size, "skip": args.skip}  # part of what a job is, not of its report
+    job = plan(base, vectors, pairs, args.save_directories, parameters | hidden)
+    notes = dict.fromkeys(note for matched in matches for note in matched.notes)
+    return replace(job, passes=passes), pairs, list(notes)
+
+
+def here(base, vectors: list[TaskVector], inputs: list[Checkpoint]) -> tuple[Checkpoint | None, list[TaskVector]]:
+    """Base and vectors with `inputs` for their checkpoints, the base's first where there is one."""
+    own = inputs[-len(vectors) :]
+    opened = [replace(vector, checkpoint=checkpoint) for vector, checkpoint in zip(vectors, own, strict=True)]
+    return inputs[0] if base else None, opened
+
+
 def plan(
     base: Checkpoint | None,
     vectors: list[TaskVector],
@@ -305,27 +325,30 @@ def main(argv=None) -> None:
     if look(args):
         return
     beside = [read_pruned(args.plot_with)] if args.plot_with else []
-    pruning, engine, skip = pruning_of(args), engine_for(args.device), tuple(args.skip)
+    pruning, engine = pruning_of(args), engine_for(args.device)
     parameters = parameters_of(args, pruning)
-    vectors = open_vectors(args.task_vector_paths, skip)
+    if not args.dry_run:
+        refuse_existing_outputs(args.save_directories, args.overwrite)
+    vectors = open_vectors(args.task_vector_paths, tuple(args.skip))
     base = open_base(vectors, args.base_model_path) if args.save_format == "model" else None
-    whole = base or vectors[0].checkpoint
-    matches = [match(whole, vector.checkpoint, skip) for vector in vectors]
-    pairs = [matched.pairs for matched in matches]
-    hidden = {"max_shard_size": args.max_shard_size, "skip": args.skip}  # part of what a job is, not of its report
-    job = plan(base, vectors, pairs, args.save_directories, parameters | hidden)
-    job = replace(job, passes=2 if in_passes(pruning, engine.BLOCK) else 1)
-    for note in dict.fromkeys(note for matched in matches for note in matched.notes):
+    passes = 2 if in_passes(pruning, engine.BLOCK) else 1
+    job, pairs, notes = decide(base, vectors, args, parameters, passes)
+    for note in notes:
         print(f"note: {note}")
+    inputs = [*([base] if base else []), *(vector.checkpoint for vector in vectors)]
     if args.dry_run:
-        print(describe(job, [*([base] if base else []), *(vector.checkpoint for vector in vectors)]))
+        print(describe(job, inputs))
         return
-    labels = [vector.checkpoint.label for vector in vectors]
+    if any(checkpoint.is_remote for checkpoint in inputs):  # only now that everything fits are they downloaded
+        base, vectors = here(base, vectors, downloaded(job, inputs, args.overwrite))
+        job, pairs, _ = decide(base, vectors, args, parameters, passes)
+    whole, labels = base or vectors[0].checkpoint, [vector.checkpoint.label for vector in vectors]
     with begin(job, args.overwrite) as running:
         by = Prune(pruning, mask_names(whole), engine, vectors, pairs, base is not None)
         running.stream(partial(prune_and_check, by=by))
         for own, part, records in running.whole():
-            report = build(parameters | {"hash": "xxh3_128"}, labels, own, records)
+            source = {"base_model_path": whereabouts(base)} if base else {}
+            report = build(parameters | source | {"hash": "xxh3_128"}, labels, own, records)
             finish(part, base, vectors[own], report, records)
     if not running.is_main:
         return

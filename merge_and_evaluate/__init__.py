@@ -22,6 +22,7 @@ eval_recipes.py      eval recipes: read, checked
 eval_settings.py     what their groups say about members
 eval_tasks.py        the tasks they name
 eval_machine.py      which device, which dtype
+loadable.py          can transformers load what is to be scored
 announcement.py      the line printed before a model is scored
 eval_log.py          what lm-eval says, to a file
 evaluation.py        score a model with lm-eval

@@ -11,13 +11,14 @@ from pathlib import Path
 
 from common.errors import DataError
 from common.shards import stream
-from common.shards.checkpoint import Checkpoint, companion_files, open_checkpoint
+from common.shards.checkpoint import Checkpoint, companion_files
 from common.shards.documents import read_json
 from common.shards.hashing import file_hash, text_hash
-from common.shards.job import input_files
+from common.shards.job import downloaded, input_files
 from common.shards.job import memory_needed as job_memory
 from common.shards.matching import match
-from common.shards.places import check_places
+from common.shards.places import check_disk, check_places, refuse_existing
+from common.shards.remote import describe_checkpoint, fetch, to_download
 from common.shards.verify import MERGE_REPORT as REPORT_NAME
 from common.shards.verify import recorded_hashes_of
 from merge_and_evaluate import mergekit_engine
@@ -60,6 +61,11 @@ class MergePlan:
     def engine(self) -> str:
         return "mergekit" if self.reason else "stream"
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether weights of a model are still on the Hub; fetched() downloads them."""
+        return any(checkpoint.is_remote for checkpoint in self.checkpoints)
+
     def streamed(self, settings: MergeSettings):
         """The plan of a streamed merge (streaming.StreamedMerge), from headers."""
         from merge_and_evaluate.streaming import plan_streamed  # numba is slow to import: not for --help
@@ -71,7 +77,8 @@ class MergePlan:
 
 
 def open_model(recipe: Recipe, path: str) -> Checkpoint:
-    """A model of the recipe, its headers read. A missing directory of the chain names the script that makes it."""
+    """A model of the recipe, its headers read, weights of a Hub id still there (remote.py). A missing directory of the
+    chain names the script that makes it."""
     if set(path) & set("+@") and not Path(path).is_dir():
         raise DataError(
             f"{recipe.path}: {path!r}: mergekit takes '+' and '@' in a path for a LoRA or a revision, and there is no such "
@@ -80,7 +87,7 @@ def open_model(recipe: Recipe, path: str) -> Checkpoint:
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or path.startswith("models/")
     if looks_local and not Path(path).is_dir():
         raise DataError(f"{recipe.path}: model {path} is not there; {_maker(path)}")
-    return open_checkpoint(path)
+    return describe_checkpoint(path)
 
 
 def _maker(path: str) -> str:
@@ -106,18 +113,41 @@ def check_names(recipe: Recipe, checkpoints: tuple[Checkpoint, ...]) -> None:
     whole = checkpoints[0]
     for other in checkpoints[1:]:
         for name, theirs in match(whole, other).pairs.items():
-            if theirs.name != name and theirs.name not in whole.tensors:  # renamed, not tied
+            is_fused = theirs.name not in other.tensors  # a piece of one that is
+            if is_fused or (theirs.name != name and theirs.name not in whole.tensors):  # renamed, not tied
+                called = "part of a fused tensor" if is_fused else f"called {theirs.name!r}"
                 raise DataError(
-                    f"{recipe.path}: tensor {name!r} of {whole.label} is called {theirs.name!r} in {other.label}, and "
+                    f"{recipe.path}: tensor {name!r} of {whole.label} is {called} in {other.label}, and "
                     "mergekit matches by name; extract and prune it first (the outputs have the base's names)"
                 )
 
 
 def plan_merge(recipe: Recipe, save_path: str | Path, settings: MergeSettings = MergeSettings()) -> MergePlan:
-    """Open and compare all inputs from their headers. Raises DataError before a weight is read."""
+    """Open and compare all inputs from their headers. Raises DataError before a weight is read or downloaded."""
     reason = mergekit_reason(recipe, settings.engine)
     checkpoints = tuple(open_model(recipe, path) for path in model_paths(recipe.config))
-    output = Path(save_path)
+    return _planned(recipe, checkpoints, Path(save_path), settings, reason)
+
+
+def fetched(merge_plan: MergePlan, settings: MergeSettings, overwrite: bool) -> MergePlan:
+    """The same plan with all weights on this machine: what is still on the Hub is downloaded.
+
+    Raises DataError before that if something is at save_path (what is merged there already was merged from files that
+    are here), or if there is no room for the download and the output.
+    """
+    if not merge_plan.is_remote:
+        return merge_plan
+    inputs = list(merge_plan.checkpoints)
+    if merge_plan.reason is None:
+        checkpoints = downloaded(merge_plan.streamed(settings).job, inputs, overwrite)
+    else:
+        refuse_existing(merge_plan.save_path, overwrite)
+        check_disk(to_download(inputs) | {merge_plan.save_path: merge_plan.nbytes})
+        checkpoints = [fetch(checkpoint) for checkpoint in inputs]
+    return _planned(merge_plan.recipe, tuple(checkpoints), merge_plan.save_path, settings, merge_plan.reason)
+
+
+def _planned(recipe: Recipe, checkpoints: tuple[Checkpoint, ...], output: Path, settings, reason) -> MergePlan:
     check_places([checkpoint.path for checkpoint in checkpoints], [output])
     if reason is None:
         merge_plan = MergePlan(recipe, checkpoints, output, 0)

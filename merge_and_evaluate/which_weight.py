@@ -159,6 +159,22 @@ def find(planned: Planned, sweep: Sweep, making: Making) -> Outcome:
     return race(sweep, making, planned.field) if planned.field else try_all(sweep, making)
 
 
+def check_before_download(planned: Planned, sweep: Sweep, making: Making) -> None:
+    """Refuse whatever is under an output's name while models are still on the Hub: it was made from other files than those.
+
+    What is there already is told from a stranger's by hashes and times of the inputs, which are not here yet.
+    """
+    trials = planned.trials.items()
+    candidates = (candidate_of(choice, merge, {}, making.settings, sweep.output_path) for choice, merge in trials)
+    check_outputs(sweep, tuple(candidates), making.overwrite)
+
+
+def on(planned: Planned, merge_plans: list[MergePlan]) -> Planned:
+    """The same of the same merges, whose models have been downloaded in the meantime."""
+    again = plan_trials(planned.question, merge_plans)
+    return replace(planned, trials=again.trials, searched=again.searched)
+
+
 def answer(planned: Planned, sweep: Sweep, making: Making) -> None:
     """Find the best candidate, put its model in its place, report it."""
     by_recipe = {merge.recipe.path: merge for merge in planned.trials.values()}

@@ -169,7 +169,7 @@ REFUSED = {
     ),
     "no alpha": (
         {"lora_alpha": None},
-        "lora_alpha of 'model.layers.0.mlp.up_proj' is None, no number; download the adapter again",
+        "lora_alpha of 'model.layers.0.mlp.up_proj' is None, not a number; download the adapter again",
     ),
 }
 

@@ -40,6 +40,7 @@ CONFIGS = {
         vocab_size=19, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2
     ),
     "BartForConditionalGeneration": lambda t: t.BartConfig(**BART),
+    "MarianMTModel": lambda t: t.MarianConfig(**BART | {"pad_token_id": 0}),
     "WhisperForConditionalGeneration": lambda t: t.WhisperConfig(
         **BART | {"max_target_positions": 16, "num_mel_bins": 4, "max_source_positions": 8, "pad_token_id": 0}
     ),
@@ -376,7 +377,7 @@ def test_skip(saved, tmp_path, kind, shapes, pattern, wrap):
     plural = "s" * (count > 1)
     assert line == (
         f"{n} of {n + count} tensors agree; only in {tmp_path}/ft: {wrap}{pattern} ({count} tensor{plural}); "
-        f"leave them out with --skip '{wrap}{pattern}'"
+        f"leave {'them' if count > 1 else 'it'} out with --skip '{wrap}{pattern}'"
     )
     run("extract", *arguments, "--skip", wrap + pattern)
     same_vector(load(tmp_path / "v"), tensors, fine, lambda n: wrap + n)
@@ -431,6 +432,42 @@ def test_a_pattern_that_matches_nothing(saved, tmp_path):
         "vhead.*",
     )
     assert line == f"--skip 'vhead.*': no tensor of {tmp_path}/base or {tmp_path}/base has such a name; correct it"
+
+
+def test_a_language_model_of_a_larger_one(saved, tmp_path):
+    """Less than half of the base, and wholly in it: what is left over is named, and --skip leaves it out."""
+    tensors, config = saved("LlavaForConditionalGeneration")
+    _, text = saved("LlamaForCausalLM")
+    fine = {n.removeprefix("language_model."): t for n, t in moved(tensors).items() if n.startswith("language_model.")}
+    assert 2 * len(fine) < len(tensors)
+    write(tmp_path / "base", tensors, config)
+    write(tmp_path / "ft", fine, text)
+    flags = [
+        "--finetuned_model_path",
+        tmp_path / "ft",
+        "--base_model_path",
+        tmp_path / "base",
+        "--save_path",
+        tmp_path / "v",
+    ]
+    advice = "--skip 'multi_modal_projector.*' 'vision_tower.*'"
+    assert refusal("extract", *flags).endswith(f"; leave them out with {advice}")
+    run("extract", *flags, "--skip", "multi_modal_projector.*", "vision_tower.*")
+    vector = load(tmp_path / "v")
+    same_vector({n: vector[n] for n in tensors}, tensors, {f"language_model.{n}": t for n, t in fine.items()})
+    assert not any(vector[n].any() for n in tensors if not n.startswith("language_model."))
+
+
+@pytest.mark.parametrize("where", ["base", "ft", "both"])
+def test_positions_that_the_model_makes_itself(saved, tmp_path, where):
+    """Marian's sinusoids are parameters that its class never saves; older files hold them."""
+    tensors, config = saved("MarianMTModel")
+    positions = {f"model.{part}.embed_positions.weight": torch.rand(16, 8).half() for part in ("encoder", "decoder")}
+    fine = moved(tensors)
+    base, other = tensors | (positions if where != "ft" else {}), fine | (positions if where != "base" else {})
+    vector = extract(tmp_path, (base, config), (other, config))
+    assert vector.keys() == base.keys() and not any(vector[n].any() for n in positions if n in vector)
+    same_vector({n: vector[n] for n in tensors}, tensors, fine)
 
 
 def test_unrelated_models(tmp_path):

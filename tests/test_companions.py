@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import chain, files, prune_arguments, run, state, write
+from conftest import save_tokenizer
 
 from common.shards import hub
 from common.shards.companions import COMPANIONS, code_note, companion_files, has_tokenizer, without_code
@@ -30,6 +31,7 @@ def transformers_files() -> set[str]:
         "special_tokens_map.json",
         "added_tokens.json",
         "tokenizer_config.json",
+        f"{utils.CHAT_TEMPLATE_DIR}/tool_use.jinja",
     }
     for path in Path(transformers.__file__).parent.rglob("tokenization*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -75,6 +77,40 @@ def test_companions_travel_along_the_chain(tmp_path):
             name: (tmp_path / name).read_bytes() for name in VOCAB_ALONE
         }
         assert not list((folder / place).glob("*.py"))
+
+
+def test_several_chat_templates_travel_along(tmp_path):
+    """A tokenizer with more than one template keeps the others in a folder: to the end of the chain, and read from there."""
+    from transformers import AutoTokenizer
+
+    folder = chain(tmp_path / "c")
+    save_tokenizer(folder / "a")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "a")
+    tokenizer.chat_template = {"default": "{{ 'plain' }}", "tool_use": "{{ 'tools' }}"}
+    tokenizer.save_pretrained(folder / "a")
+    template = Path("additional_chat_templates") / "tool_use.jinja"
+    assert (folder / "a" / template).is_file()
+    flags = ["--finetuned_model_path", folder / "a", "--base_model_path", folder / "base", "--save_path", folder / "va"]
+    run("extract", *flags, "--overwrite")
+    run("prune", *prune_arguments(folder))
+    for place in ("va", "pa"):
+        assert (folder / place / template).read_bytes() == (folder / "a" / template).read_bytes()
+        read = AutoTokenizer.from_pretrained(folder / place)
+        assert (
+            read.apply_chat_template([{"role": "user", "content": "?"}], chat_template="tool_use", tokenize=False)
+            == "tools"
+        )
+
+
+def test_of_folders_only_the_templates_are_downloaded():
+    """What filter_repo_objects, which snapshot_download asks, lets through."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    names = ["config.json", "additional_chat_templates/tool_use.jinja", "model.safetensors", "tokenizer.model"]
+    others = [f"{folder}/{name}" for folder in ("original", "adapters", "onnx", "a", "additional") for name in names]
+    patterns = [*hub.WEIGHTS, *hub.CONFIGS_AND_TOKENIZER]
+    kept = filter_repo_objects([*names, *others], allow_patterns=patterns, ignore_patterns=[*hub.NEVER])
+    assert list(kept) == names
 
 
 @pytest.mark.parametrize(

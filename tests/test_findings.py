@@ -75,6 +75,45 @@ HOLDS = {
         f"holds the weights as Mistral first published them (consolidated.safetensors); {TAKE}",
     ),
     "TensorFlow": (["tf_model.h5"], f"holds TensorFlow weights (tf_model.h5); {TAKE}"),
+    "FSDP": (
+        ["pytorch_model_fsdp_0/__0_0.distcp", "pytorch_model_fsdp_0/.metadata", "optimizer_0/__0_0.distcp"],
+        "a sharded FSDP checkpoint (__0_0.distcp), whose weights are in pieces; put them together with `accelerate "
+        "merge-weights {m}/pytorch_model_fsdp_0 OUT` and add config.json and the tokenizer",
+    ),
+    "inside FSDP": (
+        ["__0_0.distcp", "__1_0.distcp", ".metadata"],
+        "a sharded FSDP checkpoint (__0_0.distcp, __1_0.distcp), whose weights are in pieces; put them together with "
+        "`accelerate merge-weights {m} OUT` and add config.json and the tokenizer",
+    ),
+    "Megatron": (
+        ["iter_0000100/mp_rank_00/model_optim_rng.pt", "latest_checkpointed_iteration.txt"],
+        f"holds a Megatron checkpoint (latest_checkpointed_iteration.txt); {TAKE}",
+    ),
+    "OpenVINO": (["openvino_model.bin", "openvino_model.xml"], f"holds an OpenVINO model (openvino_model.bin); {TAKE}"),
+    "ONNX below": (["onnx/model.onnx"], f"holds an ONNX model (model.onnx); {TAKE}"),
+    "MLX": (["model.npz"], f"holds MLX or NumPy weights (model.npz); {TAKE}"),
+    "an archive": (
+        ["model.tar.gz"],
+        "holds an archive (model.tar.gz) and no weights beside it; unpack it, and point at what comes out",
+    ),
+    "diffusers": (
+        ["model_index.json", "unet/diffusion_pytorch_model.safetensors"],
+        "holds what diffusers reads (model_index.json), for image models; these scripts take transformers' models",
+    ),
+    "diffusers' LoRA": (
+        ["pytorch_lora_weights.safetensors"],
+        "holds what diffusers reads (pytorch_lora_weights.safetensors), for image models; these scripts take transformers' "
+        "models",
+    ),
+    "a variant in shards": (
+        ["model.fp16-00001-of-00002.safetensors", "model.safetensors.index.fp16.json"],
+        "holds the weights as a variant (model.safetensors.index.fp16.json); rename that to model.safetensors.index.json, "
+        "which reads the same files",
+    ),
+    "adapters below": (
+        [f"checkpoint-{i}/adapter_{what}" for i in (5, 10) for what in ("config.json", "model.safetensors")],
+        "no weights in it, but 2 adapter(s) below (checkpoint-10, checkpoint-5); point at one of them",
+    ),
     "our job": (
         [".run/run.json", "model.safetensors.tmp"],
         "left by a job of these scripts that has not finished; run its command again, then point at its output",
@@ -152,3 +191,91 @@ def test_a_vector_in_the_making(tmp_path):
     (folder / "va.part" / "model.safetensors").unlink()
     line = refusal("prune", "--task_vector_paths", folder / "va.part", "--save_directories", tmp_path / "out")
     assert line.startswith(f"{folder / 'va.part'}: left by a job of these scripts that has not finished")
+
+
+def test_a_file_that_is_something_else(tmp_path):
+    for name, line in (
+        ("m.gguf", "GGUF, which llama.cpp reads; take the safetensors version of the model"),
+        ("m.zip", "an archive; unpack it, and give the directory that comes out"),
+    ):
+        path = fill(tmp_path, [name]) / name
+        assert refusal("convert", "--model_path", path, "--save_path", tmp_path / "out") == f"{path}: {line}"
+
+
+def test_links_to_nothing(tmp_path):
+    """A cache that was cleaned, or copied without its blobs."""
+    model = write(tmp_path / "m", state())
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors").symlink_to("../../blobs/0123")
+    assert refusal("convert", "--model_path", model, "--save_path", tmp_path / "out") == (
+        f"{model}: model.safetensors is a link to ../../blobs/0123, which is not there; copy the file itself, or download it "
+        "again"
+    )
+
+
+def test_a_config_alone(tmp_path):
+    """Of a model, and in the Hub's cache, where a snapshot begins with it."""
+    model = fill(tmp_path / "m", ["config.json", "tokenizer.json"])
+    assert refusal("convert", "--model_path", model, "--save_path", tmp_path / "out") == (
+        f"{model}: a config.json but no weights (model.safetensors, pytorch_model.bin, or an index of several); download "
+        "those too"
+    )
+    snapshot = fill(tmp_path / "models--org--a" / "snapshots" / "01", ["config.json"])
+    assert refusal("convert", "--model_path", snapshot, "--save_path", tmp_path / "out") == (
+        f"{snapshot}: a snapshot in the Hub's cache whose weights have not been downloaded; give the id org/a"
+    )
+
+
+def test_weights_that_hold_nothing(tmp_path):
+    model = write(tmp_path / "m", {})
+    assert refusal("convert", "--model_path", model, "--save_path", tmp_path / "out") == (
+        f"{model}: its weight files hold no tensor; download or save the model again"
+    )
+
+
+def test_a_web_page_instead_of_weights(tmp_path):
+    model = write(tmp_path / "m", state())
+    (model / "model.safetensors").write_bytes(b"<!DOCTYPE html><html><body>Access denied</body></html>")
+    assert refusal("convert", "--model_path", model, "--save_path", tmp_path / "out") == (
+        f"{model}/model.safetensors: a web page, not the file, as a download without access leaves it; download it again"
+    )
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model", "module"])
+def test_a_training_checkpoint_in_a_bin(tmp_path, key):
+    """Lightning, DeepSpeed and many a script save it so."""
+    model = write(tmp_path / "m", {key: state(), "epoch": 3}, suffix=".bin")
+    assert refusal("convert", "--model_path", model, "--save_path", tmp_path / "out") == (
+        f"{model}/pytorch_model.bin: a training checkpoint, whose tensors are one level deeper, under {key!r}; save what is "
+        "there alone, or use a safetensors version of this model"
+    )
+
+
+QUANTISED = {
+    "bitsandbytes": ({"a.weight": (32, "uint8"), "a.weight.absmax": (4, "float32")}, "a.weight", "U8"),
+    "bitsandbytes, 8 bits": ({"a.weight": (9, "int8"), "a.SCB": (3, "float32")}, "a.weight", "I8"),
+    "GPTQ, AWQ": (
+        {"a.qweight": (9, "int32"), "a.qzeros": (3, "int32"), "a.scales": (3, "float16")},
+        "a.qweight",
+        "I32",
+    ),
+    "mlx": ({"a.weight": (9, "uint32"), "a.scales": (3, "float16"), "a.biases": (3, "float16")}, "a.weight", "U32"),
+    "gpt-oss": ({"e.up_blocks": (9, "uint8"), "e.up_scales": (3, "uint8")}, "e.up_blocks", "U8"),
+    "compressed-tensors": (
+        {"a.weight_shape": (2, "int64"), "a.weight_packed": (32, "int32"), "a.weight_scale": (4, "float16")},
+        "a.weight_packed",
+        "I32",
+    ),
+}
+
+
+@pytest.mark.parametrize("says", [True, False], ids=["config says so", "config is silent"])
+@pytest.mark.parametrize("tensors, name, dtype", QUANTISED.values(), ids=QUANTISED)
+def test_quantised_weights(tmp_path, tensors, name, dtype, says):
+    """As buffers they would pass unchanged; whatever config.json says, they are refused."""
+    made = {n: torch.ones(size, dtype=getattr(torch, kind)) for n, (size, kind) in tensors.items()}
+    config = {"quantization_config": {"quant_method": "x"}} if says else {}
+    model = write(tmp_path / "m", made | {"norm.weight": torch.ones(3).half()}, config)
+    assert refusal("convert", "--model_path", model, "--save_path", tmp_path / "out") == (
+        f"tensor {name!r} is {dtype} in {model}: its weights are quantised; take an unquantised version of the model"
+    )

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import load, write
-from conftest import ROOT
+from checkpoints import extract, load, write
+from conftest import ROOT, save_model
+from recipes_and_models import set_the_table
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 CONFIG = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "tie_word_embeddings": False}
@@ -59,13 +61,20 @@ class Standing(BaseHTTPRequestHandler):
         if not self.path.startswith("/api/models/"):
             return self._file(True)
         org, name = self.path.split("?")[0].split("/")[3:5]
-        files = sorted(path for path in (self.server.root / org / name).glob("*") if path.is_file())
+        root = self.server.root / org / name
+        files = sorted(path for path in root.rglob("*") if path.is_file())
         if not files:
             return self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
         if "/tree/" in self.path:
-            listed = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": SHA} for f in files]
+            listed = [
+                {"type": "file", "path": str(f.relative_to(root)), "size": f.stat().st_size, "oid": SHA} for f in files
+            ]
         else:
-            listed = {"id": f"{org}/{name}", "sha": SHA, "siblings": [{"rfilename": f.name} for f in files]}
+            listed = {
+                "id": f"{org}/{name}",
+                "sha": SHA,
+                "siblings": [{"rfilename": str(f.relative_to(root))} for f in files],
+            }
         return self._answer(200, json.dumps(listed).encode(), {"Content-Type": "application/json"})
 
 
@@ -84,7 +93,8 @@ def tensors(rows: int = SIDE, extra: dict | None = None) -> dict:
     return {name: tensor.half() for name, tensor in (made | (extra or {})).items()}
 
 
-def call(hub, tmp_path: Path, script: str, *arguments) -> subprocess.CompletedProcess:
+def call(hub, tmp_path: Path, script: str, *arguments, free: int | None = None) -> subprocess.CompletedProcess:
+    """Run a script against the stand-in; free: bytes that every disk has left."""
     environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")} | {
         "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_address[1]}",
         "HF_HUB_OFFLINE": "0",
@@ -92,7 +102,13 @@ def call(hub, tmp_path: Path, script: str, *arguments) -> subprocess.CompletedPr
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_XET": "1",
     }
-    command = [sys.executable, ROOT / script, *map(str, arguments)]
+    little = f"import shutil, runpy, sys; del sys.argv[0]; shutil.disk_usage = lambda p: shutil._ntuple_diskusage(9, 9, {free}); "
+    as_script = (
+        [ROOT / script]
+        if free is None
+        else ["-c", f"{little}runpy.run_path(sys.argv[0], run_name='__main__')", ROOT / script]
+    )
+    command = [sys.executable, *as_script, *map(str, arguments)]
     return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
 
 
@@ -144,3 +160,166 @@ def test_what_does_not_fit_is_refused_before_the_download(hub, tmp_path, finetun
     )
     assert done.returncode == 1 and line in done.stderr and done.stderr.count("error: ") == 1, done.stderr
     assert hub.sent < 400_000
+
+
+UNUSABLE = {
+    "GGUF": (
+        ["m.Q4_K_M.gguf", "README.md", ".gitattributes"],
+        "holds GGUF (m.Q4_K_M.gguf), which llama.cpp reads; take the safetensors version of the model",
+    ),
+    "an image model": (
+        ["model_index.json", "README.md", "unet/diffusion_pytorch_model.safetensors"],
+        "holds what diffusers reads (model_index.json), for image models; these scripts take transformers' models",
+    ),
+    "a config alone": (
+        ["config.json", "README.md"],
+        "a config.json but no weights (model.safetensors, pytorch_model.bin, or an index of several); download those too",
+    ),
+    "no config": (
+        ["model.safetensors", "README.md"],
+        "no config.json in it; download the weights and copy it there from the model they are of",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("files, line", UNUSABLE.values(), ids=UNUSABLE)
+def test_a_repository_that_holds_something_else(hub, tmp_path, files, line):
+    """Said by what its list of files shows; nothing of it is downloaded."""
+    for name in files:
+        path = hub.root / "org" / "other" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"{}" if name.endswith("json") else bytes(2_000_000))
+    done = call(hub, tmp_path, "convert_dtype.py", "--model_path", "org/other", "--save_path", "out")
+    assert done.stderr.splitlines()[-1] == f"error: org/other: {line}"
+    assert hub.sent < 100_000
+
+
+# --- prune and merge ------------------------------------------------------------------------------
+
+WEIGHTS = 2 * SIDE * SIDE * 2  # bytes of one model
+
+
+@pytest.fixture
+def published(hub) -> Path:
+    """org/base, org/ft, org/va and org/vb on the Hub: a base, a fine-tuned model, two task vectors of that base."""
+    base = tensors()
+    fine = [{n: t + (i + 1) * torch.eye(SIDE).half() for n, t in base.items()} for i in range(2)]
+    root = hub.root / "org"
+    write(root / "base", base, CONFIG)
+    for model, vector, own in zip(("ft", "ft2"), ("va", "vb"), fine, strict=True):
+        write(root / model, own, CONFIG)
+        extract(root / model, root / "base", root / vector)
+        record = root / vector / "task_vector.json"
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"base_model_path": "org/base"}))
+    return root
+
+
+PRUNE = ["--task_vector_paths", "org/va", "org/vb", "--save_directories", "pa", "pb", "--n", 1, "--m", 4]
+RECIPE = """merge_method: task_arithmetic
+base_model: org/base
+models: [{model: org/ft, parameters: {weight: 0.5}}, {model: org/ft2, parameters: {weight: 0.5}}]
+dtype: float32
+out_dtype: float16
+"""
+MERGE = ["--recipe", "r.yml", "--save_path", "merged", "--merge_only"]
+JOBS = {
+    "prune": ("prune_task_vector_7b.py", PRUNE, ["pa", "pb"], 3 * WEIGHTS),
+    "merge": ("merge_and_evaluate_7b.py", MERGE, ["merged"], 3 * WEIGHTS),
+    "convert": ("convert_dtype.py", ["--model_path", "org/base", "--save_path", "out"], ["out"], WEIGHTS),
+    "extract": (
+        "extract_task_vector_7b.py",
+        ["--finetuned_model_path", "org/ft", "--base_model_path", "org/base", "--save_path", "v"],
+        ["v"],
+        2 * WEIGHTS,
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, arguments, outputs, nbytes", JOBS.values(), ids=JOBS)
+def test_nothing_is_downloaded_before_everything_fits(hub, tmp_path, published, script, arguments, outputs, nbytes):
+    """A dry run, an output that exists, too little room, another job's rest: headers alone are sent. Then the job itself."""
+    (tmp_path / "r.yml").write_text(RECIPE)
+    done = call(hub, tmp_path, script, *arguments, "--dry_run")
+    assert done.returncode == 0 and done.stdout.count("to be downloaded") == nbytes // WEIGHTS, done.stderr
+    (tmp_path / outputs[-1]).mkdir()
+    (tmp_path / outputs[-1] / "mine").write_text("x")
+    done = call(hub, tmp_path, script, *arguments)
+    assert done.stderr == f"error: {outputs[-1]}: already there; give --overwrite to replace it, or write elsewhere\n"
+    done = call(hub, tmp_path, script, *arguments, "--overwrite", free=nbytes + 1000)
+    needed = nbytes + len(outputs) * (WEIGHTS + 100)
+    assert f"{needed / 1e9:.2f} GB are needed there and {nbytes / 1e9:.2f} GB are free" in done.stderr, done.stderr
+    assert (tmp_path / outputs[-1] / "mine").read_text() == "x"
+    (tmp_path / outputs[-1]).rename(tmp_path / f"{outputs[-1]}.part")
+    done = call(hub, tmp_path, script, *arguments)
+    assert f"{outputs[-1]}.part: left by another job" in done.stderr, done.stderr
+    shutil.rmtree(tmp_path / f"{outputs[-1]}.part")
+    assert hub.sent < 1_000_000 and not any((tmp_path / name).exists() for name in outputs)
+
+    done = call(hub, tmp_path, script, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert nbytes < hub.sent < nbytes + 2_000_000
+    assert all(set(load(tmp_path / name)) == set(tensors()) for name in outputs)
+
+
+@pytest.mark.slow
+def test_the_same_bytes_from_the_hub_as_from_directories(hub, tmp_path, published):
+    """Pruned and merged."""
+    (tmp_path / "r.yml").write_text(RECIPE)
+    (tmp_path / "local.yml").write_text(RECIPE.replace("org/", f"{published}/"))
+    local = [f"{published}/{a.removeprefix('org/')}" if str(a).startswith("org/") else a for a in PRUNE]
+    local = [{"pa": "qa", "pb": "qb"}.get(a, a) for a in local]
+    for script, arguments in (
+        ("prune_task_vector_7b.py", PRUNE),
+        ("prune_task_vector_7b.py", [*local, "--base_model_path", published / "base"]),
+        ("merge_and_evaluate_7b.py", MERGE),
+        ("merge_and_evaluate_7b.py", ["--recipe", "local.yml", "--save_path", "merged_too", "--merge_only"]),
+    ):
+        done = call(hub, tmp_path, script, *arguments)
+        assert done.returncode == 0, done.stderr
+    for one, other in (("pa", "qa"), ("pb", "qb"), ("merged", "merged_too")):
+        assert (tmp_path / one / "model.safetensors").read_bytes() == (
+            tmp_path / other / "model.safetensors"
+        ).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, arguments", [JOBS[name][:2] for name in ("prune", "merge")], ids=["prune", "merge"])
+def test_a_base_that_does_not_fit_is_refused_before_the_download(hub, tmp_path, published, script, arguments):
+    """Its headers tell."""
+    (tmp_path / "r.yml").write_text(RECIPE)
+    shutil.rmtree(published / "base")
+    write(published / "base", tensors(extra={"model.layers.0.w": torch.ones(3)}), CONFIG)
+    done = call(hub, tmp_path, script, *arguments)
+    assert done.returncode == 1 and "2 of 3 tensors agree; only in org/base: model.layers.0.w (1 tensor)" in done.stderr
+    assert hub.sent < 700_000
+
+
+@pytest.mark.slow
+def test_room_for_a_bin_is_checked_before_its_download(hub, tmp_path):
+    """It has no header to read, but a size."""
+    write(hub.root / "org" / "old", tensors(), CONFIG, suffix=".bin")
+    arguments = ["--model_path", "org/old", "--save_path", "out"]
+    done = call(hub, tmp_path, "convert_dtype.py", *arguments, free=1_000_000)
+    assert done.returncode == 1 and "0.00 GB are needed there" in done.stderr, done.stderr
+    assert hub.sent < 100_000
+    assert call(hub, tmp_path, "convert_dtype.py", *arguments).returncode == 0 and hub.sent > WEIGHTS
+
+
+@pytest.mark.slow
+def test_a_model_to_score_is_downloaded_after_every_refusal(hub, tmp_path):
+    """--eval_only on a Hub id: a dry run, results that exist, no tokenizer to load."""
+    save_model(hub.root / "org" / "model", 0)
+    (hub.root / "org" / "model" / "padding.jinja").write_text("x")  # not a file of the model
+    set_the_table(tmp_path, hub.root / "org")
+    (tmp_path / "model").unlink()
+    weights = (hub.root / "org" / "model" / "model.safetensors").stat().st_size
+    flags = ["--eval_only", "--save_path", "org/model", "--eval_recipe", "eval.yml", "--output_path", "r.json"]
+    done = call(hub, tmp_path, "merge_and_evaluate_7b.py", *flags, "--dry_run")
+    assert done.returncode == 0 and "(to be downloaded)" in done.stdout, done.stderr
+    (tmp_path / "r.json").write_text("{}")
+    done = call(hub, tmp_path, "merge_and_evaluate_7b.py", *flags)
+    assert done.stderr.endswith("error: r.json: already there; give --overwrite to replace it, or write elsewhere\n")
+    cached = [path for path in (tmp_path / "home").rglob("*.safetensors") if path.stat().st_size >= weights]
+    assert cached == []

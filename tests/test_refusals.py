@@ -81,8 +81,9 @@ def arguments(script: str, folder: Path, *more: str) -> list:
 
 
 RELATED = "is {d}/a a fine-tuned model of {d}/base?"
-ONLY = "5 of 6 tensors agree; only in {{d}}/{0}: {1} (1 tensor); leave them out with --skip '{1}'"
+ONLY = "5 of 6 tensors agree; only in {{d}}/{0}: {1} (1 tensor); leave it out with --skip '{1}'"
 BEYOND = "convert to bfloat16 or float32, or accept the nearest finite value with --clamp"
+Q_BIAS = "model.layers.0.self_attn.q_proj.bias"
 FLOATING = "take versions of both models in floating point"
 CASES = {
     # what does not fit
@@ -115,14 +116,19 @@ CASES = {
         ONLY.format("base", HEAD),
     ),
     "integers": (
-        replace("a", Q, torch.ones(7, 7, dtype=torch.int32)),
+        replace("a", Q_BIAS, torch.ones(5, dtype=torch.int32)),
         ["extract"],
-        f"tensor '{Q}' is I32 in {{d}}/a but F16 in {{d}}/base; {FLOATING}",
+        f"tensor '{Q_BIAS}' is I32 in {{d}}/a but F16 in {{d}}/base; {FLOATING}",
     ),
     "integers in the base": (
-        replace("base", Q, torch.ones(7, 7, dtype=torch.int8)),
+        replace("base", Q_BIAS, torch.ones(5, dtype=torch.int8)),
         ["extract"],
-        f"tensor '{Q}' is F16 in {{d}}/a but I8 in {{d}}/base; {FLOATING}",
+        f"tensor '{Q_BIAS}' is F16 in {{d}}/a but I8 in {{d}}/base; {FLOATING}",
+    ),
+    "quantised weights": (
+        replace("a", Q, torch.ones(7, 7, dtype=torch.int8)),
+        ["extract"],
+        f"tensor '{Q}' is I8 in {{d}}/a: its weights are quantised; take an unquantised version of the model",
     ),
     "a tied head that differs": (
         together(
@@ -175,7 +181,7 @@ CASES = {
     "no task vector": (
         lambda folder: (folder / "va" / "task_vector.json").unlink(),
         ["prune"],
-        "{d}/va: no task_vector.json in it, so it is no task vector; make one with extract_task_vector_7b.py",
+        "{d}/va: no task_vector.json in it, so it is not a task vector; make one with extract_task_vector_7b.py",
     ),
     "no sound task_vector.json": (
         text("vb/task_vector.json", "{}"),

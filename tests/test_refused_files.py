@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from common.shards import headers
 from common.shards.headers import DTYPE_BYTES
 
-KNOWN = ", ".join(DTYPE_BYTES)
+NOT_READ = f"is none of those read here ({', '.join(DTYPE_BYTES)}); take a version of the model in float16, bfloat16 or float32"
 AGAIN = "download it again"
 CUT = "it is truncated or damaged, download it again"
 SAFE = "use a safetensors version of this model"
@@ -51,27 +51,27 @@ def model(tmp_path) -> Path:
 
 FILE = "{m}/model.safetensors"
 HEADERS = {
-    "empty": (b"", f"0 bytes, too few for its header; it is truncated or no safetensors file, {AGAIN}"),
+    "empty": (b"", f"0 bytes, too few for its header; it is truncated or not a safetensors file, {AGAIN}"),
     "2**63 bytes": (
         (2**63).to_bytes(8, "little") + b"{}" * 50,
-        f"108 bytes, too few for its header; it is truncated or no safetensors file, {AGAIN}",
+        f"108 bytes, too few for its header; it is truncated or not a safetensors file, {AGAIN}",
     ),
-    "no JSON": (safetensors_bytes(b"hello"), f"no valid JSON (Expecting value: line 1 column 1 (char 0)); {BAD_JSON}"),
+    "no JSON": (safetensors_bytes(b"hello"), f"not valid JSON (Expecting value: line 1 column 1 (char 0)); {BAD_JSON}"),
     "no UTF-8": (
         safetensors_bytes(b'{"\xff":1}'),
-        f"no valid JSON ('utf-8' codec can't decode byte 0xff in position 2: invalid start byte); {BAD_JSON}",
+        f"not valid JSON ('utf-8' codec can't decode byte 0xff in position 2: invalid start byte); {BAD_JSON}",
     ),
-    "nested": (safetensors_bytes(b'{"a":' * 50_000), f"no valid JSON (nested too deeply); {BAD_JSON}"),
-    "no object": (safetensors_bytes([]), "the header is no JSON object; download the file again"),
+    "nested": (safetensors_bytes(b'{"a":' * 50_000), f"not valid JSON (nested too deeply); {BAD_JSON}"),
+    "no object": (safetensors_bytes([]), "the header is not a JSON object; download the file again"),
     "twice": (safetensors_bytes(b'{"a":1,"a":2}'), f"the name 'a' occurs twice; {BAD_JSON}"),
     "twice inside": (safetensors_bytes(b'{"a":{"dtype":1,"dtype":2}}'), f"the name 'dtype' occurs twice; {BAD_JSON}"),
     "half a surrogate": (
         safetensors_bytes(b'{"\\ud800":{"dtype":"F16","shape":[1],"data_offsets":[0,2]}}'),
-        f"no valid JSON ('utf-8' codec can't encode character '\\ud800' in position 2: surrogates not allowed); {BAD_JSON}",
+        f"not valid JSON ('utf-8' codec can't encode character '\\ud800' in position 2: surrogates not allowed); {BAD_JSON}",
     ),
     "metadata": (
         safetensors_bytes({"__metadata__": 3, "a": entry()}),
-        "__metadata__ in the header is no JSON object; download the file again",
+        "__metadata__ in the header is not a JSON object; download the file again",
     ),
     "rest": (safetensors_bytes({"a": entry()}, bytes(4)), f"73 bytes, but its header describes 71; {CUT}"),
 }
@@ -85,13 +85,13 @@ def test_header(model, content, line):
 
 TENSORS = {
     "no fields": (3, "the header needs dtype, shape and data_offsets; download the file again"),
-    "unknown dtype": (entry("F4"), f"unknown dtype 'F4'; known are {KNOWN}"),
-    "dtype is a list": (entry(["F16"]), f"unknown dtype ['F16']; known are {KNOWN}"),
-    "negative": (entry(shape=[-1]), "[-1] is no shape; download the file again"),
-    "boolean": (entry(shape=[True]), "[True] is no shape; download the file again"),
-    "fraction": (entry(shape=[1.0]), "[1.0] is no shape; download the file again"),
-    "2**63": (entry(shape=[2**63]), "[9223372036854775808] is no shape; download the file again"),
-    "17 dimensions": (entry(shape=[1] * 17), f"{[1] * 17} is no shape; download the file again"),
+    "unknown dtype": (entry("F4"), f"its dtype 'F4' {NOT_READ}"),
+    "dtype is a list": (entry(["F16"]), f"its dtype ['F16'] {NOT_READ}"),
+    "negative": (entry(shape=[-1]), "[-1] is not a shape; download the file again"),
+    "boolean": (entry(shape=[True]), "[True] is not a shape; download the file again"),
+    "fraction": (entry(shape=[1.0]), "[1.0] is not a shape; download the file again"),
+    "2**63": (entry(shape=[2**63]), "[9223372036854775808] is not a shape; download the file again"),
+    "17 dimensions": (entry(shape=[1] * 17), f"{[1] * 17} is not a shape; download the file again"),
     "overflowing": (
         entry(shape=[2**40, 2**40]),
         "F16 [1099511627776, 1099511627776] does not fill its 2 bytes; download the file again",
@@ -101,7 +101,7 @@ TENSORS = {
         "F16 [4611686018427387904, 4, 3] does not fill its 2 bytes; download the file again",
     ),
     "too small": (entry(shape=[2]), "F16 [2] does not fill its 2 bytes; download the file again"),
-    "one offset": (entry() | {"data_offsets": [0]}, "[0] are no data_offsets; download the file again"),
+    "one offset": (entry() | {"data_offsets": [0]}, "[0] are not data_offsets; download the file again"),
     "backwards": (entry(begin=2, end=0), f"data_offsets [2, 0] lie outside the file's 2 bytes of data; {CUT}"),
     "beyond": (entry(shape=[4], end=8), f"data_offsets [0, 8] lie outside the file's 2 bytes of data; {CUT}"),
 }
@@ -143,7 +143,9 @@ def test_a_header_longer_than_any(model):
     with open(model / "model.safetensors", "wb") as file:
         file.write(length.to_bytes(8, "little"))
         file.truncate(2 * length)
-    expect_refused(model, f"{FILE}: a header of {length} bytes, at most {length - 1} are accepted")
+    expect_refused(
+        model, f"{FILE}: a header of {length} bytes, at most {length - 1} are accepted; get it from a source you trust"
+    )
 
 
 @pytest.mark.parametrize("keep", [4, 300, 1000])
@@ -173,7 +175,7 @@ def test_odd_but_sound(tmp_path):
 
 INDEX = "{m}/model.safetensors.index.json"
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-PLAIN = f"which is no plain file name ending in .safetensors; {SOURCE}"
+PLAIN = f"which is not a plain file name ending in .safetensors; {SOURCE}"
 INDEXES = {
     "up and away": (
         {"lm_head.weight": "../../etc/x.safetensors"},
@@ -233,7 +235,7 @@ def test_index(tmp_path, change, line):
         ("{}", f"{INDEX}: needs a 'weight_map' of tensor names to files; {AGAIN}"),
         ('{"weight_map": []}', f"{INDEX}: needs a 'weight_map' of tensor names to files; {AGAIN}"),
         ('{"weight_map": {"a": "x", "a": "y"}}', f"{INDEX}: the name 'a' occurs twice; {BAD_JSON}"),
-        ("[]", f"{INDEX}: a JSON object is needed, found list"),
+        ("[]", f"{INDEX}: a JSON object is needed, found list; download or write the file again"),
     ],
 )
 def test_index_text(tmp_path, text, line):
@@ -327,14 +329,14 @@ def test_no_weights_no_config(model):
     [
         (
             "{",
-            f"no valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)); {BAD_JSON}",
+            f"not valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)); {BAD_JSON}",
         ),
-        ("3", "a JSON object is needed, found int"),
-        ('{"a":' * 100_000, f"no valid JSON (nested too deeply); {BAD_JSON}"),
+        ("3", "a JSON object is needed, found int; download or write the file again"),
+        ('{"a":' * 100_000, f"not valid JSON (nested too deeply); {BAD_JSON}"),
         ('{"x_config":' * 600 + "{}" + "}" * 600, f"nested more than 50 deep; {SOURCE}"),
         (
             '{"x": "\\ud800"}',
-            "no valid JSON ('utf-8' codec can't encode character '\\ud800' in position 7: "
+            "not valid JSON ('utf-8' codec can't encode character '\\ud800' in position 7: "
             f"surrogates not allowed); {BAD_JSON}",
         ),
     ],
@@ -354,8 +356,7 @@ def test_quantised(model):
     save_file(state() | {"a.qweight": torch.ones(2, 2, dtype=torch.int32)}, model / "model.safetensors")
     expect_refused(
         model,
-        "tensor 'a.qweight' is I32 in {m}, whose config.json has a quantization_config; take an unquantised version of the "
-        "model",
+        "tensor 'a.qweight' is I32 in {m}: its weights are quantised; take an unquantised version of the model",
     )
 
 
@@ -412,9 +413,16 @@ BINS = {
         f"tensor 'a' in {BIN}: the file does not hold its 800 bytes; {AGAIN}",
     ),
     "a list": (saved([torch.ones(2)]), f"{BIN}: holds a list, needed is a state dict of tensors; {SAFE}"),
-    "nested": (saved({"model": {}}), f"tensor 'model' in {BIN}: found dict, needed is a plain tensor; {SAFE}"),
-    "numbered": (saved({1: torch.ones(2)}), f"{BIN}: 1 is no name of a tensor; {SAFE}"),
-    "no Unicode": (saved({"\ud800": torch.ones(2)}), f"{BIN}: '\\ud800' is no name of a tensor; {SAFE}"),
+    "nested": (
+        saved({"model": {}}),
+        f"{BIN}: a training checkpoint, whose tensors are one level deeper, under 'model'; save what is there alone, or {SAFE}",
+    ),
+    "a dict among tensors": (
+        saved({"a": torch.ones(2), "b": {}}),
+        f"tensor 'b' in {BIN}: found dict, needed is a plain tensor; {SAFE}",
+    ),
+    "numbered": (saved({1: torch.ones(2)}), f"{BIN}: 1 is not a tensor's name; {SAFE}"),
+    "no Unicode": (saved({"\ud800": torch.ones(2)}), f"{BIN}: '\\ud800' is not a tensor's name; {SAFE}"),
     "complex": (
         saved({"a": torch.ones(2, dtype=torch.complex64)}),
         f"tensor 'a' in {BIN}: found torch.complex64, torch.strided, needed is a plain tensor; {SAFE}",

@@ -390,7 +390,9 @@ class Hub:
     def __init__(self, remote: Path, cache: Path):
         self.remote, self.cache, self.asked = remote, cache, []
 
-    def __call__(self, repo_id, *, allow_patterns, ignore_patterns=None):
+    def __call__(self, repo_id, *, allow_patterns, ignore_patterns=None, dry_run=False):
+        if dry_run:  # which files are to be downloaded, for their sizes
+            return []
         self.asked.append(repo_id)
         snapshot = self.cache / "snapshots" / "1"
         snapshot.mkdir(parents=True, exist_ok=True)

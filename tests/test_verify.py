@@ -190,6 +190,7 @@ def test_what_is_not_known_of_inputs(written, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[3:] == [
         f"{written / 'va'}: its base is {written / 'cv'}, verified too",
         f"{written / 'va'}: not known: whether its inputs are as they were: {written / 'a'}",
+        f"{written / 'pa'}: its base is {written / 'cv'}, verified too",
         f"{written / 'cv'}: not known: whether its inputs are as they were: {written / 'base'}",
     ]
     run("prune", "--verify", written / "va")

@@ -64,6 +64,8 @@ def build(parameters: dict, labels: list[str], own: int, records: dict[str, dict
     tensors, kinds, total = {}, {}, Tally(both=(0,) * len(labels), either=(0,) * len(labels))
     for name, record in records.items():
         entry = {"hash": record["written"]}
+        if "base_model_path" in parameters:  # --verify then knows which base it was added to
+            entry["base"] = record["base"]
         if "tally" in record:  # a buffer has none
             tally, kind = from_record(record["tally"]), kind_of(name)
             entry |= {"kind": kind} | measures(tally, labels, own)

@@ -8,10 +8,12 @@ companions.py    tokenizer, processors: what is copied along
 findings.py      what a directory without weights does hold
 checkpoint.py    a model directory: tensors, config, companion files
 remote.py        Hub ids described before they are downloaded
+fused.py         experts that one model stores fused
 architecture.py  what transformers knows of a model: ties, old names, constants
 names.py         two ways to name the same tensors: wrappers, patterns
 resolving.py     names of two models made to agree
 leftover.py      what two models do not have in common: --skip, or refused
+dtypes.py        parameters in floating point, or refused
 matching.py      which tensors of two models belong together; ties
 vocabulary.py    which rows of an embedding two models have in common
 adapters.py      LoRA adapters: what they add to which tensors

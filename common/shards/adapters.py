@@ -76,6 +76,10 @@ def is_adapter(directory: Path) -> bool:
 
 def _check_kind(label: str, config: dict) -> None:
     """Refuse what is not a plain LoRA, by name."""
+    if "peft_type" not in config and ("lora_parameters" in config or "fine_tune_type" in config):
+        raise DataError(
+            f"{label}: an adapter of mlx_lm, and peft's are read here; fuse it with mlx_lm.fuse, extract from that"
+        )
     kind = config.get("peft_type")
     if kind != "LORA":
         raise DataError(f"{label}: an adapter of the type {kind!r:.40}, and only LORA is read here; {MERGE}")
@@ -94,8 +98,14 @@ def _read_tensors(label: str, directory: Path) -> list[Tensor]:
     for name in WEIGHTS:
         path = directory / name
         if path.is_file():
-            return headers.read_file_header(path) if path.suffix == ".safetensors" else bins._read_file(path)
-    raise DataError(f"{label}: {CONFIG} but no {' or '.join(WEIGHTS)} in it; download the adapter again")
+            return headers.read_file_header(path) if path.suffix == ".safetensors" else bins.read_file(path)
+    found = sorted(path.name for path in directory.glob("*.safetensors"))
+    there = (
+        f" (but {found[0]}; if that is the adapter, rename it to {WEIGHTS[0]})"
+        if found
+        else "; download the adapter again"
+    )
+    raise DataError(f"{label}: {CONFIG} but no {' or '.join(WEIGHTS)} in it{there}")
 
 
 def _pattern_value(label: str, config: dict, key: str, module: str, default):
@@ -105,7 +115,9 @@ def _pattern_value(label: str, config: dict, key: str, module: str, default):
         found = (v for k, v in table.items() if re.fullmatch(rf"(?:.*\.)?(?:{k})", module))
         return next(found, default)
     except (re.error, AttributeError):
-        raise DataError(f"{label}: {key} in {CONFIG} is no table of module names; download the adapter again") from None
+        raise DataError(
+            f"{label}: {key} in {CONFIG} is not a table of module names; download the adapter again"
+        ) from None
 
 
 def _scale(label: str, config: dict, module: str, rank: int) -> float:
@@ -118,7 +130,7 @@ def _scale(label: str, config: dict, module: str, rank: int) -> float:
             f"{label}: module {inner!r} has rank {rank} in its tensors but {said!r:.40} in {CONFIG}; download the adapter again"
         )
     if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise DataError(f"{label}: lora_alpha of {inner!r} is {alpha!r:.40}, no number; download the adapter again")
+        raise DataError(f"{label}: lora_alpha of {inner!r} is {alpha!r:.40}, not a number; download the adapter again")
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
@@ -142,7 +154,7 @@ def _sorted_out(label: str, tensors: list[Tensor]) -> tuple[dict[str, dict[str, 
     for tensor in tensors:
         if not tensor.is_parameter or tensor.dtype not in FLOAT_DTYPES:
             raise DataError(
-                f"tensor {tensor.name!r} is {tensor.dtype} in {label}; needed is float16, bfloat16 or float32"
+                f"tensor {tensor.name!r} is {tensor.dtype} in {label}; needed is float16, bfloat16 or float32: {MERGE}"
             )
         found = _FACTOR.fullmatch(tensor.name) or _EMBEDDING.fullmatch(tensor.name)
         if found:
@@ -155,6 +167,22 @@ def _sorted_out(label: str, tensors: list[Tensor]) -> tuple[dict[str, dict[str, 
         else:
             whole[_WHOLE.sub("", tensor.name)] = tensor
     return factors, embeddings, whole
+
+
+def _product(adapter: Checkpoint, config: dict, module: str, own: Tensor, pair: tuple[Tensor, Tensor, bool]) -> Product:
+    """What the adapter adds to the base's tensor `own`; pair: (A, B, whether the config says it is stored transposed)."""
+    a, b, by_config = pair
+    scale = _scale(adapter.label, config, module, a.shape[0] if a.shape else 0)
+    return Product(a, b, scale, _is_transposed(adapter.label, own, a, b, by_config))
+
+
+def _checked_copy(copy: Tensor | None, own: Tensor, adapter: Checkpoint, base: Checkpoint) -> Tensor | None:
+    """The adapter's own copy of an adapted tensor. Raises DataError if that has another shape: a resized vocabulary."""
+    if copy and copy.shape != own.shape:
+        raise DataError(
+            f"tensor {own.name!r} is {list(copy.shape)} in {adapter.label} but {list(own.shape)} in {base.label}; {MERGE}"
+        )
+    return copy
 
 
 def open_adapter(label: str, directory: Path, base: Checkpoint, free_rows: bool = False) -> Adapter:
@@ -173,23 +201,19 @@ def open_adapter(label: str, directory: Path, base: Checkpoint, free_rows: bool 
             f"{len(lost)} of the {len(factors) + len(whole)} tensors that {label} changes are not in {base.label}, the first "
             f"{lost[0]!r:.200}; is it an adapter of this base? Otherwise {MERGE}"
         )
+    found = Checkpoint(label, directory.resolve(), {tensor.name: tensor for tensor in tensors}, base.config)
+    # A tensor that is adapted and stored whole, too, is what peft saves beside adapted embeddings: a copy of the base's.
     adapted = {place[name] for name in factors}
     copies = {place[name]: tensor for name, tensor in whole.items() if place[name] in adapted}
-    products = {}
-    for name, pair in factors.items():
-        if pair.keys() != {"A", "B"} or place[name] in products:
-            raise DataError(f"tensor {name!r} of {label}: needs one A and one B; download the adapter again")
-        own, a, b = base.tensors[place[name]], pair["A"], pair["B"]
-        by_config = name in embeddings or bool(config.get("fan_in_fan_out"))
-        scale = _scale(label, config, name.removesuffix(".weight"), a.shape[0] if a.shape else 0)
-        transposed = _is_transposed(label, own, a, b, by_config)
-        products[own.name] = Product(a, b, scale, transposed, copies.get(own.name))
-        if copies.get(own.name, own).shape != own.shape:
-            raise DataError(
-                f"tensor {own.name!r} is {list(copies[own.name].shape)} in {label} but {list(own.shape)} in {base.label}; {MERGE}"
-            )
-    found = Checkpoint(label, directory.resolve(), {tensor.name: tensor for tensor in tensors}, base.config)
     replaced = {place[name]: tensor for name, tensor in whole.items() if place[name] not in adapted}
+    products: dict[str, Product] = {}
+    for name, pair in factors.items():
+        own = base.tensors[place[name]]
+        if pair.keys() != {"A", "B"} or own.name in products:
+            raise DataError(f"tensor {name!r} of {label}: needs one A and one B; download the adapter again")
+        by_config = name in embeddings or bool(config.get("fan_in_fan_out"))
+        product = _product(found, config, name.removesuffix(".weight"), own, (pair["A"], pair["B"], by_config))
+        products[own.name] = replace(product, copy=_checked_copy(copies.get(own.name), own, found, base))
     check_shapes(base, found, replaced, replaced if free_rows else ())
     return Adapter(found, config, products, replaced)
 
@@ -206,7 +230,8 @@ def without(adapter: Adapter, base: Checkpoint, skip: tuple[str, ...]) -> Adapte
 
 def match_adapter(base: Checkpoint, adapter: Adapter) -> Match:
     """What match() gives for a model, of the tensors that the adapter replaces as a whole."""
-    notes = [f"{adapter.checkpoint.label}: a LoRA adapter that changes {len(adapter.products)} tensors of {base.label}"]
+    count = f"{len(adapter.products)} tensor{'s' * (len(adapter.products) != 1)}"
+    notes = [f"{adapter.checkpoint.label}: a LoRA adapter that changes {count} of {base.label}"]
     if adapter.whole:
         notes.append(f"it replaces {len(adapter.whole)} more as a whole: {', '.join(sorted(adapter.whole)[:4])}")
     return Match(adapter.whole, tuple(notes))

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 
+from common.shards.fused import Fused, fusions
 from common.shards.headers import Tensor
 
 # A config may come from anyone, and every layer it asks for is built (as names): the deepest public models have a few
@@ -33,6 +34,8 @@ class Architecture:
     ignored: str | None  # regular expression of what it leaves out of a checkpoint without a word
     prefix: str  # of the inner model: 'transformer' in 'transformer.h.0.…'
     renamings: tuple = field(repr=False)  # transformers' own, old names to new ones
+    fused: tuple[Fused, ...] = ()  # experts that it holds as one tensor and checkpoints do not
+    unsaved: frozenset[str] = frozenset()  # parameters that it makes itself and never saves: Marian's positions
 
     def name_of(self, name: str) -> str:
         """The name under which this version loads the tensor that a checkpoint calls `name`.
@@ -48,8 +51,10 @@ class Architecture:
         return name
 
     def drops(self, name: str) -> bool:
-        """Whether transformers leaves a tensor of this name out without a word when it loads a checkpoint."""
+        """Whether a checkpoint does without a tensor of this name: transformers leaves it out, or makes it, without a word."""
         name = self.name_of(name)
+        if name in self.unsaved:  # loaded where they are there, to the values that it would make
+            return True
         if name in self.loads:
             return False
         return name in self.passing or bool(self.ignored and re.search(self.ignored, name))
@@ -174,8 +179,8 @@ def _architecture(text: str) -> Architecture | None:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
 
-    # Renamings only: what fuses or splits tensors changes values' places, and both models are taken as they are stored.
-    renamings = tuple(t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming))
+    mapping = get_model_conversion_mapping(model)
+    renamings = tuple(t for t in mapping if isinstance(t, WeightRenaming))
     loads, ties = frozenset(model.state_dict()), _ties(model, json.loads(text))
     buffers = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
     ignored = "|".join(f"(?:{pattern})" for pattern in sorted(model._keys_to_ignore_on_load_unexpected or ()))
@@ -189,6 +194,8 @@ def _architecture(text: str) -> Architecture | None:
         ignored=ignored or None,
         prefix=model.base_model_prefix or "",
         renamings=renamings,
+        fused=fusions(mapping),
+        unsaved=frozenset(getattr(model, "_keys_to_ignore_on_save", None) or ()),
     )
 
 

@@ -17,6 +17,18 @@ from common.shards.headers import Tensor, check_index, read_index, shard_paths
 
 INDEX_NAME = "pytorch_model.bin.index.json"
 SINGLE_NAME = "pytorch_model.bin"
+_DTYPES = {  # torch's names
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
 _TAKE_ANOTHER = "use a safetensors version of this model"
 
 
@@ -79,6 +91,12 @@ def _state_dict(path: Path) -> dict:
         ) from None
     finally:
         logging.disable(logging.NOTSET)
+    inner = [key for key, value in state.items() if isinstance(value, dict)] if isinstance(state, dict) else []
+    if inner and not any(isinstance(value, torch.Tensor) for value in state.values()):
+        raise DataError(
+            f"{path}: a training checkpoint, whose tensors are one level deeper, under {inner[0]!r:.60}; save what is there "
+            f"alone, or {_TAKE_ANOTHER}"
+        )
     if not isinstance(state, dict):
         raise DataError(f"{path}: holds a {type(state).__name__}, needed is a state dict of tensors; {_TAKE_ANOTHER}")
     return state
@@ -88,28 +106,19 @@ def _describe(path: Path, name: str, value, records: dict[int, int]) -> Tensor:
     """The file range of one fake tensor of a .bin, which must be within the record of its storage."""
     import torch
 
-    codes = {
-        torch.float64: "F64",
-        torch.float32: "F32",
-        torch.float16: "F16",
-        torch.bfloat16: "BF16",
-        torch.int64: "I64",
-        torch.int32: "I32",
-        torch.int16: "I16",
-        torch.int8: "I8",
-        torch.uint8: "U8",
-        torch.bool: "BOOL",
-    }
+    codes = {getattr(torch, name): code for name, code in _DTYPES.items()}
     if not isinstance(name, str) or not name.isprintable():
-        raise DataError(f"{path}: {ascii(name):.80} is no name of a tensor; {_TAKE_ANOTHER}")
+        raise DataError(f"{path}: {ascii(name):.80} is not a tensor's name; {_TAKE_ANOTHER}")
     if not isinstance(value, torch.Tensor) or value.dtype not in codes or value.layout != torch.strided:
         found = f"{value.dtype}, {value.layout}" if isinstance(value, torch.Tensor) else type(value).__name__
         raise DataError(f"tensor {name!r} in {path}: found {found}, needed is a plain tensor; {_TAKE_ANOTHER}")
+    # A view of other bytes than its own in order, or of bytes whose sign torch flips on reading: neither can be streamed.
     if not value.is_contiguous() or value.is_neg():
         raise DataError(
             f"tensor {name!r} in {path}: a view with strides {tuple(value.stride())}, needed is row-major; "
             "load the model and save it as safetensors"
         )
+    # Offsets come from the pickle, which may say anything: the bytes must be one record of the zip, or part of it.
     storage = getattr(value.untyped_storage(), "_checkpoint_offset", None)
     nbytes, skipped = value.numel() * value.element_size(), value.storage_offset() * value.element_size()
     if storage not in records or skipped + nbytes > records[storage]:
@@ -117,7 +126,8 @@ def _describe(path: Path, name: str, value, records: dict[int, int]) -> Tensor:
     return Tensor(name, codes[value.dtype], tuple(value.shape), path, storage + skipped, nbytes)
 
 
-def _read_file(path: Path) -> list[Tensor]:
+def read_file(path: Path) -> list[Tensor]:
+    """The tensors of one .bin file, in state-dict order."""
     records = _records(path)
     return [_describe(path, name, value, records) for name, value in _state_dict(path).items()]
 
@@ -126,10 +136,10 @@ def read_headers(directory: Path) -> list[Tensor] | None:
     """The tensors of a .bin checkpoint, in state-dict order; None if the directory holds none."""
     single, index = directory / SINGLE_NAME, directory / INDEX_NAME
     if single.is_file():
-        return _read_file(single)
+        return read_file(single)
     if not index.is_file():
         return None
     weight_map = read_index(index, ".bin")
-    tensors = [t for path in shard_paths(index, weight_map) for t in _read_file(path)]
+    tensors = [t for path in shard_paths(index, weight_map) for t in read_file(path)]
     check_index(index, weight_map, tensors)
     return tensors

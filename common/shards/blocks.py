@@ -57,7 +57,7 @@ class Reader:
         if data is None:
             raise DataError(
                 f"tensor {self.tensor.name!r} in {self.tensor.path}: the file ends within it; "
-                "it was cut short while it was read"
+                "it was cut short while it was read: copy or download it again, then run the same command"
             )
         if begin % self._size:  # other writers than ours need not align a tensor to its elements
             data = data.copy()

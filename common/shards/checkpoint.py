@@ -38,8 +38,10 @@ def open_checkpoint(label: str) -> Checkpoint:
     tensors = headers.read_headers(path)
     if tensors is None:
         tensors = bins.read_headers(path)
-    if not tensors:
+    if tensors is None:
         raise DataError(f"{label}: {what_is_there(path)}")
+    if not tensors:
+        raise DataError(f"{label}: its weight files hold no tensor; download or save the model again")
     if reason := not_gathered(tensors):
         raise DataError(f"{label}: {reason}")
     config = path / "config.json"

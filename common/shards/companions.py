@@ -38,6 +38,7 @@ COMPANIONS = (
     "word_pronunciation.json",
     "word_shape.json",
     "chat_template*",
+    "additional_chat_templates/*.jinja",
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
@@ -116,10 +117,12 @@ def code_note(config: dict, directory: Path, label: str) -> str | None:
 def copy_companions(source: Path, target: Path) -> None:
     """Copy them, following symbolic links (the Hub's cache is made of links); see without_code."""
     for path in companion_files(source):
+        place = target / path.relative_to(source)
+        place.parent.mkdir(exist_ok=True)
         if path.suffix == ".json" and path.name.endswith("_config.json"):
-            _copy_config(path, target / path.name)
+            _copy_config(path, place)
         else:
-            shutil.copyfile(path, target / path.name)
+            shutil.copyfile(path, place)
 
 
 def _copy_config(source: Path, target: Path) -> None:

@@ -53,7 +53,7 @@ def parse_json(data: bytes, where: str, strict: bool = True):
         return value
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise DataError(f"{where}: no valid JSON ({reason:.100}); download or write the file again") from None
+        raise DataError(f"{where}: not valid JSON ({reason:.100}); download or write the file again") from None
 
 
 def _is_deeper(value, depth: int) -> bool:
@@ -69,11 +69,14 @@ def read_json(path: Path, strict: bool = True) -> dict:
     refuse_lfs_pointer(path)
     if path.stat().st_size > MAX_HEADER_BYTES:
         raise DataError(
-            f"{path}: {path.stat().st_size} bytes, more than the {MAX_HEADER_BYTES} a JSON file here may have"
+            f"{path}: {path.stat().st_size} bytes, more than the {MAX_HEADER_BYTES} a JSON file here may have; get the checkpoint from "
+            "a source you trust"
         )
     value = parse_json(path.read_bytes(), str(path), strict)
     if not isinstance(value, dict):
-        raise DataError(f"{path}: a JSON object is needed, found {type(value).__name__}")
+        raise DataError(
+            f"{path}: a JSON object is needed, found {type(value).__name__}; download or write the file again"
+        )
     if _is_deeper(value, MAX_DEPTH):
         raise DataError(f"{path}: nested more than {MAX_DEPTH} deep; get the checkpoint from a source you trust")
     return value

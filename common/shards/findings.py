@@ -1,5 +1,6 @@
 """What a directory without usable weights does hold, and what to do about it."""
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,18 @@ _UNFINISHED = (
     ".cache/huggingface/download/*.incomplete",
 )
 _ZERO = ("zero_to_fp32.py", "global_step*", "*zero_pp_rank_*", "*mp_rank_*_model_states.pt")
-_NOT_MODELS = ("consolidated", "training_args", "optimizer", "scheduler", "rng_state")  # beside models, never one
+# Beside models, never one.
+_NOT_MODELS = (
+    "consolidated",
+    "training_args",
+    "optimizer",
+    "scheduler",
+    "rng_state",
+    "openvino",
+    "pytorch_lora",
+    "adapter",
+)
+_ARCHIVES = ("*.zip", "*.tar", "*.tar.*", "*.tgz", "*.7z", "*.rar")
 _OTHERS = {
     "consolidated*.safetensors": "the weights as Mistral first published them",
     "consolidated*.pth": "the weights as Meta first published them",
@@ -25,6 +37,11 @@ _OTHERS = {
     "flax_model*.msgpack": "Flax weights",
     "*.ckpt*": "a training checkpoint",
     "*.onnx": "an ONNX model",
+    "onnx/*.onnx": "an ONNX model",
+    "openvino*.bin": "an OpenVINO model",
+    "*.npz": "MLX or NumPy weights",
+    "*.nemo": "a NeMo archive",
+    "latest_checkpointed_iteration.txt": "a Megatron checkpoint",
     "*.pt": "PyTorch files under another name",
     "*.pth": "PyTorch files under another name",
 }
@@ -50,12 +67,30 @@ def what_is_there(directory: Path) -> str:
 
     what_is_there(Path("adapter")) -> "holds a LoRA adapter (adapter_config.json), not a model; …"
     """
-    for look in (_job, _cache, _adapter, _shards, _unfinished, _zero, _gguf, _deeper, _other):
+    looks = (
+        _job,
+        _dangling,
+        _cache,
+        _adapter,
+        _shards,
+        _variant,
+        _unfinished,
+        _zero,
+        _fsdp,
+        _gguf,
+        _archive,
+        _images,
+        _deeper,
+        _other,
+    )
+    for look in looks:
         found = next(look(directory), None)
         if found:
             return found
     if not any(directory.iterdir()):
         return "an empty directory; point at the one that holds the weights"
+    if (directory / "config.json").is_file():
+        return "a config.json but no weights (model.safetensors, pytorch_model.bin, or an index of several); download those too"
     return (
         "no model.safetensors, no model.safetensors.index.json, no pytorch_model.bin in it; "
         "point at the directory that holds the weights"
@@ -79,10 +114,21 @@ def _cache(directory: Path) -> Iterator[str]:
             yield f"a model's folder in the Hub's cache; point at {snapshots[-1]}, or give the id {model}"
         else:
             yield f"a model's folder in the Hub's cache, and no snapshot in it holds weights; give the id {model}"
+    if directory.parent.name == "snapshots":
+        model = directory.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
+        yield f"a snapshot in the Hub's cache whose weights have not been downloaded; give the id {model}"
     models = _glob(directory, "models--*", "hub/models--*")
     if models:
         first = models[0].name.removeprefix("models--").replace("--", "/", 1)
         yield f"the Hub's cache of {len(models)} model(s); give a model's id, such as {first}"
+
+
+def _dangling(directory: Path) -> Iterator[str]:
+    """The Hub's cache and others' hold links: cleaned, or copied without what they point at."""
+    for name in _WEIGHTS:
+        path = directory / name
+        if path.is_symlink() and not path.exists():
+            yield f"{name} is a link to {os.readlink(path)}, which is not there; copy the file itself, or download it again"
 
 
 def _adapter(directory: Path) -> Iterator[str]:
@@ -106,6 +152,12 @@ def _shards(directory: Path) -> Iterator[str]:
         yield f"{len(own)} shard(s) ({path.name}, …) but no {index}, which says what is in them; download it to them"
 
 
+def _variant(directory: Path) -> Iterator[str]:
+    """model.safetensors.index.fp16.json: transformers' `variant`, a second copy of the weights under names of its own."""
+    for path in _glob(directory, "model.safetensors.index.*.json"):
+        yield f"holds the weights as a variant ({path.name}); rename that to {INDEX_NAME}, which reads the same files"
+
+
 def _unfinished(directory: Path) -> Iterator[str]:
     """Left by a download that stopped."""
     left = _glob(directory, *_UNFINISHED)
@@ -122,6 +174,27 @@ def _zero(directory: Path) -> Iterator[str]:
         )
 
 
+def _fsdp(directory: Path) -> Iterator[str]:
+    """PyTorch's distributed checkpoint, as FSDP saves it."""
+    for place in (directory, *_glob(directory, "pytorch_model_fsdp*", "distcp*", "*/pytorch_model_fsdp*")):
+        if pieces := _glob(place, "*.distcp"):
+            yield (
+                f"a sharded FSDP checkpoint ({_names(pieces)}), whose weights are in pieces; put them together with "
+                f"`accelerate merge-weights {place} OUT` and add config.json and the tokenizer"
+            )
+
+
+def _archive(directory: Path) -> Iterator[str]:
+    if found := _glob(directory, *_ARCHIVES):
+        yield f"holds an archive ({_names(found)}) and no weights beside it; unpack it, and point at what comes out"
+
+
+def _images(directory: Path) -> Iterator[str]:
+    """diffusers' pipelines and LoRAs."""
+    if found := _glob(directory, "model_index.json", "pytorch_lora_weights.*"):
+        yield f"holds what diffusers reads ({_names(found)}), for image models; these scripts take transformers' models"
+
+
 def _gguf(directory: Path) -> Iterator[str]:
     files = _glob(directory, "*.gguf")
     if files:
@@ -130,9 +203,13 @@ def _gguf(directory: Path) -> Iterator[str]:
 
 def _deeper(directory: Path) -> Iterator[str]:
     """One level too high: a folder of models, a trainer's output, an unpacked archive."""
-    below = [path for path in _glob(directory, "*") if path.is_dir() and has_weights(path)]
+    folders = [path for path in _glob(directory, "*") if path.is_dir()]
+    below = [path for path in folders if has_weights(path)]
+    adapters = [path for path in folders if (path / "adapter_config.json").is_file()]
     if len(below) == 1:
         yield f"no weights in it, but in {below[0]}; point there"
+    if adapters and not below:
+        yield f"no weights in it, but {len(adapters)} adapter(s) below ({_names(adapters)}); point at one of them"
     if below:
         yield f"no weights in it, but in {len(below)} directories below ({_names(below)}); point at one of them"
 
@@ -146,6 +223,15 @@ def _other(directory: Path) -> Iterator[str]:
         files = _glob(directory, pattern)
         if files:
             yield f"holds {what} ({_names(files)}); take the version of the model that transformers reads, in safetensors"
+
+
+def what_file(path: Path) -> str:
+    """Why a file is no model directory: what_file(Path("m/model.safetensors")) -> "a file; give the directory … m"."""
+    if path.suffix == ".gguf":
+        return "GGUF, which llama.cpp reads; take the safetensors version of the model"
+    if any(path.match(pattern) for pattern in _ARCHIVES):
+        return "an archive; unpack it, and give the directory that comes out"
+    return f"a file; give the directory that holds it, {path.parent}"
 
 
 def not_gathered(tensors: list[Tensor]) -> str | None:

@@ -84,17 +84,22 @@ def _shape_bytes(shape: list, dtype: str, limit: int) -> int | None:
 def _check_entry(path: Path, name: str, entry, data_bytes: int) -> tuple[str, tuple[int, ...], int, int]:
     """(dtype, shape, begin, end) of one header entry, every number of it checked."""
     if len(name) > MAX_NAME:
-        raise DataError(f"{path}: a tensor's name of {len(name)} characters, at most {MAX_NAME} are accepted")
+        raise DataError(
+            f"{path}: a tensor's name of {len(name)} characters, at most {MAX_NAME} are accepted; get the checkpoint from a source you trust"
+        )
     where = f"tensor {name!r} in {path}"
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise DataError(f"{where}: the header needs dtype, shape and data_offsets; download the file again")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise DataError(f"{where}: unknown dtype {dtype!r:.40}; known are {', '.join(DTYPE_BYTES)}")
+        raise DataError(
+            f"{where}: its dtype {dtype!r:.40} is none of those read here ({', '.join(DTYPE_BYTES)}); take a version of the "
+            "model in float16, bfloat16 or float32"
+        )
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
-        raise DataError(f"{where}: {shape!r:.60} is no shape; download the file again")
+        raise DataError(f"{where}: {shape!r:.60} is not a shape; download the file again")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise DataError(f"{where}: {offsets!r:.60} are no data_offsets; download the file again")
+        raise DataError(f"{where}: {offsets!r:.60} are not data_offsets; download the file again")
     begin, end = offsets
     if begin > end or end > data_bytes:
         raise DataError(
@@ -114,13 +119,19 @@ def _header_bytes(path: Path) -> tuple[bytes, int]:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
+        if prefix.lower().startswith((b"<!doctyp", b"<html")):
+            raise DataError(
+                f"{path}: a web page, not the file, as a download without access leaves it; download it again"
+            )
         if len(prefix) < 8 or length > size - 8:
             raise DataError(
-                f"{path}: {size} bytes, too few for its header; it is truncated or no safetensors file, "
+                f"{path}: {size} bytes, too few for its header; it is truncated or not a safetensors file, "
                 "download it again"
             )
         if length > MAX_HEADER_BYTES:
-            raise DataError(f"{path}: a header of {length} bytes, at most {MAX_HEADER_BYTES} are accepted")
+            raise DataError(
+                f"{path}: a header of {length} bytes, at most {MAX_HEADER_BYTES} are accepted; get it from a source you trust"
+            )
         return file.read(length), size
 
 
@@ -132,10 +143,10 @@ def read_file_header(path: Path) -> list[Tensor]:
     text, size = _header_bytes(path)
     header = parse_json(text, str(path))
     if not isinstance(header, dict):
-        raise DataError(f"{path}: the header is no JSON object; download the file again")
+        raise DataError(f"{path}: the header is not a JSON object; download the file again")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict):
-        raise DataError(f"{path}: __metadata__ in the header is no JSON object; download the file again")
+        raise DataError(f"{path}: __metadata__ in the header is not a JSON object; download the file again")
     start = 8 + len(text)
     entries = [(name, *_check_entry(path, name, entry, size - start)) for name, entry in header.items()]
     entries.sort(key=lambda entry: (entry[3], entry[4]))
@@ -171,7 +182,7 @@ def read_index(path: Path, suffix: str) -> dict[str, str]:
     for name, file in weight_map.items():
         if not _is_plain_name(file, suffix):
             raise DataError(
-                f"{path}: tensor {name!r:.200} is mapped to {file!r:.80}, which is no plain file name "
+                f"{path}: tensor {name!r:.200} is mapped to {file!r:.80}, which is not a plain file name "
                 f"ending in {suffix}; get the checkpoint from a source you trust"
             )
     return weight_map

@@ -1,21 +1,53 @@
 """Hugging Face Hub ids to local directories."""
 
 import re
+from fnmatch import fnmatchcase
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from common.errors import DataError
 from common.shards.companions import COMPANIONS
+from common.shards.findings import what_file, what_is_there
+from common.shards.places import check_disk
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 PICKLED_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
 CONFIGS_AND_TOKENIZER = ("config.json", "task_vector.json", "adapter_config.json", *COMPANIONS)
-NEVER = ("consolidated*", "*.py", "*/*")
+_TEMPLATES = "additional_chat_templates"
+# No folder but that of the templates: patterns of names match across folders, and there is no other way to say "but".
+_FOLDERS = tuple(f"{_TEMPLATES[:i]}{rest}" for i, letter in enumerate(_TEMPLATES) for rest in ("/*", f"[!{letter}]*/*"))
+NEVER = ("consolidated*", "*.py", *_FOLDERS)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 def is_hub_id(path: str) -> bool:
     """Whether a path is no directory and could be a Hub id: 'org/name'."""
     return not Path(path).is_dir() and bool(_HUB_ID.fullmatch(path)) and not path.startswith(".")
+
+
+def refuse_unusable(hub_id: str, files: list[str]) -> None:
+    """DataError for a repository of these files if they are no model and no adapter: by what they are, as of a directory."""
+    weights = (
+        "model*.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model*.bin",
+        "pytorch_model.bin.index.json",
+    )
+    top = [name for name in files if "/" not in name]
+    if any(name.startswith("adapter_") for name in top):
+        return
+    if not any(fnmatchcase(name, pattern) for name in top for pattern in weights):
+        with TemporaryDirectory(prefix="listing_") as place:  # empty files of the same names, to look at
+            for name in files:
+                if ".." in Path(name).parts or Path(name).is_absolute():  # it is a stranger's list
+                    continue
+                (Path(place) / name).parent.mkdir(parents=True, exist_ok=True)
+                (Path(place) / name).touch()
+            raise DataError(f"{hub_id}: {what_is_there(Path(place)).replace(place, hub_id)}")
+    if "config.json" not in top:
+        raise DataError(
+            f"{hub_id}: no config.json in it; download the weights and copy it there from the model they are of"
+        )
 
 
 def download(hub_id: str) -> Path:
@@ -31,7 +63,10 @@ def download(hub_id: str) -> Path:
             snapshot_download(hub_id, allow_patterns=[*WEIGHTS, *CONFIGS_AND_TOKENIZER], ignore_patterns=[*NEVER])
         )
         if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(hub_id, allow_patterns=[*PICKLED_WEIGHTS], ignore_patterns=[*NEVER]))
+            wanted = {"allow_patterns": [*PICKLED_WEIGHTS], "ignore_patterns": [*NEVER]}
+            files = snapshot_download(hub_id, dry_run=True, **wanted)
+            check_disk({folder: sum(file.file_size or 0 for file in files if file.will_download)})
+            folder = Path(snapshot_download(hub_id, **wanted))
         return folder
     except (LocalEntryNotFoundError, ConnectionError) as error:
         reason = f"it is in no local cache and the Hub cannot be reached ({type(error).__name__})"
@@ -50,5 +85,5 @@ def local_directory(path: str) -> Path:
     if is_hub_id(path):
         return download(path)
     if Path(path).exists():
-        raise DataError(f"{path}: a file; give the directory that holds it, {Path(path).parent}")
+        raise DataError(f"{path}: {what_file(Path(path))}")
     raise DataError(f"{path}: no such directory; check the path, or give a Hugging Face Hub id such as org/name")

@@ -20,8 +20,9 @@ from common.shards import publish, stream
 from common.shards.buffers import READ, WRITE
 from common.shards.checkpoint import Checkpoint
 from common.shards.layout import Output
-from common.shards.places import check_disk, existing_parent, is_empty, whole_path
+from common.shards.places import check_disk, existing_parent, is_empty, refuse_existing, whole_path
 from common.shards.processes import Group, deal, group, wait_for_everyone
+from common.shards.remote import fetch, to_download
 from common.shards.sink import Sink
 from common.shards.stream import SHELVES, Task
 
@@ -90,6 +91,23 @@ def _free(job: Job) -> str:
     """ "12.345 GB under models" for every place that is written to."""
     places = sorted({existing_parent(output.final.absolute().parent) for output in job.outputs})
     return ", ".join(f"{shutil.disk_usage(place).free / 1e9:.3f} GB under {place}" for place in places)
+
+
+# --- weights that are still on the Hub ------------------------------------------------------------
+
+
+def downloaded(job: Job, inputs: list[Checkpoint], overwrite: bool) -> list[Checkpoint]:
+    """The inputs, in order, with all of their weights on this machine; the job is to be planned anew with them.
+
+    Raises DataError before the first weight is downloaded for all that begin() would refuse of places and disk. A job
+    that stopped halfway has its inputs in the cache, so what is found under its names now is another job's.
+    """
+    if any(checkpoint.is_remote for checkpoint in inputs):
+        for output in job.outputs:
+            refuse_existing(output.final, overwrite)
+            publish.refuse_another_job(output.part, job.identity, overwrite)
+        check_disk(to_download(inputs) | {output.final: output.nbytes for output in job.outputs})
+    return [fetch(checkpoint) for checkpoint in inputs]
 
 
 # --- the job at work ------------------------------------------------------------------------------

@@ -33,8 +33,11 @@ def refuse_left_over(base, other, pairs: dict[str, Tensor], only: tuple[list[str
             what, found = left_over(names, kept)
             said.insert(0, f"only in {checkpoint.label}: {what}")
             advice = [*found, *advice]
-    total = len(pairs) + len(only[0]) + len(only[1])
+    total, left = len(pairs) + len(only[0]) + len(only[1]), len(only[0]) + len(only[1])
     line = f"{len(pairs)} of {total} tensors agree; {'; '.join(said)}; "
-    if 2 * len(pairs) < total or skip is None or len(advice) > 8:
+    # Of the smaller model: a language model is less than half of a vision-language model, and wholly in it.
+    smaller = len(pairs) + min(len(only[0]), len(only[1]))
+    if 2 * len(pairs) < smaller or skip is None or len(advice) > 8:
         raise DataError(f"{line}is {other.label} a fine-tuned model of {base.label}?")
-    raise DataError(f"{line}leave them out with --skip {' '.join(repr(pattern) for pattern in advice)}")
+    patterns = " ".join(repr(pattern) for pattern in dict.fromkeys(advice))
+    raise DataError(f"{line}leave {'it' if left == 1 else 'them'} out with --skip {patterns}")

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from common.errors import DataError
 from common.shards.architecture import architecture
 from common.shards.checkpoint import Checkpoint
-from common.shards.headers import FLOAT_DTYPES, Tensor
+from common.shards.dtypes import check_floats as check_floats  # where scripts look for it
+from common.shards.dtypes import check_kinds
+from common.shards.headers import Tensor
 from common.shards.leftover import check_skip, refuse_left_over, skipped
 from common.shards.names import left_over
 from common.shards.resolving import Names, resolve
@@ -116,40 +118,6 @@ def mask_names(base: Checkpoint) -> dict[str, str]:
 
 
 # --- refusals -------------------------------------------------------------------------------------
-
-
-def check_floats(checkpoint: Checkpoint) -> None:
-    """Refuse parameters in a dtype without exact arithmetic here (float64, 8 bits)."""
-    for tensor in checkpoint.tensors.values():
-        if tensor.is_parameter and tensor.dtype not in FLOAT_DTYPES:
-            raise DataError(
-                f"tensor {tensor.name!r} is {tensor.dtype} in {checkpoint.label}; needed is float16, "
-                "bfloat16 or float32: take an unquantised version of the model"
-            )
-    if checkpoint.config.get("quantization_config"):  # null and {} say that there is none
-        packed = [
-            t.name for t in checkpoint.tensors.values() if not t.is_parameter and "weight" in t.name.split(".")[-1]
-        ]
-        if packed:
-            raise DataError(
-                f"tensor {packed[0]!r} is {checkpoint.tensors[packed[0]].dtype} in {checkpoint.label}, whose config.json "
-                "has a quantization_config; take an unquantised version of the model"
-            )
-        raise DataError(
-            f"{checkpoint.label}: config.json has a quantization_config, but no weight is quantised; if it is left over, "
-            "remove it from config.json, or else take an unquantised version of the model"
-        )
-
-
-def _check_kinds(base: Checkpoint, other: Checkpoint) -> None:
-    """Refuse a tensor that is a parameter (floating point) in one model and a buffer in the other."""
-    for name, theirs in other.tensors.items():
-        mine = base.tensors.get(name, theirs)
-        if mine.is_parameter != theirs.is_parameter and not (mine.is_constant or theirs.is_constant):
-            raise DataError(
-                f"tensor {name!r} is {theirs.dtype} in {other.label} but {mine.dtype} in {base.label}; "
-                "take versions of both models in floating point"
-            )
 
 
 def vocabulary_names(base: Checkpoint, names: Iterable[str]) -> set[str]:
@@ -270,7 +238,7 @@ def match(base: Checkpoint, other: Checkpoint, skip: tuple[str, ...] | None = No
     counts what is missing or left over, by pattern, or names the first tensor of another shape.
     """
     check_floats(other)
-    _check_kinds(base, other)
+    check_kinds(base, other)
     names, found = resolve(base, other), _Sorted()
     _pair_parameters(names, other, skip or (), found)
     _sort_extra(names, base, other, skip or (), found)
@@ -280,9 +248,10 @@ def match(base: Checkpoint, other: Checkpoint, skip: tuple[str, ...] | None = No
     notes = list(names.notes)
     if found.unused:
         what, _ = left_over(found.unused, [*found.pairs, *(t.name for t in found.pairs.values())])
-        notes.append(f"{names.known.name} makes no use of {what}: left as in {base.label}")
+        notes.append(f"{names.known.name} does without {what}: left as in {base.label}")
     if found.left_out:
-        notes.append(f"left out by --skip: {len(found.left_out)} tensors; {base.label}'s keep their bits")
+        count = f"{len(found.left_out)} tensor{'s' * (len(found.left_out) > 1)}"
+        notes.append(f"left out by --skip: {count}; {base.label}'s keep their bits")
     notes += [*_tie_notes(base, other, found.equal), *_constant_notes(base, other)]
     return Match(found.pairs, tuple(notes), found.equal)
 

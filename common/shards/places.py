@@ -92,6 +92,17 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
         raise DataError(f"{path}: already there; give --overwrite to replace it, or write elsewhere")
 
 
+def refuse_existing_outputs(paths: list[Path], overwrite: bool) -> None:
+    """The same of all outputs of a job, before its inputs are opened, which may mean to download them.
+
+    A job that was stopped while it renamed its outputs leaves its record in the first: whether that is this very job
+    is known once its inputs are.
+    """
+    if not (paths[0] / ".run" / "run.json").is_file():
+        for path in paths:
+            refuse_existing(path, overwrite)
+
+
 def refuse_existing_file(path: Path, overwrite: bool) -> None:
     """The same of a file to be written: a directory in its place is refused, even with overwrite."""
     if path.is_dir():

@@ -48,24 +48,35 @@ def unpublished(outputs: list[Output], identity: dict) -> list[Output]:
     return [output for output in outputs[1:] if output.part.is_dir() or not output.final.is_dir()]
 
 
+def _strangers(part: Path) -> list[Path]:
+    return [path for path in part.iterdir() if path.name != RUN]
+
+
+def refuse_another_job(part: Path, identity: dict, overwrite: bool) -> None:
+    """DataError if `part` holds what another job has written, unless it may be replaced."""
+    theirs = _state(part) if part.is_dir() else identity
+    if theirs != identity and _strangers(part) and not overwrite:
+        what = difference(theirs, identity) if theirs else "no record of a job in it"
+        raise DataError(
+            f"{part}: left by another job ({what}); finish that job with its own command, "
+            "delete the directory, or give --overwrite to start afresh"
+        )
+
+
 def claim(output: Output, identity: dict, overwrite: bool) -> int:
     """Lock the output's .part for this job; returns a descriptor to hold. Raises DataError if it is not ours."""
     refuse_existing(output.final, overwrite)
     part = output.part
     fresh = not part.exists()
     descriptor = lock(part)
-    theirs = None if fresh else _state(part)
-    if theirs == identity:
+    if not fresh and _state(part) == identity:
         return descriptor
-    strangers = [path for path in part.iterdir() if path.name != RUN]
-    if strangers and not overwrite:
-        what = difference(theirs, identity) if theirs else "no record of a job in it"
+    try:
+        refuse_another_job(part, identity, overwrite)
+    except DataError:
         os.close(descriptor)
-        raise DataError(
-            f"{part}: left by another job ({what}); finish that job with its own command, "
-            "delete the directory, or give --overwrite to start afresh"
-        )
-    for path in strangers:
+        raise
+    for path in _strangers(part):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for path in (part / RUN).glob("*.json"):
         path.unlink()
@@ -107,8 +118,8 @@ def publish(outputs: list[Output]) -> None:
     for output in waiting:
         if len(output.shards) > 1:
             (output.part / INDEX_NAME).write_text(index_text(list(output.shards)), encoding="utf-8")
-        for path in output.part.iterdir():
-            if path.is_file():
+        for path in output.part.rglob("*"):
+            if RUN not in path.relative_to(output.part).parts:  # the job's own record, which is deleted
                 sync(path)
         sync(output.part)
     for output in waiting:

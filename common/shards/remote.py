@@ -12,8 +12,9 @@ from common.errors import DataError
 from common.shards.architecture import with_constants
 from common.shards.checkpoint import Checkpoint, open_checkpoint
 from common.shards.documents import read_json
+from common.shards.findings import not_gathered
 from common.shards.headers import DTYPE_BYTES, INDEX_NAME, SINGLE_NAME, Tensor, check_index, read_index
-from common.shards.hub import CONFIGS_AND_TOKENIZER, NEVER, is_hub_id
+from common.shards.hub import CONFIGS_AND_TOKENIZER, NEVER, is_hub_id, refuse_unusable
 from common.shards.layout import tensor_bytes
 from common.shards.places import check_disk
 
@@ -32,7 +33,8 @@ def _remote_tensors(hub_id: str, revision: str, path: Path) -> list[Tensor]:
         sizes = all(type(size) is int and size >= 0 for size in shape)
         if info.dtype not in DTYPE_BYTES or not sizes:
             raise DataError(
-                f"tensor {name!r:.200} in {hub_id}/{path.name}: {info.dtype!r:.40} {shape!r:.60} is not known here"
+                f"tensor {name!r:.200} in {hub_id}/{path.name}: {info.dtype!r:.40} {shape!r:.60} is not read here; take a "
+                "version of the model in float16, bfloat16 or float32"
             )
         tensors.append(Tensor(name, info.dtype, shape, path, info.data_offsets[0], tensor_bytes(info.dtype, shape)))
     return sorted(tensors, key=lambda tensor: tensor.offset)
@@ -42,12 +44,13 @@ def described(hub_id: str) -> Checkpoint | None:
     """A checkpoint from remote headers; None for no Hub id, for what is here already, and without headers to read."""
     if not is_hub_id(hub_id):
         return None
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, SafetensorsParsingError
 
     small = [*CONFIGS_AND_TOKENIZER, "*.safetensors.index.json"]
     try:
         folder = Path(snapshot_download(hub_id, allow_patterns=small, ignore_patterns=[*NEVER]))
+        refuse_unusable(hub_id, HfApi().list_repo_files(hub_id, revision=folder.name))
         index, config = folder / INDEX_NAME, folder / "config.json"
         if not config.is_file():
             return None
@@ -60,6 +63,8 @@ def described(hub_id: str) -> Checkpoint | None:
         return None  # the download that follows says what is wrong, or brings what has no such header
     if weight_map:
         check_index(index, weight_map, tensors)
+    if reason := not_gathered(tensors):
+        raise DataError(f"{hub_id}: {reason}")
     settings = read_json(config)
     tensors = with_constants(tensors, settings)
     return Checkpoint(hub_id, folder, {tensor.name: tensor for tensor in tensors}, settings, is_remote=True)
@@ -70,6 +75,15 @@ def describe_checkpoint(label: str) -> Checkpoint:
     return described(label) or open_checkpoint(label)
 
 
+def to_download(checkpoints: list[Checkpoint]) -> dict[Path, int]:
+    """{where it will be: bytes} of the weights that are still on the Hub."""
+    return {
+        checkpoint.path: sum(tensor.nbytes for tensor in checkpoint.tensors.values() if not tensor.path.is_file())
+        for checkpoint in checkpoints
+        if checkpoint.is_remote
+    }
+
+
 def fetch(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with its weights on this machine: downloaded if they are still on the Hub.
 
@@ -77,7 +91,7 @@ def fetch(checkpoint: Checkpoint) -> Checkpoint:
     """
     if not checkpoint.is_remote:
         return checkpoint
-    check_disk({checkpoint.path: checkpoint.nbytes})
+    check_disk(to_download([checkpoint]))
     local = open_checkpoint(checkpoint.label)
 
     def seen(one: Checkpoint) -> set:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from common.shards.architecture import Architecture, architecture
 from common.shards.checkpoint import Checkpoint
+from common.shards.fused import refuse_fused_base, taken_apart
 from common.shards.headers import Tensor
 from common.shards.names import unwrapped
 
@@ -37,14 +38,20 @@ def resolve(base: Checkpoint, other: Checkpoint) -> Names:
         return Names(base.tensors, other.tensors, None)
     known = architecture(base.config) or architecture(other.config)
     key = known.name_of if known else str
-    notes, keys = [], {name: key(name) for name in base.tensors}
-    theirs, wrapper = unwrapped(other.tensors, key, set(keys.values()))
+    notes, keys, stored = [], {name: key(name) for name in base.tensors}, other.tensors
+    if known and known.fused:
+        refuse_fused_base(base, other, known.fused)
+        stored = taken_apart(other.tensors, known.fused, base.tensors)
+    theirs, wrapper = unwrapped(stored, key, set(keys.values()))
     if wrapper:
         notes.append(f"{other.label}: {wrapper!r} was taken off its tensors' names")
     keys, own = unwrapped(base.tensors, key, set(theirs.values()))
     if own:
         notes.append(f"{base.label}: {own!r} was taken off its tensors' names to compare them; outputs keep it")
-    found = Names(_by_key(base.tensors, keys), _by_key(other.tensors, theirs), known)
+    found = Names(_by_key(base.tensors, keys), _by_key(stored, theirs), known)
+    if len(stored) > len(other.tensors):
+        split = len(other.tensors.keys() - stored.keys())
+        notes.append(f"{split} tensors of {other.label} hold the experts of a layer fused; they are read one by one")
     renamed = [n for n in found.mine.keys() & found.theirs if found.mine[n].name != found.theirs[n].name]
     if renamed and not wrapper and not own:
         pair = min((found.mine[n].name, found.theirs[n].name) for n in renamed)

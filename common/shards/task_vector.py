@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import DataError
-from common.shards.checkpoint import Checkpoint, open_checkpoint
+from common.shards.checkpoint import Checkpoint
 from common.shards.documents import read_json, write_json
 from common.shards.headers import DTYPE_NAMES
 from common.shards.matching import match
+from common.shards.remote import describe_checkpoint
 
 NAME = "task_vector.json"
 HASH = "xxh3_128"
@@ -51,7 +52,7 @@ def read_task_vector(checkpoint: Checkpoint) -> TaskVector:
     path = checkpoint.path / NAME
     if not path.is_file():
         raise DataError(
-            f"{checkpoint.label}: no {NAME} in it, so it is no task vector; make one with extract_task_vector_7b.py"
+            f"{checkpoint.label}: no {NAME} in it, so it is not a task vector; make one with extract_task_vector_7b.py"
         )
     content = read_json(path)
     hashes, base = content.get("tensors"), content.get("base_model_path")
@@ -68,8 +69,11 @@ def read_task_vector(checkpoint: Checkpoint) -> TaskVector:
 
 
 def open_vectors(paths: list[str], skip: tuple[str, ...] = ()) -> list[TaskVector]:
-    """The task vectors, all of one base. Raises DataError that names the first tensor that differs."""
-    vectors = [read_task_vector(open_checkpoint(path)) for path in paths]
+    """The task vectors, all of one base, weights of Hub ids still there; see remote.py.
+
+    Raises DataError that names the first tensor that differs.
+    """
+    vectors = [read_task_vector(describe_checkpoint(path)) for path in paths]
     first = vectors[0]
     for other in vectors[1:]:
         match(first.checkpoint, other.checkpoint, skip)
@@ -83,12 +87,12 @@ def open_vectors(paths: list[str], skip: tuple[str, ...] = ()) -> list[TaskVecto
 
 
 def open_base(vectors: list[TaskVector], path: str | None) -> Checkpoint:
-    """The base model. Raises DataError that says which flag helps if the recorded one is missing."""
+    """The base model, as open_vectors() opens. Raises DataError that says which flag helps if the recorded one is missing."""
     if path:
-        return open_checkpoint(path)
+        return describe_checkpoint(path)
     recorded = vectors[0].base_model_path
     try:
-        return open_checkpoint(recorded)
+        return describe_checkpoint(recorded)
     except DataError as error:
         raise DataError(
             f"{error} (recorded in {vectors[0].checkpoint.label}; say where it is now with --base_model_path)"

@@ -111,9 +111,9 @@ def recorded_inputs(directory: Path) -> dict[str, dict[str, str]]:
     found = {}
     for name in RECORDS:
         content = read_json(directory / name) if (directory / name).is_file() else {}
-        if name == task_vector.NAME and content:
+        if content.get("base_model_path"):
             hashes = {tensor: entry.get("base") for tensor, entry in content["tensors"].items()}
-            found[str(content.get("base_model_path"))] = hashes
+            found[str(content["base_model_path"])] = hashes
         found |= {str(content[key]): {} for key in ("finetuned_model_path", "model_path", "vector") if content.get(key)}
         found |= {model: {} for model in (content.get("models") or {})}
     return found
