@@ -291,9 +291,11 @@ def test_costs_count_what_was_written_and_the_last_run_of_a_step(tmp_path, capsy
 
 # Stands for Python in run.sh: notes each step's command and makes its outputs, so that the next steps find them.
 STAND_IN = """#!{python}
-import json, pathlib, sys
+import json, os, pathlib, sys
 argv = sys.argv[1:]
 argv = argv[argv.index("--") + 1:] if "--" in argv else argv
+if os.environ.get("FAILS") in argv:
+    sys.exit(3)
 with open("commands.jsonl", "a") as file:
     file.write(json.dumps(argv) + "\\n")
 for flag, value in zip(argv, argv[1:]):
@@ -304,17 +306,22 @@ for flag, value in zip(argv, argv[1:]):
 """
 
 
-def commands_of(place: Path, parts: str, seeds: str = "0") -> list[list[str]]:
-    """What run.sh would run in `place`, which gets the example and the recipes."""
+def run_sequence(place: Path, parts: str) -> subprocess.CompletedProcess:
+    """run.sh in `place`, which gets the example and the recipes, with the stand-in."""
     for folder in ("examples", "recipes"):
         if not (place / folder).exists():
             shutil.copytree(ROOT / folder, place / folder, ignore=shutil.ignore_patterns("__pycache__"))
     python = place / "python"
     python.write_text(STAND_IN.format(python=sys.executable))
     python.chmod(0o755)
-    environment = {**os.environ, "PYTHON": str(python), "PARTS": parts, "SEEDS": seeds}
+    environment = {**os.environ, "PYTHON": str(python), "PARTS": parts, "SEEDS": "0"}
     script = place / "examples" / "smollm2" / "run.sh"
-    done = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True, check=False)
+
+
+def commands_of(place: Path, parts: str) -> list[list[str]]:
+    """What run.sh would run."""
+    done = run_sequence(place, parts)
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads(line) for line in (place / "commands.jsonl").read_text().splitlines()]
 
@@ -339,6 +346,14 @@ def test_every_command_of_the_sequence_parses_and_a_second_run_makes_nothing_aga
         command for command in again if "--compare" not in command and not command[0].startswith("examples/smollm2/")
     ]
     assert made == [], "resuming makes only tables"
+
+
+@pytest.mark.parametrize("step", ["countries", "elements"])
+def test_a_fine_tuning_that_fails_stops_the_sequence(tmp_path, monkeypatch, step):
+    monkeypatch.setenv("FAILS", f"models/smollm2/seed_0/{step}")
+    done = run_sequence(tmp_path, "main")
+    assert done.returncode == 3
+    assert "extract_task_vector_7b.py" not in (tmp_path / "commands.jsonl").read_text()
 
 
 @pytest.mark.slow

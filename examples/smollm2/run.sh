@@ -74,7 +74,12 @@ merge() { # file, row, recipe, model, model
 
 main_rows() {
     say "Seed $seed, 1. Fine-tuning: each model learns one of two sets of facts (two at once, a core each)"
-    fine_tune countries countries & fine_tune elements elements & wait -n && wait -n
+    fine_tune countries countries &
+    local first=$!
+    fine_tune elements elements &
+    local second=$!
+    wait $first
+    wait $second
 
     say "Seed $seed, 2. Task vectors: the float32 models minus the base, both rounded to float16"
     extract countries
