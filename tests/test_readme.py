@@ -54,7 +54,13 @@ def test_the_recipe_on_the_page_is_the_file():
 
 
 def test_every_file_that_is_linked_exists():
-    for page in ("README.md", "recipes/README.md", "benchmarks/README.md", "examples/tiny_mistral/README.md"):
+    for page in (
+        "README.md",
+        "recipes/README.md",
+        "benchmarks/README.md",
+        "examples/tiny_mistral/README.md",
+        "examples/smollm2/README.md",
+    ):
         links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text())
         assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
 

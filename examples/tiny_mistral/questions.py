@@ -17,7 +17,7 @@ CHOICES = 4
 
 TASK = """\
 task: {name}
-tag: tiny_{split}
+tag: {tag}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {questions}}}}}
 test_split: test
@@ -96,20 +96,21 @@ def split_facts(facts: list[Fact]) -> dict[str, list[Fact]]:
     return {"val": shuffled[::3], "test": shuffled[1::3] + shuffled[2::3]}
 
 
-def write_tasks(folder: Path) -> None:
-    """Write four lm-eval tasks: tiny_{countries,elements}_{val,test}, and their questions as .jsonl.
+def write_tasks(folder: Path, prefix: str = "tiny", items: dict[str, int] | None = None) -> None:
+    """Write four lm-eval tasks, {prefix}_{countries,elements}_{val,test}, and their questions as .jsonl.
 
-    Their tags tiny_val and tiny_test name both topics at once. The paths inside are absolute, since
-    lm-eval would look up relative ones in the current directory.
+    Their tags {prefix}_val and {prefix}_test name both topics at once. items: {split: so many questions of each topic, the
+    first}; None asks all. The paths inside are absolute, since lm-eval would look up relative ones in the current directory.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for topic in RELATIONS:
         facts = read_facts(topic)
         for split, part in split_facts(facts).items():
-            name = f"tiny_{topic}_{split}"
+            name = f"{prefix}_{topic}_{split}"
             questions = folder.resolve() / f"{name}.jsonl"
-            questions.write_text("".join(json.dumps(ask(fact, facts)) + "\n" for fact in part))
-            task = TASK.format(name=name, split=split, questions=json.dumps(str(questions)))
+            asked = part[: items[split]] if items else part
+            questions.write_text("".join(json.dumps(ask(fact, facts)) + "\n" for fact in asked))
+            task = TASK.format(name=name, tag=f"{prefix}_{split}", questions=json.dumps(str(questions)))
             (folder / f"{name}.yaml").write_text(task)
 
 
