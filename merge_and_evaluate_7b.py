@@ -224,7 +224,7 @@ def merge_and_evaluate(args: argparse.Namespace) -> None:
     check_device(args.device)
     if not args.dry_run and not (Path(args.save_path) / REPORT_NAME).is_file():  # is it this merge? Its inputs will say
         refuse_existing_outputs([Path(args.save_path)], args.overwrite)
-    settings = MergeSettings(args.max_shard_size, args.device or "cpu", args.seed, args.engine)
+    settings = MergeSettings(args.max_shard_size, args.device or "cpu", args.seed, args.engine, tuple(args.skip))
     merge_plans = planned_merges(args, settings)
     merge_plan, output_path = merge_plans[0], Path(args.output_path)
     question = question_of(args)

@@ -53,7 +53,7 @@ from common.shards.dtypes import check_floats
 from common.shards.headers import Tensor
 from common.shards.job import Job, begin, describe, downloaded, identity
 from common.shards.layout import Output, plan_shards, slots_of
-from common.shards.matching import mask_names, match
+from common.shards.matching import mask_names, match_all
 from common.shards.places import check_places, refuse_existing_outputs
 from common.shards.stream import Task, Worker, copy_tensor
 from common.shards.task_vector import TaskVector, open_base, open_vectors, whereabouts, write_pruned_vector_json
@@ -198,7 +198,8 @@ def decide(
     base: Checkpoint | None, vectors: list[TaskVector], args: argparse.Namespace, parameters: dict, passes: int
 ) -> tuple[Job, list[dict[str, Tensor]], list[str]]:
     """(the job, for each vector {tensor's name in the base: the vector's tensor}, notes): all that headers decide."""
-    matches = [match(base or vectors[0].checkpoint, vector.checkpoint, tuple(args.skip)) for vector in vectors]
+    checkpoints = [vector.checkpoint for vector in vectors]
+    matches = match_all(base or checkpoints[0], checkpoints, tuple(args.skip))
     pairs = [matched.pairs for matched in matches]
     hidden = {"max_shard_size": args.max_shard_size, "skip": args.skip}  # part of what a job is, not of its report
     job = plan(base, vectors, pairs, args.save_directories, parameters | hidden)

@@ -9,7 +9,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 MERGE_DEFAULTS = {"recipe": ["recipes/recipe.yml"], "save_path": "./models/merged", "engine": "auto", "seed": 0}
 EVAL_DEFAULTS = {"eval_recipe": "recipes/open_llm_leaderboard.yml", "output_path": "results.json"}
 CHOOSE_BY = ("score", "gold")
-OTHER_DEFAULTS = {"plot_path": "results_comparison.png", "choose_by": "score"}
+OTHER_DEFAULTS = {"plot_path": "results_comparison.png", "choose_by": "score", "skip": []}
 SWEEPS = {"weights", "weight_grid", "search"}  # each tries several weights
 
 
@@ -57,7 +57,8 @@ def _everyday_flags(parser: argparse.ArgumentParser) -> None:
 
 def _merge_flags(parser: argparse.ArgumentParser) -> None:
     """Details of the merge."""
-    add = parser.add_argument_group("the merge in detail").add_argument
+    group = parser.add_argument_group("the merge in detail")
+    add = group.add_argument
     add("--base_model", type=cli.path_or_hub_id, metavar="DIR", help="this base instead of the recipe's")
     add(
         "--models",
@@ -78,6 +79,8 @@ def _merge_flags(parser: argparse.ArgumentParser) -> None:
         help="stream: at the speed of a copy, any architecture; mergekit: everything else it can do; auto: stream what "
         "streams, and say which it was (default: auto)",
     )
+    cli.add_skip_flag(group)
+    parser.set_defaults(skip=None)  # as of every flag here: whether it was given decides what it may stand beside
     add("--seed", type=int, metavar="N", help="for methods that draw at random: dare_*, della_* (default: 0)")
 
 
@@ -193,7 +196,8 @@ def check_combination(parser: argparse.ArgumentParser, given: set[str], recipes:
         ("compare", given - {"compare", "plot_path", "against"}),
         (
             "eval_only",
-            given & ({"merge_only", "recipe", "base_model", "models", "max_shard_size", "seed", "engine"} | sweep),
+            given
+            & ({"merge_only", "recipe", "base_model", "models", "max_shard_size", "seed", "engine", "skip"} | sweep),
         ),
         ("merge_only", given & ({"eval_recipe", "output_path", "batch_size", "name"} | scoring | sweep)),
         ("weights", given & {"weight_grid"}),

@@ -37,6 +37,7 @@ class MergeSettings:
     device: str = "cpu"
     seed: int = 0
     engine: str = "auto"
+    skip: tuple[str, ...] = ()  # patterns of tensors that keep the base's bits
 
     def shard_bytes(self, engine: str) -> int:
         """Largest output file: 5 GB by default, but 1 GB for mergekit, which holds one in memory."""
@@ -100,12 +101,19 @@ def _maker(path: str) -> str:
     return "download it there, or fix the path"
 
 
-def mergekit_reason(recipe: Recipe, engine: str) -> str | None:
-    """Why mergekit is to merge this recipe; None if it streams. Raises DataError if --engine stream asks for what does not."""
+def mergekit_reason(recipe: Recipe, settings: MergeSettings) -> str | None:
+    """Why mergekit is to merge this recipe; None if it streams. Raises DataError where a flag asks for what only the other
+    engine does."""
     reason = stream_reason(recipe.config)
-    if engine == "stream" and reason:
+    if settings.engine == "stream" and reason:
         raise DataError(f"{recipe.path}: does not stream: {reason}; use --engine auto or mergekit")
-    return "--engine mergekit" if engine == "mergekit" and not reason else reason
+    if settings.engine == "mergekit" and not reason:
+        reason = "--engine mergekit"
+    if settings.skip and reason:
+        raise DataError(
+            f"{recipe.path}: --skip is for streamed merges, and mergekit merges this: {reason}; leave --skip out"
+        )
+    return reason
 
 
 def check_names(recipe: Recipe, checkpoints: tuple[Checkpoint, ...]) -> None:
@@ -124,7 +132,7 @@ def check_names(recipe: Recipe, checkpoints: tuple[Checkpoint, ...]) -> None:
 
 def plan_merge(recipe: Recipe, save_path: str | Path, settings: MergeSettings = MergeSettings()) -> MergePlan:
     """Open and compare all inputs from their headers. Raises DataError before a weight is read or downloaded."""
-    reason = mergekit_reason(recipe, settings.engine)
+    reason = mergekit_reason(recipe, settings)
     checkpoints = tuple(open_model(recipe, path) for path in model_paths(recipe.config))
     return _planned(recipe, checkpoints, Path(save_path), settings, reason)
 
@@ -193,12 +201,13 @@ def input_digests(merge_plan: MergePlan) -> dict[str, str]:
 
 def merge_identity(recipe: Recipe, digests: dict[str, str], settings: MergeSettings) -> str:
     """What decides the merged bytes, as one hash: engine, the recipe's content, the models', the seed."""
-    reason = mergekit_reason(recipe, settings.engine)
+    reason = mergekit_reason(recipe, settings)
     parts = {
         "engine": ["stream"] if reason is None else ["mergekit", version("mergekit")],
         "recipe": recipe.config,
         "models": digests,
         "seed": settings.seed,
+        **({"skip": settings.skip} if settings.skip else {}),
     }
     return text_hash(json.dumps(parts, sort_keys=True, default=str))
 
@@ -212,6 +221,7 @@ def origin(recipe: Recipe, digests: dict[str, str], settings: MergeSettings) -> 
         "method": method,
         "models": digests,
         "seed": settings.seed,
+        **({"skip": list(settings.skip)} if settings.skip else {}),
         "command": command(),
     }
 

@@ -20,7 +20,7 @@ from common.shards.hashing import text_hash
 from common.shards.headers import Tensor
 from common.shards.job import Job, begin, identity
 from common.shards.layout import Output, plan_shards, slots_of
-from common.shards.matching import check_floats, mask_names, match
+from common.shards.matching import check_floats, mask_names, match_all
 from common.shards.memory import MemorySink
 from common.shards.stream import Task, Worker, same_bytes
 from common.shards.verify import MERGE_REPORT, recorded_hashes_of
@@ -67,14 +67,16 @@ def plan_streamed(recipe: Recipe, checkpoints: tuple[Checkpoint, ...], save_path
     base = model_path(recipe.config.get("base_model"))
     whole = by_name[base] if base else models[0]
     check_floats(whole)
-    matches = [match(whole, model) for model in models]
+    matches = match_all(whole, list(models), settings.skip)
     pairs = [matched.pairs for matched in matches]
-    names = [tensor.name for tensor in whole.tensors.values() if tensor.is_parameter]
+    # A parameter without a pair was left out with --skip, or is of no use to the architecture: it is carried over.
+    names = [t.name for t in whole.tensors.values() if t.is_parameter and all(t.name in each for each in pairs)]
+    merged = set(names)
     is_linear, mask_name = recipe.config["merge_method"] == "linear", mask_names(whole)
 
     def inputs(name: str) -> tuple[Tensor, ...]:
         own = whole.tensors[name]
-        if not own.is_parameter:  # a buffer is carried over
+        if name not in merged:
             return (own,)
         return (() if is_linear else (own,)) + tuple(each[name] for each in pairs)
 
@@ -90,6 +92,7 @@ def plan_streamed(recipe: Recipe, checkpoints: tuple[Checkpoint, ...], save_path
     tasks = [Task(slot.name, inputs(slot.name), (slot,), i) for i, slot in slots_of(shards)]
     paths = with_paths(recipe.config, lambda path: str(by_name[path].path) if path in by_name else path)
     parameters = {"recipe": paths, "seed": settings.seed, "max_shard_size": settings.shard_bytes("stream")}
+    parameters |= {"skip": settings.skip} if settings.skip else {}
     job = Job(
         title=f"merge {recipe.config['merge_method']}",
         identity=identity("merge_and_evaluate_7b.py", parameters, list(checkpoints), [save_path]),

@@ -306,6 +306,30 @@ def test_other_shapes_are_refused_before_a_weight_is_read(table, monkeypatch):
     assert "'model.norm.weight' is [8] in ./large but [7] in ./base" in refused(recipe("ties", ("a", "large")))
 
 
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "cabs", "magnitude"])
+def test_skipped_tensors_keep_the_base(table, capsys, method):
+    """--skip: a head of its own and one of another size are left out, the base's tensors keep their bits and dtype."""
+    other = load(table / "a") | {"v_head.weight": torch.ones(3), "lm_head.weight": torch.ones(12, 7)}
+    write(table / "other", other)
+    config = recipe(method, ("b", "other") if method == "linear" else ("other", "b"), out="bfloat16")
+    assert "--skip" in refused(config)
+    merged = merge(config, "out", "--skip", "v_head.*", "lm_head.weight")
+    assert "left out by --skip" in capsys.readouterr().out
+    first = load(table / ("b" if method == "linear" else "base"))
+    assert merged.keys() == SHAPES.keys() and merged["model.norm.weight"].dtype == torch.bfloat16
+    assert torch.equal(merged["lm_head.weight"], first["lm_head.weight"].to(merged["lm_head.weight"].dtype))
+    assert merged["lm_head.weight"].dtype == first["lm_head.weight"].dtype
+    plain = merge(recipe(method, ("b", "a") if method == "linear" else ("a", "b"), out="bfloat16"), "plain")
+    assert all(torch.equal(merged[name], plain[name]) for name in SHAPES.keys() - {"lm_head.weight"})
+
+
+def test_skip_does_not_go_with_mergekit(table):
+    assert "--skip is for streamed merges" in refused(
+        recipe("ties"), "--engine", "mergekit", "--skip", "lm_head.weight"
+    )
+    assert "'x.*'" in refused(recipe("ties"), "--skip", "x.*")
+
+
 def test_bytes_that_were_recorded_are_held_to(table):
     """A pruned model whose copy was damaged: its report knows."""
     extract("a", "base", "va")

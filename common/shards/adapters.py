@@ -223,7 +223,7 @@ def without(adapter: Adapter, base: Checkpoint, skip: tuple[str, ...]) -> Adapte
 
     Raises DataError for a pattern that matches no tensor of the base.
     """
-    check_skip(base, adapter.checkpoint, skip)
+    check_skip(base, [adapter.checkpoint], skip)
     left = [{n: t for n, t in part.items() if not skipped(skip, n)} for part in (adapter.products, adapter.whole)]
     return replace(adapter, products=left[0], whole=left[1])
 

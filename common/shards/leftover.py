@@ -12,13 +12,12 @@ def skipped(skip: tuple[str, ...], *names: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in skip for name in names)
 
 
-def check_skip(base: Checkpoint, other: Checkpoint, skip: tuple[str, ...]) -> None:
-    """Refuse a pattern that matches nothing: it is a typing error."""
+def check_skip(base: Checkpoint, others: list[Checkpoint], skip: tuple[str, ...]) -> None:
+    """Refuse a pattern that matches nothing: it is a typing error. Of several models one may have what it names."""
     for pattern in skip:
-        if not any(fnmatchcase(name, pattern) for name in [*base.tensors, *other.tensors]):
-            raise DataError(
-                f"--skip {pattern!r}: no tensor of {other.label} or {base.label} has such a name; correct it"
-            )
+        if not any(fnmatchcase(name, pattern) for checkpoint in [base, *others] for name in checkpoint.tensors):
+            labels = " or ".join(checkpoint.label for checkpoint in [*others, base])
+            raise DataError(f"--skip {pattern!r}: no tensor of {labels} has such a name; correct it")
 
 
 def refuse_left_over(base, other, pairs: dict[str, Tensor], only: tuple[list[str], list[str]], skip) -> None:
