@@ -107,6 +107,7 @@ def extract(folder: Path, *more) -> dict:
     return load(folder / "v")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, settings", ADAPTERS.values(), ids=ADAPTERS)
 def test_as_peft_merges(tmp_path, kind, settings):
     """base + vector is peft's merged model within float32; +0.0 for every tensor that is not adapted."""

@@ -210,6 +210,7 @@ CONSTANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["base", "ft", "both"])
 @pytest.mark.parametrize("kind, constants", CONSTANTS.values(), ids=CONSTANTS)
 def test_constants(saved, tmp_path, kind, constants, where):

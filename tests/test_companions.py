@@ -59,6 +59,7 @@ VOCAB_ALONE = [
 ]
 
 
+@pytest.mark.slow
 def test_companions_travel_along_the_chain(tmp_path):
     """To the converted model, the vector and what is pruned from it, byte for byte."""
     for name in VOCAB_ALONE:

@@ -58,6 +58,7 @@ def test_table_is_what_the_files_say(scored, capsys):
     assert (scored / "results_comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_average_is_over_what_all_have(scored, capsys):
     """A file with fewer tasks does not get a better average by leaving one out."""
     write_results(scored / "c.json", {"hellaswag": 0.25, "winogrande": 0.75}, name="C")

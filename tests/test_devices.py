@@ -10,6 +10,7 @@ from common.pruners.devices import _probes, check_bits
 from common.pruners.kernels.torch_engine import engine
 
 
+@pytest.mark.slow
 def test_torch_passes():
     check_bits(engine("cpu"), "cpu")
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import first_quick
 from masks_by_block import masks_by_block
 
 from common.pruners import kernels
@@ -56,10 +57,10 @@ def pruned(pruning, dtype, vectors, base, arithmetic, block):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
+@pytest.mark.parametrize("dtype", first_quick("F16", "BF16", "F32"))
 @pytest.mark.parametrize(
     ("method", "n", "m"),
-    [("nm", 3, 32), ("nm", 64, 256), ("nm", 700, 1000), ("magnitude", 64, 256), ("random", 64, 256)],
+    first_quick(("nm", 64, 256), ("nm", 3, 32), ("nm", 700, 1000), ("magnitude", 64, 256), ("random", 64, 256)),
 )
 @pytest.mark.parametrize("conflict_aware", [True, False])
 def test_same_bits(device, dtype, method, n, m, conflict_aware):
@@ -76,6 +77,7 @@ def test_same_bits(device, dtype, method, n, m, conflict_aware):
             assert replace(mine, energy_kept=0, energy=0) == replace(other, energy_kept=0, energy=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_same_random_numbers(device):
     """Far into a stream, where counters pass 32 bits, and with limits of none, some and all of 2**32."""

@@ -88,6 +88,7 @@ run(main)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ignored", [False, True])
 def test_a_dropped_connection(tmp_path, ignored):
     """SIGHUP unwinds as SIGTERM does; under nohup, which has it ignored, it does nothing."""

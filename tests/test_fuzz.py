@@ -95,6 +95,7 @@ def edited(content: bytes, edits: list) -> bytes:
     return content
 
 
+@pytest.mark.slow
 @relaxed
 @given(EDITS)
 def test_mutated_bytes(path, edits):
@@ -137,6 +138,7 @@ def test_thousands_of_mutations(path):
     assert accepted < 5_000
 
 
+@pytest.mark.slow
 @relaxed
 @given(st.binary(max_size=200), st.one_of(st.none(), st.integers(0, 2**64 - 1)))
 def test_arbitrary_bytes(path, content, length):
@@ -224,6 +226,7 @@ def sharded(tmp_path_factory) -> Path:
     return write(tmp_path_factory.mktemp("sharded") / "m", TENSORS, files=2)
 
 
+@pytest.mark.slow
 @relaxed
 @given(SEEDS)
 def test_arbitrary_indexes(sharded, seed):

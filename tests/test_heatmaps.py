@@ -242,6 +242,7 @@ def test_prune_draws_its_own_run_beside_another(here, panels, tmp_path, capsys):
     assert capsys.readouterr().out.endswith(f"wrote {tmp_path / 'p.png'}\n")
 
 
+@pytest.mark.slow
 def test_reports_of_earlier_runs_are_drawn_without_pruning(here, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run("prune", "--plot_path", "p.pdf", "--plot_reports", here / "pb", here / "pa" / "prune_report.json")

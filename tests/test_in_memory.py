@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import save_model
+from conftest import first_quick, save_model
 from recipes_and_models import RECIPE, left_over, merge, merge_and_score, write_yaml
 
 from common.errors import DataError
@@ -58,9 +58,9 @@ def tied_models(folder) -> None:
 # --- bit for bit ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("scored_in", ["auto", "float32", "bfloat16"])
-@pytest.mark.parametrize("method", ["task_arithmetic", "cabs"])
+@pytest.mark.parametrize("dtype", first_quick("float16", "bfloat16", "float32"))
+@pytest.mark.parametrize("scored_in", first_quick("auto", "float32", "bfloat16"))
+@pytest.mark.parametrize("method", first_quick("task_arithmetic", "cabs"))
 def test_what_is_scored_is_what_is_written(here, dtype, scored_in, method):
     """Filled, filled with another weight, filled again: the same bits as the written model in the dtype it is scored in."""
     write_yaml(here / "recipe.yml", {**RECIPE, "merge_method": method, "out_dtype": dtype})
@@ -203,6 +203,7 @@ def test_a_sweep_in_memory_is_the_sweep_on_disk(here, capsys):
         assert again["provenance"]["identity"] == found[name]["provenance"]["identity"]
 
 
+@pytest.mark.slow
 def test_one_model_is_loaded_and_dropped_before_the_winner_is_scored(here, monkeypatch):
     """Peak memory is one model: when the written winner is loaded, nothing holds the one that was filled."""
     import gc

@@ -91,6 +91,7 @@ def test_a_hub_id_is_merged_from_its_download(here, monkeypatch):
     assert list(report["models"]) == ["./base", "./wild", "org/west"]
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_after_the_merge(here, monkeypatch, capsys):
     """A run that was stopped before scoring does not merge again; another recipe's model is not taken for it."""
     merge()
@@ -113,6 +114,7 @@ def test_eval_only_scores_any_model(here):
     assert "recipe" not in document["provenance"]
 
 
+@pytest.mark.slow
 def test_eval_recipe_is_the_file_lm_eval_takes(here):
     """Flags win over the file; limit, shots, samples and patterns are lm-eval's."""
     write_yaml(
@@ -134,6 +136,7 @@ def test_eval_recipe_is_the_file_lm_eval_takes(here):
     assert len((here / "results_samples_colours.jsonl").read_text().splitlines()) == 3
 
 
+@pytest.mark.slow
 def test_response_cache_is_apart_for_every_model(here):
     """lm-eval keys it by request alone: with one cache the second model would get the first one's answers."""
     write_yaml(here / "eval.yml", {**EVAL, "use_cache": "cache"})

@@ -87,6 +87,7 @@ def test_against_the_slow_oracle(method, parameters, rule, models):
     assert ((merged.double() - exact).abs() <= 1e-3 * exact.abs() + 1e-6).all()
 
 
+@pytest.mark.slow
 def test_models_in_another_dtype_than_the_base():
     """bfloat16 models on a float16 base: rounded to the task vector's dtype before the difference, as extraction does."""
     base, tuned = inputs((12, 20), 2)
@@ -179,6 +180,7 @@ WHOLE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "parameters", "flags"), WHOLE, ids=["cabs", "cabs_overlap", "magnitude", "random"])
 def test_one_pass_equals_the_chain(bfloat16_models, method, parameters, flags):
     """extract, prune (the vectors alone), add by hand = one pass; zulu, first of the list, is pruned first."""

@@ -63,6 +63,7 @@ def test_odd_tensors_and_settings(odd, flags):
             assert oracle.same(out[name], oracle.model_tensor(tensor, vector[name], mask, torch.tensor(1.0))), name
 
 
+@pytest.mark.slow
 def test_a_locale_without_utf8(odd):
     """Files are UTF-8 whatever the locale says; a refusal still is one line."""
     environment = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}

@@ -60,6 +60,7 @@ def test_threshold_from_any_guess(data):
     assert all(0 <= a < b <= top and (b - a - 1) >> shift < passes._BINS for a, b, shift in calls)
 
 
+@pytest.mark.slow
 def test_bracket_holds_the_threshold():
     """Of 200 tensors 97 in 100 have it in there, in at most 3 % of their keys; pieces that differ widen it."""
     rng, held, widths = np.random.default_rng(0), 0, []

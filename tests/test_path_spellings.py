@@ -46,9 +46,16 @@ DIRECTORIES = [
     ("prune", [*LISTS, *PRUNE, *PICTURE, "--plot_with", "qa", "qb"], "--plot_with"),
     ("prune", ["--verify", "va", "qa"], "--verify"),
 ]
+QUICK = ("plain", "dot and slash")  # of each flag; the other spellings are in the slow tests
 COMMANDS = [
     *((script, given, flag, spelling) for script, given, flag in DIRECTORIES for spelling in SPELLINGS),
     *(("prune", [*PICTURE, "--plot_reports", "qa"], "--plot_path", spelling) for spelling in FILES),
+]
+CASES = [
+    pytest.param(
+        *command, marks=[] if command[3] in QUICK else pytest.mark.slow, id=" ".join([command[0], *command[2:]])
+    )
+    for command in COMMANDS
 ]
 
 
@@ -104,7 +111,7 @@ def plainly(made, tmp_path_factory):
     return answer
 
 
-@pytest.mark.parametrize("script, given, flag, spelling", COMMANDS, ids=[f"{s} {f} {n}" for s, _, f, n in COMMANDS])
+@pytest.mark.parametrize("script, given, flag, spelling", CASES)
 def test_every_flag_takes_every_spelling(place, plainly, script, given, flag, spelling):
     """The same files in the same places, to the last byte; labels in reports may be as the user spelled them."""
     run(script, *spelled(given, flag, SPELLINGS[spelling], place))

@@ -7,6 +7,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from conftest import first_quick
 from hypothesis import given, settings
 from masks_by_block import masks_by_block
 
@@ -85,7 +86,7 @@ def expect_oracle(method, vectors, code, n, m, aware, block=None):
     assert ours == theirs, (method, code, n, m, aware, block)
 
 
-@pytest.mark.parametrize("code", ["F16", "BF16", "F32"])
+@pytest.mark.parametrize("code", first_quick("F16", "BF16", "F32"))
 @pytest.mark.parametrize("aware", [True, False])
 @pytest.mark.parametrize("m, ns", [(SMALL, (1, 2, 3, 4)), (LARGE, (1, 64, 128, 200, 256))])
 def test_nm_is_the_oracles(code, aware, m, ns):
@@ -109,6 +110,7 @@ def test_scopes_larger_than_a_block(code, aware):
                 expect_oracle("magnitude", vectors, code, n, 300, aware, block=64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [5, 66_000])
 def test_groups_too_long_to_count_in_16_bits(n):
     """m of 70000 within one block, and ties beyond the 65536th."""
@@ -305,6 +307,7 @@ def test_frozen_tensors_are_in_nobodys_way(method, n, m, block, engine):
         assert kept == our_masks(pruning, [ones, ones], "F16")[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("share", [0.90, 0.96])
 @pytest.mark.parametrize("n, old, alone", [(64, 0.608, 0.725), (128, 0.50, 0.93)])
@@ -364,6 +367,7 @@ def expect_conversion(tensor: torch.Tensor, source: str, target: str, clamp: boo
         assert counts[:2] == (changed, zeroed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["F16", "BF16"])
 @pytest.mark.parametrize("target", ["F16", "BF16", "F32"])
 def test_convert_every_16_bit_value(source, target):
@@ -387,6 +391,7 @@ def test_convert_float32_around_every_16_bit_value(target):
         expect_conversion(torch.cat(nearby).clamp(-3.4e38, 3.4e38), "F32", target, clamp)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "source, target", [("F16", "F16"), ("BF16", "F16"), ("F32", "F16"), ("F32", "BF16"), ("F32", "F32")]
 )
@@ -438,11 +443,11 @@ def test_what_is_not_finite_is_seen(code):
 
 @pytest.mark.parametrize(
     "code, patterns",
-    [
+    first_quick(
         ("F16", (0x7C00, 0xFC00, 0x7C01, 0x7FFF, 0xFFFF)),
         ("BF16", (0x7F80, 0xFF80, 0x7F81, 0x7FFF, 0xFFFF)),
         ("F32", (0x7F800000, 0xFF800000, 0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF)),
-    ],
+    ),
 )
 def test_no_nan_gets_through(code, patterns):
     """Infinities, and NaNs of the smallest and largest payload, of either sign, through all that checks its result."""
@@ -463,6 +468,7 @@ def test_no_nan_gets_through(code, patterns):
         assert not kernels.tally(bits, code, 1 - mask, 0, 0, 4, new_counts(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", ["F16", "BF16", "F32"])
 @pytest.mark.parametrize("m, steps", [(7, 1000), (256, 4096), (5000, 3001), (20_000, 9002)])
 def test_tally(code, m, steps):

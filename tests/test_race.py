@@ -438,6 +438,7 @@ def test_candidates_disagree_as_much_as_the_scenario_says():
     assert values.mean() == pytest.approx(0.659, abs=0.02)
 
 
+@pytest.mark.slow
 def test_the_simulation_prints_a_table_and_ends_with_json(capsys):
     simulate_race.main(["--races", "2", "--items", "1000", "--candidates", "3", "--curves", "flat", "peaked"])
     lines = capsys.readouterr().out.splitlines()

@@ -128,6 +128,7 @@ def test_a_race_scores_nothing_twice_and_finds_the_peak(here, asked, capsys):
     assert left_over(here) == {"merged", "results.json", "results_race.json", "results_sweep.csv", "results_sweep.png"}
 
 
+@pytest.mark.slow
 def test_all_candidates_of_a_round_answer_the_same_items(here, asked):
     race(*RACE)
     first = {weight: {(t, i) for w, t, i in asked if w == weight} for weight in ("0.1", "0.3", "0.6", "0.9", "1.2")}
@@ -136,6 +137,7 @@ def test_all_candidates_of_a_round_answer_the_same_items(here, asked):
     assert len(smallest) <= 200 * ROUNDS[-1]
 
 
+@pytest.mark.slow
 def test_another_seed_draws_other_items(here, asked):
     race(*RACE)
     before = set(asked)
@@ -353,6 +355,7 @@ def test_recipes_race_in_one_loaded_model(here, monkeypatch, capsys):
 # --- resumed --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_after", [1, 4, 7])
 def test_a_stopped_race_resumes(here, asked, monkeypatch, stop_after):
     """Stopped in any batch: what was asked before is not asked again, and what comes out is what one go gives."""
@@ -583,6 +586,7 @@ def test_a_search_climbs_and_records_everything(here, tried, capsys):
     assert all(str(weight) in config for weight in best)
 
 
+@pytest.mark.slow
 def test_a_stopped_search_resumes(here, tried, monkeypatch):
     merge_and_score(*SEARCH, "--evaluations", "10")
     whole = list(tried)

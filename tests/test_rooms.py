@@ -78,6 +78,7 @@ def test_who_converts_reads_one_room():
     assert len(found) <= 44
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [*STREAMING, "merge_and_evaluate_7b"])
 def test_help_is_quick(script):
     """Importing a script imports nothing that takes seconds; that comes with the first weight."""

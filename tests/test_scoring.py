@@ -101,6 +101,7 @@ def test_a_member_named_alone_keeps_them():
     assert part_of_recipe(INDEX, ["a", "b"], ["a"]) == []
 
 
+@pytest.mark.slow
 def test_lm_eval_builds_the_part_with_them(here):
     """A group in the recipe's folder gives colours 2 shots; named alone, in a sweep's dry run and for real, it has 2."""
     group = {"group": "both", "task": [{"task": "colours", "num_fewshot": 2, "fewshot_split": "test"}, "shades"]}
@@ -167,6 +168,7 @@ def test_a_path_is_a_path_however_it_is_spelled(here, monkeypatch, capsys):
     assert not (here / "~").exists()
 
 
+@pytest.mark.slow
 def test_lm_eval_speaks_to_a_file(here, capsys):
     """Its messages are in results.log; stderr has the bar of the requests and no other."""
     score()
@@ -181,6 +183,7 @@ def test_lm_eval_speaks_to_a_file(here, capsys):
 # --- scores from before ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_scores_of_the_same_content_are_taken_and_it_is_said(here, capsys, monkeypatch):
     score("--name", "first")
     capsys.readouterr()

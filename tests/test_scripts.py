@@ -185,6 +185,7 @@ def test_a_pruned_vector_is_a_task_vector(zoos, tmp_path):
     assert have["base_model_path"] == want["base_model_path"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_other_dtypes(zoos, tmp_path, dtype):
     """The whole chain in bfloat16 and in float32."""
@@ -348,6 +349,7 @@ def test_report_figures(zoos, tmp_path):
     assert sum(kind["numel"] for kind in report["kinds"].values()) == sum(t["numel"] for t in parameters)
 
 
+@pytest.mark.slow
 def test_overlap_is_zero_while_there_is_room(tmp_path):
     """Four vectors at 1:4 share nothing; the report says 0 for every pair and 1:4 everywhere."""
     folder = chain(tmp_path)

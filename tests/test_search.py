@@ -34,6 +34,7 @@ def refused(message: str):
     return pytest.raises(DataError, match=f"^{re.escape(message)}$")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_the_optimum_of_a_quadratic_is_found(seed):
     trials, proposals = run(replace(SEARCH, seed=seed))

@@ -40,6 +40,7 @@ TENSORS = st.dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(TENSORS)
 def test_files_are_those_of_save_file(tmp_path_factory, described):

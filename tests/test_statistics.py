@@ -112,6 +112,7 @@ def test_of_a_thousand_pairs_without_a_difference_few_are_called_different():
     assert share_called_different(simulated(1000, 200, 0.0, seed=1)) <= 0.05 + 0.021
 
 
+@pytest.mark.slow
 def test_the_promised_power():
     """With as many items as items_needed asks for, 80 % of real differences are seen (± 3 standard errors)."""
     difference, trial = 0.03, 400

@@ -67,6 +67,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 # --- the right result -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("out", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("parameters", [{}, {"normalize": True}, {"lambda": 0.7}])
@@ -118,6 +119,7 @@ def test_mergekit_merges_whole_models_alike(tmp_path, monkeypatch, models, metho
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "flags", "parameters"),
     [
@@ -191,6 +193,7 @@ def test_consensus_and_parameters_by_model_and_name(table):
 # --- the same bytes however it is cut ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_bytes_do_not_depend_on_blocks_threads_or_shards(table, monkeypatch, method):
     beside = {"density": 0.4} if method in ("ties", "dare_linear", "dare_ties") else {}
@@ -388,6 +391,7 @@ def test_dry_run_is_true_to_the_byte(table, capsys):
     assert plan.nbytes == sum(path.stat().st_size for path in Path("out").glob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_streamed_merge_imports_nothing_heavy(table):
     for name in ("base", "a", "b"):  # else transformers is asked what the architecture ties
         config = json.loads((table / name / "config.json").read_text())
