@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import peft
 import pytest
 import torch
 import transformers
@@ -83,6 +82,8 @@ def adapted(folder: Path, kind: str, settings: dict, dtype=torch.float32):
     """folder/base, folder/lora as peft saves it; returns peft's own merged state dict."""
     base = model(kind)
     base.save_pretrained(folder / "base")
+    import peft  # five seconds, which only the slow tests here need
+
     wrapped = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():

@@ -48,6 +48,7 @@ def test_elements_follow_the_periodic_table():
     assert [periods.count(period) for period in range(1, 8)] == [2, 8, 8, 18, 18, 32, 32]
 
 
+@pytest.mark.slow
 def test_tasks_are_found_by_lm_eval_from_any_directory(tmp_path, monkeypatch):
     from lm_eval.tasks import TaskManager
 

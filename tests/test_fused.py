@@ -50,6 +50,7 @@ def saved(tmp_path_factory):
     return lambda kind: (folder / kind, *made(kind, folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix, wrap", [(".safetensors", ""), (".bin", "module.")])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fused_model_gives_the_vector_of_the_same_model_saved_apart(saved, tmp_path, capsys, kind, suffix, wrap):

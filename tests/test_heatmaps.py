@@ -171,6 +171,7 @@ def panels(monkeypatch) -> list:
     return seen
 
 
+@pytest.mark.slow
 def test_two_runs_side_by_side_share_a_scale(here, panels, tmp_path):
     """Per measure a row per vector, magnitude left of nm; a picture with the colours of three scales comes out."""
     from matplotlib.image import imread
@@ -198,6 +199,7 @@ def test_one_vector_alone_has_no_overlap_to_draw(panels, tmp_path):
     assert (tmp_path / "one.svg").read_text().startswith("<?xml")
 
 
+@pytest.mark.slow
 def test_deep_models_fit(panels, tmp_path):
     tensors = {f"model.layers.{i}.{kind}": entry(kind, b=0.1) for i in range(126) for kind in ("q", "k")}
     draw([Pruned((report(tensors),), "x")], tmp_path / "deep.png")
@@ -219,6 +221,7 @@ def test_runs_are_told_apart():
 # --- the script -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_prune_draws_its_own_run_beside_another(here, panels, tmp_path, capsys):
     outputs = [tmp_path / "b", tmp_path / "a"]
     run(

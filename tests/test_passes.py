@@ -40,6 +40,7 @@ def counter(keys: np.ndarray):
     return count, calls
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_threshold_from_any_guess(data):
@@ -85,6 +86,7 @@ def test_brackets_of_extremes(share):
     assert low <= 5 < high
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", ["F16", "BF16", "F32"])
 @pytest.mark.parametrize("aware", [True, False])
 def test_sampled_scopes_are_the_oracles(code, aware, small_samples):

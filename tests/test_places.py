@@ -237,6 +237,7 @@ WRITTEN = ["convert_report.json"]
 STEPS = ("rename", "rmdir", "unlink")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
 def test_stopped_at_any_step_of_moving_out(model, tmp_path, mounted, monkeypatch, overwrite):
     """The same command, without --overwrite too, gets to the end; until then config.json and weights are of one model."""

@@ -269,6 +269,7 @@ def test_strata_of_one_row_are_put_side_by_side():
 # --- the state ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10_000), cut=st.floats(0, 1), gap=st.floats(0, 0.5))
 def test_a_race_that_was_interrupted_asks_for_the_rest_and_ends_the_same(seed, cut, gap):

@@ -232,6 +232,7 @@ def compared(capsys, *files: str) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_after", [1, 5])
 def test_a_stopped_race_of_recipes_resumes(here, asked, monkeypatch, stop_after):
     flags = save_recipes(here, far=0.1, near=0.9, off=0.8)
@@ -255,6 +256,7 @@ def test_a_stopped_race_of_recipes_resumes(here, asked, monkeypatch, stop_after)
     assert sorted(asked) == sorted(whole)
 
 
+@pytest.mark.slow
 def test_a_changed_recipe_is_scored_anew_only_if_told(here, asked):
     race_recipes("0.5", *save_recipes(here, far=0.1, near=0.9), *ON)
     (here / "results.json").unlink()
@@ -386,6 +388,7 @@ def test_a_stopped_race_resumes(here, asked, monkeypatch, stop_after):
     assert asked == []
 
 
+@pytest.mark.slow
 def test_a_smaller_margin_scores_only_what_is_missing(here, asked):
     race("30", *RACE[1:])
     before = set(asked)
@@ -393,6 +396,7 @@ def test_a_smaller_margin_scores_only_what_is_missing(here, asked):
     assert before < set(asked) and len(asked) == len(set(asked))
 
 
+@pytest.mark.slow
 def test_a_race_of_other_models_is_not_taken(here, asked):
     race(*RACE)
     write_yaml(here / "eval.yml", {**EVAL, "num_fewshot": 1})
@@ -572,6 +576,7 @@ def tried_recipes(monkeypatch) -> list[str]:
     return names
 
 
+@pytest.mark.slow
 def test_a_search_climbs_and_records_everything(here, tried, capsys):
     merge_and_score(*SEARCH, "--evaluations", "25")
     said = capsys.readouterr().out

@@ -147,6 +147,7 @@ def test_two_halves_give_the_gradient_of_the_whole(tiny):
         torch.testing.assert_close(part, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_training_that_was_stopped_ends_with_the_same_bytes(tiny, tmp_path, monkeypatch, lora):
     monkeypatch.setattr(train_models, "EVERY", 3)
@@ -326,6 +327,7 @@ def commands_of(place: Path, parts: str) -> list[list[str]]:
     return [json.loads(line) for line in (place / "commands.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_every_command_of_the_sequence_parses_and_a_second_run_makes_nothing_again(tmp_path):
     commands = commands_of(tmp_path, "main ablations lora")
     parsers = {f"{name}.py": import_module(name).parse_args for name in SCRIPTS}

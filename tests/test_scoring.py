@@ -159,6 +159,7 @@ def test_flags_win_over_the_recipe(here, capsys):
     assert "| west (limit 2) | metric | shots | items | score |" in printed and "; limit 2; 24 requests" in printed
 
 
+@pytest.mark.slow
 def test_a_path_is_a_path_however_it_is_spelled(here, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(here))
     for path, name in (("west", "west"), ("./west", "west"), ("west/", "west"), ("~/west", "west")):

@@ -107,6 +107,7 @@ def share_called_different(found: list[Difference]) -> float:
     return float(np.mean([difference.p < statistics.LEVEL for difference in found]))
 
 
+@pytest.mark.slow
 def test_of_a_thousand_pairs_without_a_difference_few_are_called_different():
     """5 % and no more than what a thousand draws may add (three standard errors of a share of 0.05: 2.1 points)."""
     assert share_called_different(simulated(1000, 200, 0.0, seed=1)) <= 0.05 + 0.021

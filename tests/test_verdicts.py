@@ -107,6 +107,7 @@ def test_every_figure_is_the_one_from_the_items(here, base, capsys):
     assert rows["DARE"][5].startswith("cannot tell: a difference this size takes about ")
 
 
+@pytest.mark.slow
 def test_against_turns_the_question_round(here, base, capsys):
     better = {task: flipped(v, up=40, down=10) for task, v in base.items()}
     save(a=scored("TA", base), b=scored("CABS", better))
@@ -236,6 +237,7 @@ def test_items_that_do_not_fit_are_refused(here, change, line):
     assert str(error.value).startswith(line) and "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_picture_has_the_differences(here, base, capsys):
     """Score and difference panels side by side; a file is written for one row, too."""
     from matplotlib.figure import Figure
