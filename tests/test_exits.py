@@ -94,9 +94,13 @@ def test_a_dropped_connection(tmp_path, ignored):
     """SIGHUP unwinds as SIGTERM does; under nohup, which has it ignored, it does nothing."""
     script = tmp_path / "s.py"
     script.write_text(PAUSED.format(root=str(ROOT)))
-    prepare = (lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if ignored else None
+    disposition = signal.SIG_IGN if ignored else signal.SIG_DFL  # also where the tests themselves run under nohup
     process = subprocess.Popen(
-        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=prepare
+        [sys.executable, script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, disposition),
     )
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGHUP)
