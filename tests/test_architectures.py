@@ -135,6 +135,7 @@ WRAPPED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turned", [False, True], ids=["the fine-tuned", "the base"])
 @pytest.mark.parametrize("kind, rename", WRAPPED.values(), ids=WRAPPED)
 def test_other_names(saved, tmp_path, capsys, kind, rename, turned):
@@ -270,6 +271,7 @@ def tied(saved, kind: str, source: str, names: list[str]) -> tuple[dict, dict, d
     return rest | {n: shared.clone() for n in (source, *names)}, rest | {source: shared}, config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["random", "nm", "magnitude"])
 @pytest.mark.parametrize("kind, source, names", TIES.values(), ids=TIES)
 def test_one_mask_for_tied_tensors(saved, tmp_path, kind, source, names, method):

@@ -43,6 +43,7 @@ def compare(capsys, *files: str) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
+@pytest.mark.slow
 def test_table_is_what_the_files_say(scored, capsys):
     lines = compare(capsys, "a.json", "b.json")
     assert lines[0] == "| method | arc_challenge 5-shot | hellaswag 5-shot | winogrande 5-shot | average |"
@@ -87,6 +88,7 @@ def test_what_does_not_compare_is_said(scored, capsys):
     ]
 
 
+@pytest.mark.slow
 def test_files_that_lm_eval_wrote_are_read(scored, capsys):
     write_results(scored / "results_2026.json", dict.fromkeys(LEADERBOARD, 0.25))
     lines = compare(capsys, "results_2026.json", "a.json")

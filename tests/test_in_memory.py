@@ -84,6 +84,7 @@ def test_what_is_scored_is_what_is_written(here, dtype, scored_in, method):
     assert left_over(here) == {"merged"}
 
 
+@pytest.mark.slow
 def test_a_tied_head_is_filled_once(here):
     tied_models(here)
     merge()
@@ -96,6 +97,7 @@ def test_a_tied_head_is_filled_once(here):
         assert equal_bits(as_integers(state), as_integers(written_state("merged", "float32")))
 
 
+@pytest.mark.slow
 def test_config_and_tokenizer_are_the_merged_models_own(here):
     merge()
     plan = plan_merge(read_recipe("recipe.yml"), "elsewhere", SETTINGS)

@@ -107,6 +107,7 @@ def test_the_same_command_goes_on_after_the_merge(here, monkeypatch, capsys):
     assert (here / "merged" / "model.safetensors").stat().st_mtime_ns != before
 
 
+@pytest.mark.slow
 def test_eval_only_scores_any_model(here):
     score("west", "--output_path", "deep/west.json")
     document = json.loads((here / "deep" / "west.json").read_text())

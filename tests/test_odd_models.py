@@ -45,6 +45,7 @@ FLAGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
 def test_odd_tensors_and_settings(odd, flags):
     """Three vectors, one of them twice, against the oracle."""

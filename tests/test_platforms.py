@@ -142,6 +142,7 @@ with ThreadPoolExecutor(8) as threads:
 """
 
 
+@pytest.mark.slow
 def test_one_line_from_all_threads(tmp_path):
     """The first kernels are compiled by several threads at once; the line about their cache is one all the same."""
     done = subprocess.run([sys.executable, "-c", SAID_BY_THREADS], capture_output=True, text=True, cwd=ROOT)

@@ -211,6 +211,7 @@ def test_recipes_race_with_the_weights_they_have(here, asked, capsys):
     assert sum(taken) == summary["chosen"]["items"] == len(asked)
 
 
+@pytest.mark.slow
 def test_recipes_race_with_each_of_the_weights(here, asked, capsys):
     """Every recipe's weight is chosen the same way, in one race; ties' is its lambda."""
     flags = save_recipes(here, plain=1.0)

@@ -52,6 +52,7 @@ def test_in_one_dimension_and_in_six():
     assert best(trials).value > quadratic((1.0,) * 6, at) / 5
 
 
+@pytest.mark.slow
 def test_the_start_comes_first_then_populations_of_six():
     _, proposals = run(SEARCH)
     assert proposals[0].candidates == ((1.0, 1.0),)

@@ -173,6 +173,7 @@ def test_table_csv_and_files_agree(here, asked, capsys):
     assert (here / "results_sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_keep_models_keeps_them(here, asked):
     merge_and_score("--weights", "0.3", "0.6", "--keep_models")
     assert {"merged", "merged_weight_0.3"} <= left_over(here)

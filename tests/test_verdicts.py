@@ -157,6 +157,7 @@ def test_mmlu_is_the_mean_of_its_subjects(here, capsys):
     assert shown.startswith(f"+27.50 ± {100 * stderr:.2f} (")
 
 
+@pytest.mark.slow
 def test_rows_without_items_or_on_other_items_say_so(here, base, capsys):
     old, other, few = (scored(name, base) for name in ("old", "other", "few"))
     del old["items"]
@@ -181,6 +182,7 @@ def test_rows_without_items_or_on_other_items_say_so(here, base, capsys):
     assert rows["few (limit 100)"][2] == "+0.00 ± 0.00 (1.000)"
 
 
+@pytest.mark.slow
 def test_what_rows_differ_in_is_said(here, base, capsys):
     changed = scored(
         "B",
