@@ -53,7 +53,7 @@ from common.shards.headers import DTYPE_CODES, Tensor
 from common.shards.hub import local_directory
 from common.shards.job import Job, begin, describe, downloaded, identity
 from common.shards.layout import Output, plan_shards, slots_of
-from common.shards.matching import match
+from common.shards.matching import match_all
 from common.shards.places import check_places, refuse_existing_outputs
 from common.shards.remote import describe_checkpoint, described
 from common.shards.settings import config_notes
@@ -215,7 +215,7 @@ def compare(
 ) -> tuple[Extraction, list[str]]:
     """(what is done with every tensor, notes): all that headers, configs and tokenizers decide. how: skip, vocabulary, dtype."""
     free_rows, common = how.vocabulary == "common", {}
-    matched = match_adapter(base, adapter) if adapter else match(base, finetuned, tuple(how.skip), free_rows)
+    (matched,) = [match_adapter(base, adapter)] if adapter else match_all(base, [finetuned], tuple(how.skip), free_rows)
     notes = list(matched.notes)
     if free_rows:
         vocabulary = common_vocabulary(base, finetuned)

@@ -145,7 +145,7 @@ def test_a_file_cut_while_it_is_read_is_found(copy, monkeypatch):
 
     directory = copy("va")
     tensors, records = verify.open_directory(str(directory))
-    monkeypatch.setattr(verify, "open_directory", lambda _label: (tensors, records))
+    monkeypatch.setattr(verify, "open_directory", lambda *_: (tensors, records))
     path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     assert "the file ends within it" in verify_refusal(directory)
@@ -182,6 +182,23 @@ def test_other_files_of_the_same_tensors_are_sound(copy):
 
 
 # --- inputs ---------------------------------------------------------------------------------------
+
+
+def test_a_base_of_elsewhere_is_known_by_what_was_pruned_from_it(written, tmp_path, capsys):
+    """A base with no record of its own: recognised by its hashes, called another one if a bit of it differs."""
+    base = Path(shutil.copytree(written / "cv", tmp_path / "base"))
+    (base / "convert_report.json").unlink()
+    run("prune", "--verify", base, written / "pa")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith(f"{base}: ") and lines[1].endswith("read; it has no record of its own")
+    assert f"{written / 'pa'}: its base is {base}, verified too" in lines
+    assert "no merge_report.json, " in verify_refusal(base)
+
+    tensors = load(base)
+    tensors["lm_head.weight"][0, 0] += 1
+    replace_weights(base, tensors)
+    run("prune", "--verify", written / "pa", base)
+    assert "by its hashes none of those verified here" in capsys.readouterr().out
 
 
 def test_what_is_not_known_of_inputs(written, tmp_path, capsys):

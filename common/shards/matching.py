@@ -230,25 +230,20 @@ def _sort_extra(names: Names, base: Checkpoint, other: Checkpoint, skip: tuple[s
             (to.unused if drops else to.only_other).append(theirs.name)
 
 
-def match_all(base: Checkpoint, others: list[Checkpoint], skip: tuple[str, ...] | None = None) -> list[Match]:
-    """match() of each of several models; a pattern of `skip` need name something of only one of them."""
-    found = [match(base, other, skip, is_alone=False) for other in others]
-    check_skip(base, others, skip or ())
+def match_all(
+    base: Checkpoint, others: list[Checkpoint], skip: tuple[str, ...], free_rows: bool = False
+) -> list[Match]:
+    """match() of each. Raises DataError for a pattern of `skip` that names nothing in any of them: it is a typing error."""
+    found = [match(base, other, skip, free_rows) for other in others]
+    check_skip(base, others, skip)
     return found
 
 
-def match(
-    base: Checkpoint,
-    other: Checkpoint,
-    skip: tuple[str, ...] | None = None,
-    free_rows: bool = False,
-    is_alone: bool = True,
-) -> Match:
+def match(base: Checkpoint, other: Checkpoint, skip: tuple[str, ...] | None = None, free_rows: bool = False) -> Match:
     """Pair every parameter of `base` with `other`'s tensor, by name; see Match.
 
     skip: patterns (fnmatch) of names, of either model, that are left out; None where the caller has no such flag to
-    advise. free_rows: tensors with a row for each token may differ in their number of rows. is_alone: False where `skip`
-    is for several models, see match_all. Raises DataError that
+    advise. free_rows: tensors with a row for each token may differ in their number of rows. Raises DataError that
     counts what is missing or left over, by pattern, or names the first tensor of another shape.
     """
     check_floats(other)
@@ -257,8 +252,6 @@ def match(
     _pair_parameters(names, other, skip or (), found)
     _sort_extra(names, base, other, skip or (), found)
     refuse_left_over(base, other, found.pairs, (found.only_base, found.only_other), skip)
-    if is_alone:
-        check_skip(base, [other], skip or ())
     check_shapes(base, other, found.pairs, found.pairs if free_rows else ())
     notes = list(names.notes)
     if found.unused:

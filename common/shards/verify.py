@@ -51,20 +51,24 @@ def recorded_hashes_of(checkpoint: Checkpoint) -> dict[str, str]:
     return {}
 
 
-def open_directory(label: Path | str) -> tuple[list[Tensor], dict[Path, dict[str, str]]]:
-    """(tensors, {record: {tensor: hash}}) of a directory to verify, with the same names in all of them."""
+def open_directory(label: Path | str, is_known: bool = False) -> tuple[list[Tensor], dict[Path, dict[str, str]]]:
+    """(tensors, {record: {tensor: hash}}) of a directory to verify, with the same names in all of them.
+
+    is_known: whether another directory's record has hashes of an input, which this may be; then it needs none of its own.
+    """
     directory = Path(label)
     if not directory.is_dir():
         raise DataError(f"{label}: no such directory; give one that convert, extract, prune or merge wrote")
     paths = [directory / name for name in RECORDS if (directory / name).is_file()]
-    if not paths:
+    if not paths and not is_known:
         raise DataError(
             f"{label}: no {', '.join(RECORDS)} in it, so nothing says what its bytes were; only what "
             "convert, extract, prune and merge wrote can be verified"
         )
     tensors = read_headers(directory)
     if tensors is None:
-        raise DataError(f"{label}: no weights beside {paths[0].name}; write or copy the directory again")
+        beside = f" beside {paths[0].name}" if paths else ""
+        raise DataError(f"{label}: no weights{beside}; write or copy the directory again")
     records = {path: recorded_hashes(path) for path in paths}
     for path, hashes in records.items():
         _check_names(tensors, path, hashes)
@@ -86,13 +90,13 @@ def _check_names(tensors: list[Tensor], path: Path, hashes: dict[str, str]) -> N
             )
 
 
-def check_directory(label: Path | str) -> tuple[str, dict[str, str]]:
+def check_directory(label: Path | str, is_known: bool = False) -> tuple[str, dict[str, str]]:
     """Read what a script wrote back -> (what to tell the user, {tensor: hash}).
 
     check_directory("models/merged") -> ("models/merged: 291 tensors, 14.483 GB, every byte of them as it was written", …).
-    Raises DataError that names the first damaged tensor and its file.
+    is_known: see open_directory. Raises DataError that names the first damaged tensor and its file.
     """
-    tensors, records = open_directory(label)
+    tensors, records = open_directory(label, is_known)
     found = tensor_hashes(tensors, f"verify {Path(label).name}")
     for path, hashes in records.items():
         damaged = [tensor for tensor in tensors if found[tensor.name] != hashes[tensor.name]]
@@ -102,8 +106,11 @@ def check_directory(label: Path | str) -> tuple[str, dict[str, str]]:
                 f"tensor {damaged[0].name!r} in {damaged[0].path}{more}: not the bytes that {path.name} recorded; "
                 "write or copy the directory again"
             )
-    nbytes = sum(tensor.nbytes for tensor in tensors)
-    return f"{label}: {len(tensors)} tensors, {nbytes / 1e9:.3f} GB, every byte of them as it was written", found
+    size = f"{label}: {len(tensors)} tensors, {sum(tensor.nbytes for tensor in tensors) / 1e9:.3f} GB"
+    return (
+        f"{size}, {'every byte of them as it was written' if records else 'read; it has no record of its own'}",
+        found,
+    )
 
 
 def recorded_inputs(directory: Path) -> dict[str, dict[str, str]]:
@@ -145,8 +152,10 @@ def verify(labels: list[Path | str]) -> None:
     Raises DataError at the first that is damaged.
     """
     verified = {}
-    for label in labels:
-        line, verified[str(label)] = check_directory(label)
+    # Those without a record last: of a base that none of our scripts wrote, what was extracted from it knows the hashes.
+    for label in sorted(labels, key=lambda label: not any((Path(label) / name).is_file() for name in RECORDS)):
+        is_known = any(hashes for known in verified for hashes in recorded_inputs(Path(known)).values())
+        line, verified[str(label)] = check_directory(label, is_known)
         print(line, flush=True)
     for label in labels:
         for line in unknown_inputs(Path(label), verified):
