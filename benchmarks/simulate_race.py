@@ -30,12 +30,13 @@ from scipy.special import ndtri
 from common.cli import positive_int
 from common.exits import run
 from merge_and_evaluate.race import decide
-from merge_and_evaluate.race_plan import Plan, plan, strata_of
+from merge_and_evaluate.race_plan import FIRST_ROUND, Plan, plan, strata_of
 
 # Task sizes as on the Open LLM Leaderboard v1; MMLU's 57 subjects have from 100 to 1,534 items.
 SUBJECTS = {f"mmlu_{i}": size for i, size in enumerate([100] * 12 + [150] * 12 + [200] * 12 + [250] * 10 + [350] * 6)}
 SUBJECTS |= {"mmlu_52": 545, "mmlu_53": 612, "mmlu_54": 783, "mmlu_55": 895, "mmlu_56": 1180}
 ITEMS = {
+    120: {name: {name: 60} for name in ("a", "b")},
     1000: {name: {name: 250} for name in ("a", "b", "c", "d")},
     4000: {"arc": {"arc": 1172}, "gsm8k": {"gsm8k": 744}, "truthfulqa": {"truthfulqa": 817}, "wino": {"wino": 1267}},
     28632: {
@@ -65,10 +66,12 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Result:
-    """One race: points lost against the full grid's winner, and the share of its items that was scored."""
+    """One race: points lost against the full grid's winner, the share of its items that was scored, and how many merges
+    that took where none is kept: one for each candidate in each round."""
 
     lost: float
     share: float
+    merges: int
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -131,25 +134,27 @@ def draw(race: Plan, limits: np.ndarray, respond: float, choose_by: str, rng: np
 # --- races ----------------------------------------------------------------------------------------
 
 
-def one_race(race: Plan, values: np.ndarray) -> tuple[int, float]:
-    """(winner, share of the full grid's items): the items of a stratum are alike, so the first are as good as random."""
+def one_race(race: Plan, values: np.ndarray) -> tuple[int, float, int]:
+    """(winner, share of the full grid's items, merges): items of a stratum are alike, so the first are as good as random."""
     starts = np.concatenate([[0], np.cumsum(race.sizes)[:-1]])
-    racing, scored = list(range(len(values))), 0
+    racing, scored, merges = list(range(len(values))), 0, 0
     for number, counts in enumerate(race.counts):
         before = race.counts[number - 1] if number else np.zeros_like(counts)
-        scored += len(racing) * int((counts - before).sum())
+        scored, merges = scored + len(racing) * int((counts - before).sum()), merges + len(racing)
         columns = np.concatenate([np.arange(s, s + c) for s, c in zip(starts, counts, strict=True)])
         leader, dropped = decide(race, number, [str(i) for i in racing], values[np.ix_(racing, columns)])
         racing = [i for i in racing if str(i) not in {drop.candidate for drop in dropped}]
         if len(racing) == 1:
             break
-    return int(leader), scored / values.size
+    return int(leader), scored / values.size, merges
 
 
-def simulate(scenario: Scenario, margin: float, choose_by: str, races: int, seed: int) -> list[Result]:
-    """Races of one row, each on items of its own."""
+def simulate(
+    scenario: Scenario, margin: float, choose_by: str, races: int, seed: int, first=FIRST_ROUND
+) -> list[Result]:
+    """Races of one row, each on items of its own. first: items that the first round has at least."""
     rng = np.random.default_rng([seed, scenario.items, scenario.candidates, CURVES.index(scenario.curve)])
-    race = plan(strata_of(ITEMS[scenario.items]), [str(i) for i in range(scenario.candidates)], margin, seed)
+    race = plan(strata_of(ITEMS[scenario.items]), [str(i) for i in range(scenario.candidates)], margin, seed, first)
     rows = list(dict.fromkeys(stratum.row for stratum in race.strata))
     accuracy = np.array([ACCURACIES[rows.index(stratum.row)] for stratum in race.strata])
     respond, results = strength(scenario), []
@@ -158,8 +163,8 @@ def simulate(scenario: Scenario, margin: float, choose_by: str, races: int, seed
         limits = ndtri(accuracy + gains(scenario, margin, rng.random())[:, None])
         values = draw(race, limits, respond, choose_by, rng)
         scores = np.add.reduceat(values, starts, axis=1, dtype=np.float64) @ (race.weights / race.sizes)
-        winner, share = one_race(race, values)
-        results.append(Result(float(scores.max() - scores[winner]), share))
+        winner, share, merges = one_race(race, values)
+        results.append(Result(float(scores.max() - scores[winner]), share, merges))
     return results
 
 
@@ -173,18 +178,19 @@ def row(scenario: Scenario, results: list[Result], margin: float) -> dict:
         "mean_lost": round(float(100 * lost.mean()), 4),
         "share": round(float(share.mean()), 4),
         "share_p90": round(float(np.quantile(share, 0.9)), 4),
+        "merges": round(float(np.mean([result.merges for result in results])), 1),
     }
 
 
 # --- table ----------------------------------------------------------------------------------------
 
 HEAD = """\
-| items | candidates | λ curve | disagree | lost ≤ margin | same winner | lost, mean (points) | items scored | nine in ten below |
-|---|---|---|---|---|---|---|---|---|"""
+| items | candidates | λ curve | disagree | lost ≤ margin | same winner | lost, mean (points) | items scored | nine in ten below | merges |
+|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def line(r: dict) -> str:
-    figures = f"{r['kept']:.1%} | {r['same']:.0%} | {r['mean_lost']:.3f} | {r['share']:.2f} | {r['share_p90']:.2f}"
+    figures = f"{r['kept']:.1%} | {r['same']:.0%} | {r['mean_lost']:.3f} | {r['share']:.2f} | {r['share_p90']:.2f} | {r['merges']:.1f}"
     return f"| {r['items']:,} | {r['candidates']} | {r['curve']} | {r['disagreement']:.0%} | {figures} |"
 
 
@@ -197,6 +203,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--candidates", type=int, nargs="+", default=[6, 12], help="weights on the grid (6 12)")
     parser.add_argument("--curves", nargs="+", choices=CURVES, default=list(CURVES), help="accuracy over λ (all)")
     parser.add_argument("--disagreement", type=float, nargs="+", default=[0.02, 0.05, 0.12], help="0.02 0.05 0.12")
+    parser.add_argument(
+        "--first_round", type=positive_int, default=FIRST_ROUND, help="items that it has at least (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="(0)")
     return parser.parse_args(argv)
 
@@ -207,13 +216,8 @@ def main(argv: list[str] | None = None) -> None:
     print(HEAD, flush=True)
     for choice in product(args.items, args.candidates, args.curves, args.disagreement):
         scenario = Scenario(*choice)
-        rows.append(
-            row(
-                scenario,
-                simulate(scenario, args.margin / 100, args.choose_by, args.races, args.seed),
-                args.margin / 100,
-            )
-        )
+        results = simulate(scenario, args.margin / 100, args.choose_by, args.races, args.seed, args.first_round)
+        rows.append(row(scenario, results, args.margin / 100))
         print(line(rows[-1]), flush=True)
     seconds = round(time.perf_counter() - start, 1)
     print(

@@ -9,6 +9,9 @@ import numpy as np
 from common.errors import DataError
 
 ROUNDS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # parts of the items that are scored after each, by cost
+# Items that the first round has at least. Fewer can hardly drop anyone, and each round merges every candidate anew: of 120
+# items five rounds score as many as two, with nearly three times the merges (benchmarks/simulate_race.py --items 120).
+FIRST_ROUND = 60
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,11 @@ def strata_of(
     )
 
 
-def plan(strata: Sequence[Stratum], candidates: Sequence[str], margin: float, seed: int) -> Plan:
+def plan(
+    strata: Sequence[Stratum], candidates: Sequence[str], margin: float, seed: int, first_round: int = FIRST_ROUND
+) -> Plan:
     """Draw the order of every stratum's items and fix the rounds. margin: 0.005 is half a point of a score in 0..1.
+    first_round: items that the first has at least; smaller ones are left out, and of fewer items all are the one round.
 
     A stratum's order depends on the seed, its name and its size alone. Raises DataError where there is no race to run.
     """
@@ -95,7 +101,8 @@ def plan(strata: Sequence[Stratum], candidates: Sequence[str], margin: float, se
     strata = tuple(sorted(strata, key=lambda stratum: rows.index(stratum.row)))
     _check_strata(strata)
     order = tuple(np.random.default_rng([seed, *s.name.encode()]).permutation(s.items) for s in strata)
-    counts = np.array([share_out(strata, part) for part in ROUNDS])
+    shares = [share_out(strata, part) for part in ROUNDS]
+    counts = np.array([share for share in shares[:-1] if share.sum() >= first_round] + shares[-1:])
     return Plan(strata, tuple(candidates), margin, order, counts)
 
 

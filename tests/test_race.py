@@ -5,6 +5,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,11 +16,13 @@ from scipy.stats import t as student
 from benchmarks import simulate_race
 from common.errors import DataError
 from merge_and_evaluate import race as races
+from merge_and_evaluate import race_plan
 from merge_and_evaluate.race import Drop, Step, compare, decide, next_step, outcome, spent, told, unscored, used
-from merge_and_evaluate.race_plan import ROUNDS, Cost, Stratum, most, plan, share_out, strata_of
+from merge_and_evaluate.race_plan import FIRST_ROUND, ROUNDS, Cost, Stratum, most, share_out, strata_of
 
 TREE = {"arc": {"arc": 60}, "mmlu": {"law": 40, "art": 7, "sky": 1}, "wino": {"wino": 90}}
 NAMES = ("0.6", "0.9", "1.2")
+plan = partial(race_plan.plan, first_round=1)  # all five rounds, however few the items
 
 
 def grid(race, seed: int, accuracies: tuple[float, ...], disagree: float = 0.1) -> dict[str, dict[str, np.ndarray]]:
@@ -95,6 +98,17 @@ def test_rounds_are_nested_cost_no_more_than_their_part_and_end_with_all_items(s
         assert counts @ price <= max(part * (race.sizes @ price), price.sum()) + 1e-9
     for stratum, order in zip(race.strata, race.order, strict=True):
         assert sorted(order.tolist()) == list(range(stratum.items))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rounds"),
+    [((20,), [20]), ((59, 1), [60]), ((60, 60), [60, 120]), ((320, 292), [76, 152, 306, 612]), ((1000,), 5)],
+)
+def test_a_first_round_is_not_so_small_that_it_costs_merges_and_drops_nobody(sizes, rounds):
+    tree = {f"task{i}": {f"task{i}": size} for i, size in enumerate(sizes)}
+    totals = race_plan.plan(strata_of(tree), NAMES, 0.005, 0).counts.sum(axis=1).tolist()
+    assert totals[0] >= min(FIRST_ROUND, sum(sizes)) and totals[-1] == sum(sizes)
+    assert totals == rounds or len(totals) == rounds
 
 
 def test_the_draw_depends_on_seed_and_task_alone():
@@ -415,7 +429,7 @@ def test_simulated_races_decide_as_next_step_does():
     rng = np.random.default_rng(4)
     limits = np.array([[0.8], [0.6], [0.3]]) * np.ones(4)
     values = simulate_race.draw(race, limits, 0.05, "score", rng)
-    winner, share = simulate_race.one_race(race, values)
+    winner, share, merges = simulate_race.one_race(race, values)
     starts = np.concatenate([[0], np.cumsum(race.sizes)])
     full = {name: {s.name: np.empty(s.items) for s in race.strata} for name in NAMES}
     for i, name in enumerate(NAMES):
