@@ -57,45 +57,68 @@ def _fused(context, factor, other, addend):
 
 
 @intrinsic
-def _pointer(context, address):
+def _float32_of_bits(context, bits):
     def codegen(_, builder, __, args):
-        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+        return builder.bitcast(args[0], ir.FloatType())
 
-    return types.CPointer(types.uint8)(types.int64), codegen
+    return types.float32(types.uint32), codegen
+
+
+@intrinsic
+def _bits_of_float32(context, value):
+    def codegen(_, builder, __, args):
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.uint32(types.float32), codegen
+
+
+# One pointer a type, and bits of single values above: an array's view(), and a slice set to another array, take numba half a
+# second each to compile, which was most of what a first merge on a machine waited for.
+def _pointer_to(number):
+    @intrinsic
+    def pointer(context, address):
+        def codegen(context, builder, _, args):
+            return builder.inttoptr(args[0], context.get_value_type(types.CPointer(number)))
+
+        return types.CPointer(number)(types.int64), codegen
+
+    return pointer
+
+
+_bytes_at, _halves_at, _floats_at = (_pointer_to(number) for number in (types.uint8, types.uint16, types.float32))
 
 
 @_njit()
 def _widen(address, kind, start, values):
     """values, float32 = elements start, start + 1, … of what is at the address, exactly."""
-    size = values.size
-    raw = carray(_pointer(address), 4 * (start + size), np.uint8)
     if kind == F16:
-        halves = raw[2 * start : 2 * (start + size)].view(np.uint16)
-        for i in range(size):
+        halves = carray(_halves_at(address + 2 * start), values.size)
+        for i in range(values.size):
             values[i] = _float32_of_half(halves[i])
     elif kind == BF16:
-        halves, words = raw[2 * start : 2 * (start + size)].view(np.uint16), values.view(np.uint32)
-        for i in range(size):
-            words[i] = np.uint32(halves[i]) << np.uint32(16)
+        halves = carray(_halves_at(address + 2 * start), values.size)
+        for i in range(values.size):
+            values[i] = _float32_of_bits(np.uint32(halves[i]) << np.uint32(16))
     else:
-        values[:] = raw[4 * start : 4 * (start + size)].view(np.float32)
+        floats = carray(_floats_at(address + 4 * start), values.size)
+        for i in range(values.size):
+            values[i] = floats[i]
 
 
 @_njit()
 def _all_finite(values):
-    most, words = np.uint32(0), values.view(np.uint32)
-    for i in range(words.size):
-        most = max(most, np.uint32(words[i] & np.uint32(0x7FFFFFFF)))
+    most = np.uint32(0)
+    for i in range(values.size):
+        most = max(most, np.uint32(_bits_of_float32(values[i]) & np.uint32(0x7FFFFFFF)))
     return most < np.uint32(0x7F800000)
 
 
 @_njit()
 def _store(values, place, start):
     """Elements from `start` on = values, rounded to nearest even -> whether all of them are finite."""
-    size, most, kind = values.size, np.uint16(0), place[1]
-    raw = carray(_pointer(place[0]), 4 * (start + size), np.uint8)
+    size, most, address, kind = values.size, np.uint16(0), place[0], place[1]
     if kind == F16:
-        halves = raw[2 * start : 2 * (start + size)].view(np.uint16)
+        halves = carray(_halves_at(address + 2 * start), size)
         for i in range(size):
             halves[i] = _half_of_float32(values[i])
         for i in range(size):
@@ -103,16 +126,17 @@ def _store(values, place, start):
         return most < np.uint16(0x7C00)
     if kind == BF16:
         # A NaN may become an infinity here or a zero: either way it was refused, since values are looked at first.
-        halves, words = raw[2 * start : 2 * (start + size)].view(np.uint16), values.view(np.uint32)
-        finite = _all_finite(values)
+        halves, finite = carray(_halves_at(address + 2 * start), size), _all_finite(values)
         for i in range(size):
-            word = words[i]
+            word = _bits_of_float32(values[i])
             even = (word >> np.uint32(16)) & np.uint32(1)
             halves[i] = np.uint16(np.uint32(word + np.uint32(0x7FFF) + even) >> np.uint32(16))
         for i in range(size):
             most = max(most, np.uint16(halves[i] & np.uint16(0x7FFF)))
         return finite and most < np.uint16(0x7F80)
-    raw[4 * start : 4 * (start + size)].view(np.float32)[:] = values
+    floats = carray(_floats_at(address + 4 * start), size)
+    for i in range(size):
+        floats[i] = values[i]
     return _all_finite(values)
 
 
@@ -182,7 +206,7 @@ def linear(out: Block, models: list[Block], weights: tuple[float, ...], normaliz
 
 @_njit()
 def _mask(address, start, size):
-    return carray(_pointer(address), start + size, np.uint8)[start:]
+    return carray(_bytes_at(address + start), size)
 
 
 # Values are chosen by their bits: `a if mask[i] else b` on bytes and floats side by side does not vectorise without
@@ -195,6 +219,18 @@ def _all_ones_if(condition):
     return np.uint32(np.uint32(0) - np.uint32(condition))
 
 
+@_njit(inline="always")
+def _where(condition, value):
+    """value where the condition (0 or 1) holds, else +0.0."""
+    return _float32_of_bits(np.uint32(_bits_of_float32(value) & _all_ones_if(condition)))
+
+
+@_njit(inline="always")
+def _flipped(value, sign):
+    """value, its sign changed where `sign` has the highest bit."""
+    return _float32_of_bits(np.uint32(_bits_of_float32(value) ^ sign))
+
+
 @_njit()
 def _add_differences(terms, scales, weights, start, below, rows, total):
     """total = Σ rows[j], in order; rows[j] = (model j − base) · scale j · weight j, +0.0 where its mask drops."""
@@ -205,11 +241,11 @@ def _add_differences(terms, scales, weights, start, below, rows, total):
         row, scale, weight = rows[j][:size], scales[j], weights[j]
         _widen(addresses[j], kinds[j], start, row)
         if masks.size:
-            mask, words = _mask(masks[j], start, size), row.view(np.uint32)
+            mask = _mask(masks[j], start, size)
             for i in range(size):
                 row[i] -= below[i]
             for i in range(size):
-                words[i] = np.uint32(words[i] & _all_ones_if(mask[i]))
+                row[i] = _where(mask[i], row[i])
             for i in range(size):
                 row[i] = row[i] * scale * weight
                 total[i] += row[i]
@@ -228,13 +264,11 @@ def _elect(rows, weights, in_order, signs, total, votes):
     """
     for i in range(total.size):
         signs[i] = np.uint32(0x80000000) if total[i] < np.float32(0) else np.uint32(0)
-    sums = total.view(np.uint32)
     total[:], votes[:] = 0, 0
     for j in range(rows.shape[0]):
         row, weight = rows[j][: total.size], weights[j]
-        words = row.view(np.uint32)
         for i in range(total.size):
-            words[i] = np.uint32(words[i] ^ signs[i])
+            row[i] = _flipped(row[i], signs[i])
         for i in range(total.size):
             # Not stored back as 0 where it does not agree: a store on a condition does not vectorise.
             value = row[i]
@@ -243,7 +277,7 @@ def _elect(rows, weights, in_order, signs, total, votes):
     if in_order < total.size:
         _elect_last(rows, weights, in_order, total, votes)
     for i in range(total.size):
-        sums[i] = np.uint32(sums[i] ^ signs[i])
+        total[i] = _flipped(total[i], signs[i])
 
 
 @_njit()
@@ -282,12 +316,12 @@ def _delta_kernel():
     def delta_sum(out, base, terms, rule, extent):
         scales, weights, elect, by_votes, divisor, scale = rule
         size, in_order = extent
-        finite, scratch = True, np.empty((4, _CHUNK), np.float32)
+        finite, scratch, room = True, np.empty((3, _CHUNK), np.float32), np.empty(_CHUNK, np.uint32)
         rows = np.empty((terms[0].size, _CHUNK), np.float32)
         for start in range(0, size, _CHUNK):
             stop = min(_CHUNK, size - start)
             below, total, votes = scratch[0][:stop], scratch[1][:stop], scratch[2][:stop]
-            signs = scratch[3][:stop].view(np.uint32)
+            signs = room[:stop]
             plain = min(max(in_order - start, 0), stop)
             _widen(base[0], base[1], start, below)
             _add_differences(terms, scales, weights, start, below, rows, total)
@@ -338,22 +372,22 @@ def delta_sum(out: Block, base: Block, models: list[Block], rule: Rule, place: t
 @_njit()
 def _add_kept(total, values, mask, weight):
     """total += weight · values where mask keeps; `values` is used up."""
-    own, added = total.view(np.uint32), values.view(np.uint32)
     for i in range(total.size):
         values[i] = total[i] + values[i] * weight
     for i in range(total.size):
         keep = _all_ones_if(mask[i])
-        own[i] = np.uint32((added[i] & keep) | (own[i] & ~keep))
+        total[i] = _float32_of_bits(
+            np.uint32((_bits_of_float32(values[i]) & keep) | (_bits_of_float32(total[i]) & ~keep))
+        )
 
 
 @_njit()
 def _weigh(row, mask, weight, total):
     """total += row, which becomes weight · row where mask keeps, else zero."""
-    words = row.view(np.uint32)
     for i in range(row.size):
         row[i] *= weight
     for i in range(row.size):
-        words[i] = np.uint32(words[i] & _all_ones_if(mask[i]))
+        row[i] = _where(mask[i], row[i])
     for i in range(row.size):
         total[i] += row[i]
 
@@ -375,7 +409,8 @@ def _vector_kernel():
         addresses, kinds, masks = terms
         weights, consensus = how
         vectors, finite = addresses.size, True
-        scratch, rows = np.empty((4, _CHUNK), np.float32), np.empty((vectors, _CHUNK), np.float32)
+        scratch, rows = np.empty((3, _CHUNK), np.float32), np.empty((vectors, _CHUNK), np.float32)
+        signs = np.empty(_CHUNK, np.uint32)
         ones = np.ones(vectors, np.float32)
         for start in range(0, size, _CHUNK):
             stop = min(_CHUNK, size - start)
@@ -390,7 +425,7 @@ def _vector_kernel():
                 else:
                     _add_kept(below, row, mask, weights[j])
             if consensus:
-                _add_agreed(below, rows, ones, scratch[3][:stop].view(np.uint32), total, count)
+                _add_agreed(below, rows, ones, signs[:stop], total, count)
             finite &= _store(below, out, start)
         return finite
 
