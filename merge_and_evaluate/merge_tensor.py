@@ -99,7 +99,8 @@ class Differences:
         self._base, self._models, self._dtype = base, models, dtype
         self._room = [np.empty(block, kernels.BITS_DTYPE[dtype]) for _ in models]
 
-    def _of(self, j: int, model: np.ndarray, base: np.ndarray) -> np.ndarray:
+    def of(self, j: int, model: np.ndarray, base: np.ndarray) -> np.ndarray:
+        """Bits of model j's difference where a block of both was read already; valid until the next of this j."""
         out = self._room[j][: base.size]
         _, finite = kernels.subtract(model, self._models[j].dtype, base, self._base.dtype, out, self._dtype)
         if not finite:
@@ -118,11 +119,11 @@ class Differences:
 
     def read(self, j: int, start: int, stop: int) -> np.ndarray:
         """Bits of elements start:stop of model j's difference, valid until the next read of this j."""
-        return self._of(j, self._models[j].read(start, stop), self._base.read(start, stop))
+        return self.of(j, self._models[j].read(start, stop), self._base.read(start, stop))
 
     def peek(self, j: int, start: int, stop: int) -> np.ndarray:
         """The same for a small part out of order."""
-        return self._of(j, self._models[j].peek(start, stop), self._base.peek(start, stop))
+        return self.of(j, self._models[j].peek(start, stop), self._base.peek(start, stop))
 
 
 def find_scales(how: TensorMerge, masks: Masks, differences: Differences) -> tuple[float, ...]:
@@ -201,7 +202,7 @@ def _merge_differences(how: TensorMerge, readers, writer: Writer, masks, differe
         raw, out = [reader.read(start, stop) for reader in readers], writer.room(start, stop)
         base, *models = (Block(bits, reader.dtype) for bits, reader in zip(raw, readers, strict=True))
         if how.method == "ties" and masks:
-            kept = masks.of(start, [differences.read(j, start, stop) for j in range(len(models))])
+            kept = masks.of(start, [differences.of(j, model, raw[0]) for j, model in enumerate(raw[1:])])
         elif masks:
             kept = masks.drawn(start, stop - start)
             if not all(kernels.all_finite(block.bits, block.dtype) for block in models):  # what is dropped, too
@@ -217,12 +218,12 @@ def _merge_differences(how: TensorMerge, readers, writer: Writer, masks, differe
 def _merge_vectors(how: TensorMerge, readers, writer: Writer, kept_by: tuple) -> dict:
     """cabs, magnitude, random: base + Σ weight · pruned task vector, the masks of prune_task_vector_7b.py."""
     prunings, masks, differences = kept_by
-    hashes, counts, count = _Hashes(readers), new_counts(len(prunings)), len(prunings)
+    hashes, counts = _Hashes(readers), new_counts(len(prunings))
     weights = tuple(weight * pruning.scale for weight, pruning in zip(how.weights, prunings, strict=True))
     dtype, consensus = vector_dtype_of(how), how.values.shared["consensus"] == "sign"
     for start, stop in masks.blocks():
         raw, out = [reader.read(start, stop) for reader in readers], writer.room(start, stop)
-        vectors = [differences.read(j, start, stop) for j in range(count)]
+        vectors = [differences.of(j, model, raw[0]) for j, model in enumerate(raw[1:])]
         kept = masks.of(start, vectors)
         for j, pruning in enumerate(prunings):
             kernels.tally(vectors[j], dtype, kept, j, start, pruning.m, counts)
