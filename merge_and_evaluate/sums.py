@@ -345,9 +345,9 @@ def _delta_kernel():
 def delta_sum(out: Block, base: Block, models: list[Block], rule: Rule, place: tuple[int, int], masks=None) -> bool:
     """out = base + lambda · Σ wᵢ·(modelᵢ − base) / divisor -> whether the result is finite, and so all that went in.
 
-    masks: uint8 [elements] a model, 1 = keep (default: all); what they drop is not looked at: who made them did. place: (where the block begins in its tensor, the tensor's
-    elements), which decides the order of the sum from five models on. Steps, each rounded to float32: model − base;
-    0 where the mask drops; times the model's scale; times its weight; with rule.elect, what has not the sign of the sum
+    masks: uint8 [elements] a model, 1 = keep (default: all); what they drop is not looked at: who made them did.
+    place: (where the block begins in its tensor, the tensor's elements), which decides the order of the sum from five
+    models on. Steps, each rounded to float32: model − base; 0 where the mask drops; times the model's scale; times its weight; with rule.elect, what has not the sign of the sum
     becomes 0; sum; divided (normalize) by Σ wᵢ, 1 if that is below 1e-8, or with rule.elect by the Σ wᵢ of those that
     agree, 1 if that is 0; times lambda; plus base. Where the change is zero: the base's own bits, rounded to out's dtype.
 
