@@ -9,6 +9,7 @@ from common.shards.documents import read_json
 from common.shards.staging import write_file
 from common.shards.verify import MERGE_REPORT
 
+_SCORES = "\n## Scores\n"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 DOCUMENTS = {
     "cabs": "[CABS](https://arxiv.org/abs/2503.01874), conflict-aware n:m sparsification",
@@ -22,20 +23,39 @@ DOCUMENTS = {
 }
 
 
-def write_card(directory: Path, name: str, report: dict, summary: dict | None = None) -> None:
-    """Write README.md for the merge that `report` (merge_report.json) describes; `summary`: its scores, once there are some."""
-    write_file(directory / "README.md", card_text(name, report, summary).encode())
+def write_card(directory: Path, name: str, report: dict) -> None:
+    """Write README.md for the merge that `report` (merge_report.json) describes."""
+    write_file(directory / "README.md", card_text(name, report).encode())
 
 
-def add_scores(directory: Path, summary: dict) -> None:
-    """Put the scores of a results file's `summary` into the card of a merged model, if it is one of ours."""
-    path = directory / MERGE_REPORT
+def add_scores(directory: Path, document: dict, limit) -> None:
+    """Put the scores of a results document into the card of a merged model, if it is one of ours; what else the card
+    holds by now stays. limit: of the items, None for all."""
+    path, card = directory / MERGE_REPORT, directory / "README.md"
     report = read_json(path) if path.is_file() else {}
-    if "method" in report:  # reports of earlier versions lack it
-        write_card(directory, directory.resolve().name, report, summary)
+    if "method" not in report:  # reports of earlier versions lack it
+        return
+    text = card.read_text(encoding="utf-8") if card.is_file() else card_text(directory.resolve().name, report)
+    title = ", ".join(document["provenance"]["tasks"])
+    write_file(card, with_scores(text, title, scores_text(document["summary"], limit)).encode())
 
 
-def card_text(name: str, report: dict, summary: dict | None) -> str:
+def with_scores(text: str, title: str, table: str) -> str:
+    """The card with a table under this title, among other scores; one of the same title is replaced."""
+    head, found, rest = text.partition(_SCORES)
+    if not found:
+        at = text.find("\n## Recipe\n")
+        head, rest = (text[:at], text[at:]) if at >= 0 else (text.rstrip("\n") + "\n", "")
+    end = rest.find("\n## ") if found else 0
+    own, after = (rest, "") if end < 0 else (rest[:end], rest[end:])
+    block = f"### {title}\n\n{table}\n"
+    own, known = re.subn(rf"^### {re.escape(title)}\n\n(?:\|.*(?:\n|$))+", lambda _: block, own, flags=re.MULTILINE)
+    if not known:
+        own = (own.rstrip("\n") + "\n" if own.strip() else "") + "\n" + block
+    return head + _SCORES + own + after
+
+
+def card_text(name: str, report: dict) -> str:
     """The card as Markdown with YAML front matter (huggingface_hub's ModelCardData)."""
     from huggingface_hub import ModelCardData
 
@@ -50,8 +70,6 @@ def card_text(name: str, report: dict, summary: dict | None) -> str:
     parts.append("\n".join(f"- `{parent}`" for parent in parents))
     if report.get("vectors"):
         parts += ["## What was kept of each task vector", _figures(report["vectors"])]
-    if summary:
-        parts += ["## Scores", _scores(summary)]
     parts += ["## Recipe", f"```yaml\n{report['recipe'].strip()}\n```"]
     parts += ["## Command", f"```bash\n{report.get('command') or command()}\n```"]
     return "\n\n".join(parts) + "\n"
@@ -74,16 +92,29 @@ def _figures(vectors: list[dict]) -> str:
         overlap = ", ".join(f"{100 * rate:.2f} %" for rate in overlaps) or "–"
         share = "–" if totals["l2_share"] is None else f"{100 * totals['l2_share']:.1f} %"
         lines.append(f"| `{vector['model']}` | {100 * (totals['density'] or 0):.1f} % | {share} | {overlap} |")
-    return "\n".join(lines)
+    before = [f"- `{vector['model']}`: {_pruned(vector)}" for vector in vectors if "pruning_method" in vector]
+    return "\n".join(lines + (["", "Pruned before the merge:", "", *before] if before else []))
 
 
-def _scores(summary: dict) -> str:
-    lines = ["| task | metric | shots | score |", "|---|---|---|---|"]
+def _pruned(vector: dict) -> str:
+    """'n:m, 64 of every 256, conflict-aware, number 2 of 2'."""
+    by = vector["pruning_method"]
+    how = f"n:m, {vector['n']} of every {vector['m']}" if by == "nm" else f"{by}, density {vector['density']:g}"
+    said = [how] + ["conflict-aware"] * vector["conflict_aware"] + ["rescaled"] * vector["rescale"]
+    return ", ".join([*said, f"number {vector['position']} of {len(vector['order'])}"])
+
+
+def scores_text(summary: dict, limit) -> str:
+    """The summary's scores as a table; of a score on the first items alone, how many those are."""
+    lines = ["| task | metric | shots | items | score |", "|---|---|---|---|---|"]
     for task, figures in summary["tasks"].items():
         if figures["value"] is None:
             continue
         scale = 100 if 0 <= figures["value"] <= 1 else 1
         error = "" if figures.get("stderr") is None else f" ± {figures['stderr'] * scale:.2f}"
-        shots = "–" if figures.get("num_fewshot") is None else figures["num_fewshot"]
-        lines.append(f"| {task} | {figures['metric']} | {shots} | {figures['value'] * scale:.2f}{error} |")
+        shots, items = ("–" if figures.get(key) is None else figures[key] for key in ("num_fewshot", "samples"))
+        cut = "" if limit is None else f", limit {limit:g}"
+        lines.append(
+            f"| {task} | {figures['metric']} | {shots} | {items}{cut} | {figures['value'] * scale:.2f}{error} |"
+        )
     return "\n".join(lines)

@@ -20,7 +20,7 @@ from common.shards.matching import match
 from common.shards.places import check_disk, check_places, refuse_existing
 from common.shards.remote import describe_checkpoint, fetch, to_download
 from common.shards.verify import MERGE_REPORT as REPORT_NAME
-from common.shards.verify import recorded_hashes_of
+from common.shards.verify import PRUNE_REPORT, recorded_hashes_of
 from merge_and_evaluate import mergekit_engine
 from merge_and_evaluate.card import command
 from merge_and_evaluate.recipes import Recipe, model_paths
@@ -226,6 +226,20 @@ def origin(recipe: Recipe, digests: dict[str, str], settings: MergeSettings) -> 
     }
 
 
+_PRUNED = ("pruning_method", "n", "m", "density", "conflict_aware", "rescale", "position", "order", "totals", "kinds")
+
+
+def pruned_before(checkpoints: tuple[Checkpoint, ...]) -> list[dict]:
+    """What prune_task_vector_7b.py did to those of a merge's models that it wrote: from prune_report.json beside them."""
+    found = []
+    for checkpoint in checkpoints:
+        report = checkpoint.path / PRUNE_REPORT
+        content = read_json(report) if report.is_file() else {}
+        if all(key in content for key in ("pruning_method", "order", "position", "totals")):
+            found.append({"model": checkpoint.label, **{key: content.get(key) for key in _PRUNED}})
+    return found
+
+
 def already_merged(save_path: Path, identity: str) -> bool:
     """Whether `save_path` holds the complete result of this merge."""
     report = save_path / REPORT_NAME
@@ -239,6 +253,7 @@ def merge(merge_plan: MergePlan, digests: dict[str, str], settings: MergeSetting
     """Merge and publish under save_path -> whether this is the process that did."""
     made = origin(merge_plan.recipe, digests, settings)
     made = {"identity": merge_identity(merge_plan.recipe, digests, settings), **made}
+    made["vectors"] = pruned_before(merge_plan.checkpoints)
     if merge_plan.reason is None:
         from merge_and_evaluate.streaming import run_streamed
 

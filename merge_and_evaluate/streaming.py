@@ -177,7 +177,7 @@ def finish(part: Path, merge: StreamedMerge, origin: dict, records: dict[str, di
         **origin,
         "engine": "stream",
         "inputs": input_hashes(merge, records),
-        "vectors": vector_figures(merge, records),
+        "vectors": vector_figures(merge, records) or origin.get("vectors", []),
         "hash": "xxh3_128",
         "tensors": {name: record["written"] for name, record in records.items()},
     }
