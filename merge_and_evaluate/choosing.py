@@ -64,7 +64,7 @@ def plan_scorings(
 def value_of(document: dict, path, by: str) -> float:
     """What a results document is worth, larger is better: the average score, or with `by` "gold" the mean log-probability of
     the right answers. Raises DataError where its tasks have no such value in common."""
-    return gold_average(document, path) if by == "gold" else average_to_choose_by(document, path)
+    return gold_average(document, path)[0] if by == "gold" else average_to_choose_by(document, path)
 
 
 def average_to_choose_by(document: dict, path) -> float:
@@ -84,18 +84,22 @@ def log_gold(probability: float) -> float:
     return math.log(max(probability, LEAST_PROBABILITY))
 
 
-def gold_average(document: dict, path) -> float:
-    """The mean log-probability of the right answer, in nats: each row counts the same, a group as the mean of its tasks."""
-    rows = []
-    for row in document["summary"]["tasks"]:
-        means = []
-        for leaf in leaves_of(document, row):
+def gold_average(document: dict, path) -> tuple[float, float | None]:
+    """The mean log-probability of the right answer and its standard error, in nats: each row counts the same, a group as the
+    mean of its tasks. The error is None where a task has one item."""
+    mean, variance, rows = 0.0, 0.0, document["summary"]["tasks"]
+    for row in rows:
+        leaves = leaves_of(document, row)
+        for leaf in leaves:
             golds = document.get("items", {}).get(leaf, {}).get("gold") or [None]
             if None in golds:
                 raise no_gold(path, leaf)
-            means.append(math.fsum(map(log_gold, golds)) / len(golds))
-        rows.append(math.fsum(means) / len(means))
-    return math.fsum(rows) / len(rows)
+            logs, share = [log_gold(gold) for gold in golds], 1 / len(rows) / len(leaves)
+            middle = math.fsum(logs) / len(logs)
+            mean += share * middle
+            squares = math.fsum((value - middle) ** 2 for value in logs)
+            variance += share**2 * squares / (len(logs) - 1) / len(logs) if len(logs) > 1 else math.nan
+    return mean, None if math.isnan(variance) else math.sqrt(variance)
 
 
 def no_gold(path, task: str) -> DataError:

@@ -11,21 +11,24 @@ from merge_and_evaluate.verdicts import differences, pairing_remarks, reference_
 # --- table ----------------------------------------------------------------------------------------
 
 
-def table(rows: list[Row], corner: str = "method") -> str:
-    """Markdown: rows × tasks and the average, in percent with standard errors, the best of a column in bold."""
+def table(rows: list[Row], corner: str = "method", beside: tuple[str, list[str]] | None = None) -> str:
+    """Markdown: rows × tasks and the average, in percent with standard errors, the best of a column in bold. beside: one
+    more column, its head and a cell a row."""
     shared = common_tasks(rows)
     names = [*columns(rows), AVERAGE]
     best = {name: best_value(rows, name, shared) for name in names}
     heads = [*(head(rows, task) for task in columns(rows)), AVERAGE]
     if any(set(row.tasks) != set(shared) for row in rows):
         heads[-1] = f"average of {', '.join(shared)}" if shared else "average (no task in common)"
-    lines = ["| " + " | ".join([corner, *heads]) + " |", "|---" * (len(names) + 1) + "|"]
-    for row in rows:
+    heads = [corner, *heads] + ([beside[0]] if beside else [])
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for number, row in enumerate(rows):
         cells = []
         for name in names:
             value, stderr = cell(row, name, shared)
             bold = value is not None and value == best[name] and len(rows) > 1
             cells.append(f"**{percent(value, stderr)}**" if bold else percent(value, stderr))
+        cells += [beside[1][number]] if beside else []
         lines.append("| " + " | ".join([row.label, *cells]) + " |")
     return "\n".join(lines)
 

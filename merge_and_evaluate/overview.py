@@ -19,9 +19,16 @@ DIFFERENT_ITEMS = (
 )
 
 
-def overview_csv(documents: Mapping[Choice, dict], chosen: Choice) -> str:
-    """One line per choice: recipe where several are tried, weights where some are set, every task's score and standard error,
-    the average, whether chosen, how many items it was scored on (in a race they differ), the limit if there was one."""
+Golds = Mapping[
+    Choice, tuple[float, float | None]
+]  # mean log-probability of the right answer, nats, its standard error
+LOG_P = "log p of the right answer, nats (chooses)"
+
+
+def overview_csv(documents: Mapping[Choice, dict], chosen: Choice, golds: Golds) -> str:
+    """One line per choice: recipe where several are tried, weights where some are set, every task's score and standard
+    error, the average, the log-probability of the right answer where it chose, whether chosen, how many items it was
+    scored on (in a race they differ), the limit if there was one."""
     rows = {choice: Row("", document["summary"], {}) for choice, document in documents.items()}
     tasks = columns(list(rows.values()))
     heads = ["recipe"] * bool(chosen.recipe)
@@ -29,11 +36,12 @@ def overview_csv(documents: Mapping[Choice, dict], chosen: Choice) -> str:
     heads += [task + ending for task in tasks for ending in ("", "_stderr")]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*heads, "average", "average_stderr", "chosen", "items", "limit"])
+    gold_heads = ["gold", "gold_stderr"] if golds else []
+    writer.writerow([*heads, "average", "average_stderr", *gold_heads, "chosen", "items", "limit"])
     for choice, row in rows.items():
         own = [choice.recipe] * bool(choice.recipe) + list(choice.weights)
         scores = [row.tasks[task][key] for task in tasks for key in ("value", "stderr")]
-        averages = [row.summary["average"], row.summary["average_stderr"]]
+        averages = [row.summary["average"], row.summary["average_stderr"], *golds.get(choice, ())]
         writer.writerow([*own, *scores, *averages, int(choice == chosen), _items(row), limit_of(documents[choice])])
     return out.getvalue()
 
@@ -46,17 +54,21 @@ def _items(row: Row) -> int | None:
 # --- picture --------------------------------------------------------------------------------------
 
 
-def draw_overview(documents: Mapping[Choice, dict], chosen: Choice, path: Path) -> None:
+def draw_overview(documents: Mapping[Choice, dict], chosen: Choice, path: Path, golds: Golds) -> None:
     """Score against weight: a line per task, the average in black with its standard error, the choice marked; of several
-    recipes the averages alone, a line for each. Where there is no one weight, the choices stand side by side, in order."""
+    recipes the averages alone, a line for each. Where there is no one weight, the choices stand side by side, in order.
+    Above it the log-probability of the right answer, where it chose."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.5, 5), layout="constrained")
-    axis = figure.subplots()
+    figure = Figure(figsize=(8.5, 7.5 if golds else 5), layout="constrained")
+    *above, axis = figure.subplots(1 + bool(golds), sharex=True, squeeze=False)[:, 0]
     tasks = [task for document in documents.values() for task in document["summary"]["tasks"].values()]
     scale = 100 if all(0 <= task["value"] <= 1 for task in tasks) else 1
     draw = _draw_recipes if len(chosen.weights) == 1 and chosen.recipe else _draw_tasks
     place = draw(axis, documents, chosen, scale)
+    for gold_axis in above:
+        _draw_golds(gold_axis, documents, chosen, golds)
+        gold_axis.axvline(place, color="grey", linestyle=":", zorder=0)
     axis.axvline(place, color="grey", linestyle=":", label=f"chosen: {chosen.label}", zorder=0)
     axis.set_ylabel("score, percent" if scale == 100 else "score")
     axis.grid(alpha=0.3)
@@ -64,10 +76,31 @@ def draw_overview(documents: Mapping[Choice, dict], chosen: Choice, path: Path) 
     save_figure(figure, path)
 
 
+def _side_by_side(documents: Mapping[Choice, dict], chosen: Choice) -> tuple[list[Choice], list[float]]:
+    """(choices, where each stands): by their one weight, else in order."""
+    choices = sorted(documents, key=lambda choice: choice.weights) if not chosen.recipe else list(documents)
+    return choices, [c.weights[0] for c in choices] if len(chosen.weights) == 1 else list(range(len(choices)))
+
+
+def _draw_golds(axis, documents: Mapping[Choice, dict], chosen: Choice, golds: Golds) -> None:
+    """What chose, with its standard error; a line for each recipe where they are drawn against one weight."""
+    lines = [_side_by_side(documents, chosen)]
+    if chosen.recipe and len(chosen.weights) == 1:
+        names = list(dict.fromkeys(choice.recipe for choice in documents))
+        lines = [
+            _side_by_side({c: documents[c] for c in documents if c.recipe == name}, Choice((0.0,))) for name in names
+        ]
+    for choices, places in lines:
+        values, errors = [golds[c][0] for c in choices], [golds[c][1] or 0 for c in choices]
+        colour = {"color": "black"} if len(lines) == 1 else {}
+        axis.errorbar(places, values, errors, marker="o", markersize=4, elinewidth=1, capsize=3, **colour)
+    axis.set_ylabel(LOG_P.replace(", nats", ",\nnats"))
+    axis.grid(alpha=0.3)
+
+
 def _draw_tasks(axis, documents: Mapping[Choice, dict], chosen: Choice, scale: int) -> float:
     """Every task of every choice -> where the chosen one is."""
-    choices = sorted(documents, key=lambda choice: choice.weights) if not chosen.recipe else list(documents)
-    places = [choice.weights[0] for choice in choices] if len(chosen.weights) == 1 else list(range(len(choices)))
+    choices, places = _side_by_side(documents, chosen)
     summaries = [documents[choice]["summary"] for choice in choices]
     for task in summaries[0]["tasks"]:
         values = [scale * summary["tasks"][task]["value"] for summary in summaries]
@@ -99,19 +132,25 @@ def _averages(summaries: list[dict], scale: int) -> tuple[list[float], list[floa
     return [scale * s["average"] for s in summaries], [scale * (s["average_stderr"] or 0) for s in summaries]
 
 
-def write_overview(documents: Mapping[Choice, dict], chosen: Choice, output_path: Path) -> None:
-    """Print the table of all choices; write it as CSV and draw it, beside the results file."""
+def _log_p(mean: float, stderr: float | None, is_chosen: bool) -> str:
+    text = f"{mean:.4f}" if stderr is None else f"{mean:.4f} ± {stderr:.4f}"
+    return f"**{text}**" if is_chosen else text
+
+
+def write_overview(documents: Mapping[Choice, dict], chosen: Choice, output_path: Path, golds: Golds) -> None:
+    """Print the table of all choices; write it as CSV and draw it, beside the results file. golds: where they chose."""
     stem = output_path.with_suffix("")
     listing, picture = stem.with_name(stem.name + "_sweep.csv"), stem.with_name(stem.name + "_sweep.png")
-    write_file(listing, overview_csv(documents, chosen).encode())
-    draw_overview(documents, chosen, picture)
+    write_file(listing, overview_csv(documents, chosen, golds).encode())
+    draw_overview(documents, chosen, picture, golds)
     rows = [row_of(document, name=choice.label) for choice, document in documents.items()]
     notes = setting_remarks(rows)
     counts = [_items(row) for row in rows]
     if len(set(counts)) > 1 and None not in counts:
         rows = [replace(row, name=f"{row.name} ({count:,} items)") for row, count in zip(rows, counts, strict=True)]
         notes = [DIFFERENT_ITEMS, *(note for note in notes if ": samples differ: " not in note)]
-    print(table(rows, "candidate" if chosen.recipe else "weight"))
+    beside = (LOG_P, [_log_p(*golds[choice], choice == chosen) for choice in documents]) if golds else None
+    print(table(rows, "candidate" if chosen.recipe else "weight", beside))
     for note in notes:
         print(f"- {note}")
     print(f"wrote {listing}\nwrote {picture}")

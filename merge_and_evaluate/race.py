@@ -218,30 +218,37 @@ def _quantile(alpha: float, freedom: int) -> float:
 # --- what is said ---------------------------------------------------------------------------------
 
 
-def told(race: Plan, drop: Drop) -> str:
-    """Why a candidate dropped out, in points (hundredths of the values' unit)."""
+def told(race: Plan, drop: Drop, unit: str) -> str:
+    """Why a candidate dropped out. unit: what a hundredth of the values' unit is called, "points" of a score."""
     items, all_items = int(race.counts[drop.round].sum()), int(race.sizes.sum())
     start = f"{drop.candidate} drops out after {items:,} of {all_items:,} items: "
-    gap = f"{-100 * drop.difference:.2f} ± {100 * drop.stderr_new:.2f} points behind {drop.leader}"
+    gap = f"{_gap(drop)} {unit} behind {drop.leader}"
     if drop.worse:
         return f"{start}worse, {gap}"
     if drop.round + 1 == race.rounds:
         return f"{start}{gap}, on all items"
     if drop.bound <= 0:
         return f"{start}{gap}, and not better on all of them (95 %)"
-    return f"{start}{gap}, and at most {100 * drop.bound:.2f} points better (margin {100 * race.margin:g})"
+    return f"{start}{gap}, and at most {100 * drop.bound:.2f} better (margin {100 * race.margin:g})"
 
 
-def outcome(race: Plan, step: Step) -> str:
-    """How a race ended: the winner, and who cannot be told apart from it, by how much each was behind when it dropped out."""
+def _gap(drop: Drop) -> str:
+    return f"{100 * abs(drop.difference):.2f} ± {100 * drop.stderr_new:.2f}"
+
+
+def outcome(race: Plan, step: Step, unit: str) -> str:
+    """How a race ended, in lines: the winner, who is worse for sure, and who was behind when it dropped out, the nearest
+    first."""
     items, all_items = int(race.counts[step.round].sum()), int(race.sizes.sum())
-    start = f"{step.leader} wins after {items:,} of {all_items:,} items"
-    if not step.undecided:
-        return f"{start}; all others are worse"
+    lines = [f"{step.leader} wins after {items:,} of {all_items:,} items"]
+    worse = [drop.candidate for drop in step.dropped if drop.worse]
+    if worse:
+        lines.append(f"- worse, on new items too (95 %, over all pairs): {', '.join(worse)}")
     behind = [
-        f"{drop.candidate} ({100 * abs(drop.difference):.2f} ± {100 * drop.stderr_new:.2f} points behind"
-        + (")" if drop.leader == step.leader else f" {drop.leader})")
+        f"{drop.candidate} by {_gap(drop)}" + ("" if drop.leader == step.leader else f" (behind {drop.leader})")
         for drop in sorted(step.dropped, key=lambda drop: -drop.difference)
         if not drop.worse
     ]
-    return f"{start}; on new items not certain to be worse: {', '.join(behind)}"
+    if behind:
+        lines.append(f"- behind, though new items might say otherwise, in {unit}: {', '.join(behind)}")
+    return "\n".join(lines)

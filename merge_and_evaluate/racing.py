@@ -15,7 +15,7 @@ import numpy as np
 from common.errors import DataError
 from common.shards.documents import read_json, write_json
 from merge_and_evaluate.candidates import Candidate, Making, drop_model, model_to_score
-from merge_and_evaluate.choosing import log_gold
+from merge_and_evaluate.choosing import gold_average, log_gold
 from merge_and_evaluate.eval_log import logged_to
 from merge_and_evaluate.eval_machine import on_this_machine
 from merge_and_evaluate.eval_recipes import EvalRecipe
@@ -26,6 +26,8 @@ from merge_and_evaluate.race_plan import Plan, most, plan
 from merge_and_evaluate.race_tasks import check_choice, check_race, larger_is_better, score_items, strata_of_tasks
 from merge_and_evaluate.scores import mean_stderr
 from merge_and_evaluate.sweep import Outcome, Sweep
+
+UNITS = {"score": "points", "gold": "hundredths of a nat"}  # a hundredth of what is raced on, by --choose_by
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +120,7 @@ def race(sweep: Sweep, making: Making, field: Field) -> Outcome:
         step = next_step(field.plan, scored)
         for drop in step.dropped:
             if drop.candidate not in told_of:
-                print(told(field.plan, drop), flush=True)
+                print(told(field.plan, drop, UNITS[field.by]), flush=True)
                 told_of.add(drop.candidate)
                 drop_model(candidates[drop.candidate])
         if not step.to_score:
@@ -130,7 +132,7 @@ def race(sweep: Sweep, making: Making, field: Field) -> Outcome:
             entry = entries.setdefault(label, {"identity": _identity(sweep, candidates[label]), "items": {}})
             add_scored(entry, samples, found)
             write_json(path, {"tasks": sweep.choosing.tasks.names, "candidates": entries})
-    print(outcome(field.plan, step))
+    print(outcome(field.plan, step, UNITS[field.by]))
     print(spent_line(field.plan, scored, merges, requests, time.monotonic() - began), flush=True)
     return outcome_of(sweep, field, step, entries, scored)
 
@@ -196,10 +198,12 @@ def summary_of(field: Field, entry: dict) -> dict:
 def outcome_of(sweep: Sweep, field: Field, step: Step, entries: dict, scored: Mapping) -> Outcome:
     """The winner, and of every candidate what it scored on the items it was asked."""
     drops = {drop.candidate: drop for drop in step.dropped}
-    documents, tried = {}, []
+    documents, tried, golds = {}, [], {}
     for candidate in sweep.candidates:
         summary = summary_of(field, entries[candidate.label])
         documents[candidate] = {"summary": {"name": candidate.label, **summary}, "results": {}}
+        if field.by == "gold":
+            golds[candidate] = _gold_of(field, summary, entries[candidate.label], race_path(sweep.output_path))
         drop = drops.get(candidate.label)
         record = {**candidate.choice.record, **{key: summary[key] for key in ("average", "average_stderr")}}
         record["items"] = sum(int(np.isfinite(values).sum()) for values in scored[candidate.label].values())
@@ -216,4 +220,13 @@ def outcome_of(sweep: Sweep, field: Field, step: Step, entries: dict, scored: Ma
     winner = next(candidate for candidate in sweep.candidates if candidate.label == step.leader)
     facts = {"cannot_be_told_apart": list(step.undecided), "items": sum(t["items"] for t in tried)}
     facts["items_of_all"] = most(field.plan).items
-    return Outcome(winner, documents, tried, whole=False, facts=facts)
+    return Outcome(winner, documents, tried, whole=False, facts=facts, golds=golds)
+
+
+def _gold_of(field: Field, summary: dict, entry: dict, path: Path) -> tuple[float, float | None]:
+    """gold_average over the items that a candidate scored."""
+    subtasks: dict[str, list[str]] = {}  # of groups alone: a task that is its own row has none
+    for stratum in field.plan.strata:
+        if stratum.name != stratum.row:
+            subtasks.setdefault(stratum.row, []).append(stratum.name)
+    return gold_average({"summary": summary, "group_subtasks": subtasks, "items": entry["items"]}, path)

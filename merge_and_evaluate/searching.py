@@ -14,7 +14,7 @@ from merge_and_evaluate.choosing import value_of
 from merge_and_evaluate.merging import MergePlan, MergeSettings
 from merge_and_evaluate.recipes import Recipe, weighted_entries, with_weights
 from merge_and_evaluate.search import Search, Trial, Weights, best, per_layer, propose
-from merge_and_evaluate.sweep import Outcome, Sweep, record_of, score_candidate
+from merge_and_evaluate.sweep import Outcome, Sweep, golds_of, record_of, score_candidate
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,8 @@ def search(sweep: Sweep, making: Making, searched: Searched) -> Outcome:
             if worse and not making.keep_models:
                 drop_model(worse)
     print(f"the search ends: {proposal.ended}; {len(trials)} merges tried")
-    return Outcome(kept, documents, tried, facts={"ended": proposal.ended}, merges=merges)
+    golds = golds_of(sweep, documents)
+    return Outcome(kept, documents, tried, facts={"ended": proposal.ended}, golds=golds, merges=merges)
 
 
 def way_of(searched: Searched) -> dict:

@@ -22,7 +22,7 @@ from merge_and_evaluate.candidates import (
     put_in_place,
 )
 from merge_and_evaluate.choices import Choice
-from merge_and_evaluate.choosing import value_of
+from merge_and_evaluate.choosing import gold_average, value_of
 from merge_and_evaluate.evaluation import eval_identity
 from merge_and_evaluate.overview import write_overview
 from merge_and_evaluate.results import percent, write_results
@@ -55,13 +55,15 @@ class Sweep:
 @dataclass(frozen=True)
 class Outcome:
     """What came of it. documents: {candidate: what it scored}, in the order tried; tried: a record of each, for the results
-    file, with `facts` beside them; whole: whether the winner's document is lm-eval's own, on all of the choosing tasks."""
+    file, with `facts` beside them; whole: whether the winner's document is lm-eval's own, on all of the choosing tasks;
+    golds: the mean log-probability of the right answer and its standard error, where it decided."""
 
     winner: Candidate
     documents: dict[Candidate, dict]
     tried: list[dict]
     whole: bool = True
     facts: dict = field(default_factory=dict)
+    golds: dict[Candidate, tuple[float, float | None]] = field(default_factory=dict)
     merges: int | None = None  # scored in this job, each on every item; of a race, which says itself what it took, None
 
 
@@ -130,7 +132,14 @@ def try_all(sweep: Sweep, making: Making) -> Outcome:
             best, best_value = candidate, value
         if worse and not making.keep_models:
             drop_model(worse)
-    return Outcome(best, documents, tried, merges=merges)
+    return Outcome(best, documents, tried, golds=golds_of(sweep, documents), merges=merges)
+
+
+def golds_of(sweep: Sweep, documents: dict[Candidate, dict]) -> dict[Candidate, tuple[float, float | None]]:
+    """What decided, where that is the probability of the right answers; of documents with all their items."""
+    if sweep.by != "gold":
+        return {}
+    return {candidate: gold_average(document, candidate.results_path) for candidate, document in documents.items()}
 
 
 # --- run ------------------------------------------------------------------------------------------
@@ -186,7 +195,8 @@ def conclude(sweep: Sweep, outcome: Outcome, making: Making, done: bool) -> None
         put_in_place(making, outcome.winner, sweep.save_path)
         report_winner(sweep, outcome, making.overwrite)
     scored = {candidate.choice: document for candidate, document in outcome.documents.items()}
-    write_overview(scored, outcome.winner.choice, sweep.output_path)
+    golds = {candidate.choice: gold for candidate, gold in outcome.golds.items()}
+    write_overview(scored, outcome.winner.choice, sweep.output_path, golds)
     what = "mean log-probability of the right answer" if sweep.by == "gold" else "average"
     print(f"chosen: {outcome.winner.choice.said}, by the {what} of {', '.join(sweep.choosing.tasks.names)}")
     if not sweep.reporting and len(outcome.documents) > 1:

@@ -388,24 +388,33 @@ def test_infinite_values_and_missing_items_are_refused():
 def test_what_is_said():
     race = plan(strata_of({"a": {"a": 16_000}}), ("0.6", "0.9", "1.2"), 0.005, 0)
     drop = Drop("0.6", "0.9", 1, -0.0312, 0.01, 0.0105, -0.002, True)
-    assert told(race, drop) == ("0.6 drops out after 2,000 of 16,000 items: worse, 3.12 ± 1.05 points behind 0.9")
+    assert told(race, drop, "points") == (
+        "0.6 drops out after 2,000 of 16,000 items: worse, 3.12 ± 1.05 points behind 0.9"
+    )
     near = replace(drop, difference=-0.001, bound=0.0041, worse=False)
-    assert told(race, near) == (
-        "0.6 drops out after 2,000 of 16,000 items: 0.10 ± 1.05 points behind 0.9, and at most 0.41 points better "
-        "(margin 0.5)"
+    assert told(race, near, "points") == (
+        "0.6 drops out after 2,000 of 16,000 items: 0.10 ± 1.05 points behind 0.9, and at most 0.41 better (margin 0.5)"
     )
-    assert told(race, replace(near, bound=-0.0001)).endswith("points behind 0.9, and not better on all of them (95 %)")
+    assert told(race, replace(near, bound=-0.0001), "points").endswith(
+        "points behind 0.9, and not better on all of them (95 %)"
+    )
     last = replace(near, round=4, stderr=0.0, bound=-0.001)
-    assert told(race, last) == "0.6 drops out after 16,000 of 16,000 items: 0.10 ± 1.05 points behind 0.9, on all items"
+    assert (
+        told(race, last, "points")
+        == "0.6 drops out after 16,000 of 16,000 items: 0.10 ± 1.05 points behind 0.9, on all items"
+    )
     step = Step(1, ("0.9",), "0.9", (drop, replace(near, candidate="1.2")), {})
-    assert outcome(race, step) == (
-        "0.9 wins after 2,000 of 16,000 items; on new items not certain to be worse: 1.2 (0.10 ± 1.05 points behind)"
-    )
+    assert outcome(race, step, "points").splitlines() == [
+        "0.9 wins after 2,000 of 16,000 items",
+        "- worse, on new items too (95 %, over all pairs): 0.6",
+        "- behind, though new items might say otherwise, in points: 1.2 by 0.10 ± 1.05",
+    ]
     others = (replace(near, candidate="1.2", leader="0.6", difference=-0.02), replace(near, candidate="0.6"))
-    assert outcome(race, replace(step, dropped=others)).endswith(
-        "worse: 0.6 (0.10 ± 1.05 points behind), 1.2 (2.00 ± 1.05 points behind 0.6)"  # the nearest first
-    )
-    assert outcome(race, replace(step, dropped=(drop,))) == "0.9 wins after 2,000 of 16,000 items; all others are worse"
+    assert outcome(race, replace(step, dropped=others), "hundredths of a nat").splitlines()[1:] == [
+        "- behind, though new items might say otherwise, in hundredths of a nat: "
+        "0.6 by 0.10 ± 1.05, 1.2 by 2.00 ± 1.05 (behind 0.6)"  # the nearest first
+    ]
+    assert outcome(race, replace(step, dropped=(drop,)), "points").count("\n") == 1
 
 
 # --- the simulation -------------------------------------------------------------------------------

@@ -147,9 +147,17 @@ def test_another_seed_draws_other_items(here, asked):
     assert set(asked) != before
 
 
-def test_a_race_by_gold_reads_the_probabilities(here, asked):
+def test_a_race_by_gold_reads_the_probabilities_and_shows_them(here, asked, capsys):
     race(*RACE, "--choose_by", "gold")
+    said = capsys.readouterr().out
     assert results(here)["summary"]["weights"] == [0.9] and results(here)["summary"]["chosen"]["by"] == "gold"
+    assert "hundredths of a nat behind 0.9" in said and "points" not in said
+    kept = json.loads((here / "results_race.json").read_text())["candidates"]["0.9"]["items"]
+    means = [np.mean(np.log(kept[task]["gold"])) for task in ("colours", "tints")]
+    with open("results_sweep.csv") as file:
+        (line,) = [line for line in csv.DictReader(file) if line["chosen"] == "1"]
+    assert float(line["gold"]) == pytest.approx(np.mean(means)) and 0 < float(line["gold_stderr"]) < 0.1
+    assert f"| **{np.mean(means):.4f} ± " in said and "log p of the right answer, nats (chooses) |" in said
 
 
 def test_values_are_turned_round_where_less_is_better(here, asked, monkeypatch):
@@ -651,9 +659,12 @@ def test_gold_average_counts_rows_alike():
         "group_subtasks": {},
         "items": {"a": {"gold": [0.5, 0.25]}, "b": {"gold": [0.125]}},
     }
-    assert choosing.gold_average(document, "x") == pytest.approx(-(1.5 + 3) / 2 * math.log(2))
+    assert choosing.gold_average(document, "x") == (pytest.approx(-(1.5 + 3) / 2 * math.log(2)), None)
     document["items"]["b"]["gold"] = [0.0]
-    assert choosing.gold_average(document, "x") == pytest.approx((-1.5 * math.log(2) + math.log(1e-12)) / 2)
+    assert choosing.gold_average(document, "x")[0] == pytest.approx((-1.5 * math.log(2) + math.log(1e-12)) / 2)
+    document["items"]["b"]["gold"] = [0.5, 0.5, 0.125]  # logs, of base 2: −1 and −2; −1, −1, −3
+    errors = math.hypot(0.5 / 2, math.sqrt(8 / 3 / 2 / 3) / 2)
+    assert choosing.gold_average(document, "x")[1] == pytest.approx(errors * math.log(2))
     document["items"]["b"]["gold"] = [None]
     with pytest.raises(DataError, match="task 'b' is not multiple choice"):
         choosing.gold_average(document, "x")
