@@ -146,10 +146,14 @@ def golds_of(sweep: Sweep, documents: dict[Candidate, dict]) -> dict[Candidate, 
 
 
 def already_done(sweep: Sweep) -> bool:
-    """Whether the results file and the model are the outcome of this sweep."""
-    if not sweep.output_path.is_file() or not (sweep.save_path / merging.REPORT_NAME).is_file():
+    """Whether the results file is the outcome of this sweep, and the model that which it reports."""
+    report = sweep.save_path / merging.REPORT_NAME
+    if not sweep.output_path.is_file() or not report.is_file():
         return False
-    return read_json(sweep.output_path).get("summary", {}).get("chosen", {}).get("sweep") == sweep.identity
+    document, reported = read_json(sweep.output_path), sweep.reporting or sweep.choosing
+    identity = eval_identity(reported.recipe, reported.tasks, str(read_json(report).get("identity")))
+    is_own = document.get("provenance", {}).get("identity") == identity  # not another merge, put there since
+    return is_own and document.get("summary", {}).get("chosen", {}).get("sweep") == sweep.identity
 
 
 def chosen_record(sweep: Sweep, outcome: Outcome) -> dict:

@@ -320,3 +320,21 @@ def test_killed_for_real_and_run_again(here):
     averages = [tried["average"] for tried in summary["chosen"]["candidates"]]
     assert summary["weights"] == [[0.3, 0.9][int(np.argmax(averages))]]
     assert not any(name.endswith(".part") or "merged_" in name for name in left_over(here))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("--choose_on", "colours", "--report_on", "shades")])
+def test_another_model_in_the_winners_place_is_noticed(here, flags, capsys):
+    weights = ("--weights", "0.5", "1", *flags)
+    merge_and_score(*weights)
+    merge_and_score(*weights)
+    assert "results.json is from before" in capsys.readouterr().out
+    winner = json.loads((here / "results.json").read_text())["summary"]["weights"][0]
+    write_yaml(here / "other.yml", yaml.safe_load(yaml.safe_dump(RECIPE).replace("1.2", "3.0")))
+    other = ["--recipe", "other.yml", "--save_path", "merged", "--merge_only", "--overwrite"]
+    merge_and_evaluate_7b.main(other)
+    with pytest.raises(DataError, match="merged.*--overwrite"):
+        merge_and_score(*weights)
+    merge_and_score(*weights, "--overwrite")
+    recipe = json.loads((here / "merged" / "merge_report.json").read_text())["recipe"]
+    assert [m["parameters"]["weight"] for m in yaml.safe_load(recipe)["models"]] == [winner, winner]
