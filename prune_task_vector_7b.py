@@ -183,7 +183,7 @@ def parameters_of(args: argparse.Namespace, pruning: Pruning) -> dict:
 
 
 def engine_for(device: str):
-    """What does the arithmetic; `cuda` under torchrun is each process's own GPU. Raises DataError if it is not there."""
+    """What does the arithmetic; `cuda` under torchrun is each process's own GPU. Raises DataError if there is none."""
     from common.pruners.devices import check_bits
     from common.pruners.kernels import engine
 
@@ -221,8 +221,9 @@ def plan(
     save_directories: list[Path],
     parameters: dict,
 ) -> Job:
-    """Everything decided before a weight is read; pairs: for each vector {tensor's name in the base: the vector's tensor}.
+    """Everything decided before a weight is read.
 
+    pairs: for each vector {tensor's name in the base: the vector's tensor}.
     `base` is None when only vectors are written.
     """
     checkpoints = [vector.checkpoint for vector in vectors]
@@ -259,7 +260,7 @@ def plan(
 
 @dataclass(frozen=True)
 class Prune:
-    """What every tensor is pruned by: the rule, the names masks are drawn under, what does the arithmetic, the vectors."""
+    """What every tensor is pruned by: the rule, the names masks are drawn under, the arithmetic, the vectors."""
 
     pruning: Pruning
     names: dict[str, str]

@@ -40,46 +40,51 @@ def _simple_evaluate(config, loaded: dict, manager, cache: str | None, lm) -> di
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
 
-    requests = config.cache_requests if isinstance(config.cache_requests, dict) else {}
     tracker = EvaluationTracker()
     results = simple_evaluate(
         model=lm or config.model,
-        model_args=config.model_args,
         tasks=_roots(loaded),
         task_manager=manager,
         use_cache=cache,
-        num_fewshot=config.num_fewshot,
-        batch_size=config.batch_size,
-        max_batch_size=config.max_batch_size,
-        device=config.device,
-        limit=config.limit,
-        samples=config.samples,
         log_samples=True,
-        check_integrity=config.check_integrity,
-        write_out=config.write_out,
-        predict_only=config.predict_only,
-        system_instruction=config.system_instruction,
-        apply_chat_template=config.apply_chat_template,
-        fewshot_as_multiturn=bool(config.fewshot_as_multiturn),
-        gen_kwargs=config.gen_kwargs or None,
-        random_seed=config.seed and config.seed[0],
-        numpy_random_seed=config.seed and config.seed[1],
-        torch_random_seed=config.seed and config.seed[2],
-        fewshot_random_seed=config.seed and config.seed[3],
-        cache_requests=requests.get("cache_requests", False),
-        rewrite_requests_cache=requests.get("rewrite_requests_cache", False),
-        delete_requests_cache=requests.get("delete_requests_cache", False),
-        confirm_run_unsafe_code=config.confirm_run_unsafe_code,
         evaluation_tracker=tracker,
+        **_settings(config),
     )
     if results is None:  # another process of `accelerate launch` has them
         return None
     tracker.general_config_tracker.log_end_time()
-    asked = {
-        **results["config"],
-        "model": config.model,
-    }  # of a model it did not load, lm-eval records where it came from
+    # Of a model that it did not load itself lm-eval records where it came from; the row names what the config names.
+    asked = {**results["config"], "model": config.model}
     return {**results, "config": asked, **asdict(tracker.general_config_tracker)}
+
+
+def _settings(config) -> dict:
+    """What simple_evaluate takes from an EvaluatorConfig, as `lm_eval run` hands it over."""
+    requests = config.cache_requests if isinstance(config.cache_requests, dict) else {}
+    return {
+        "model_args": config.model_args,
+        "num_fewshot": config.num_fewshot,
+        "batch_size": config.batch_size,
+        "max_batch_size": config.max_batch_size,
+        "device": config.device,
+        "limit": config.limit,
+        "samples": config.samples,
+        "check_integrity": config.check_integrity,
+        "write_out": config.write_out,
+        "predict_only": config.predict_only,
+        "system_instruction": config.system_instruction,
+        "apply_chat_template": config.apply_chat_template,
+        "fewshot_as_multiturn": bool(config.fewshot_as_multiturn),
+        "gen_kwargs": config.gen_kwargs or None,
+        "random_seed": config.seed and config.seed[0],
+        "numpy_random_seed": config.seed and config.seed[1],
+        "torch_random_seed": config.seed and config.seed[2],
+        "fewshot_random_seed": config.seed and config.seed[3],
+        "cache_requests": requests.get("cache_requests", False),
+        "rewrite_requests_cache": requests.get("rewrite_requests_cache", False),
+        "delete_requests_cache": requests.get("delete_requests_cache", False),
+        "confirm_run_unsafe_code": config.confirm_run_unsafe_code,
+    }
 
 
 def _cache(recipe: EvalRecipe, identity: str) -> str | None:

@@ -1,6 +1,7 @@
 """The flags of merge_and_evaluate_7b.py, in the groups of its --help, and which of them contradict each other."""
 
 import argparse
+from collections.abc import Callable
 
 from common import cli
 from merge_and_evaluate.merging import ENGINES
@@ -21,7 +22,8 @@ def _everyday_flags(parser: argparse.ArgumentParser) -> None:
         type=cli.path,
         nargs="+",
         metavar="FILE",
-        help=f"merge recipe; of several, with --race or without, the best is kept (default: {MERGE_DEFAULTS['recipe'][0]})",
+        help="merge recipe; of several, with --race or without, the best is kept "
+        f"(default: {MERGE_DEFAULTS['recipe'][0]})",
     )
     add(
         "--save_path",
@@ -108,6 +110,13 @@ def _scoring_flags(parser: argparse.ArgumentParser) -> None:
 def _sweep_flags(parser: argparse.ArgumentParser) -> None:
     """Several values of the weight (the method's lambda): all of them, a race among them, a search."""
     add = parser.add_argument_group("which weight is best").add_argument
+    _tried_flags(add)
+    _choosing_flags(add)
+    _race_and_search_flags(add)
+
+
+def _tried_flags(add: Callable) -> None:
+    """Which weights are tried."""
     add(
         "--weights",
         nargs="+",
@@ -123,6 +132,10 @@ def _sweep_flags(parser: argparse.ArgumentParser) -> None:
         metavar="W",
         help="weights to try for one model; repeat per model, in the recipe's order: all combinations",
     )
+
+
+def _choosing_flags(add: Callable) -> None:
+    """What the best is chosen by, and what is kept of the others."""
     add(
         "--choose_on",
         nargs="+",
@@ -142,15 +155,19 @@ def _sweep_flags(parser: argparse.ArgumentParser) -> None:
         help="score: the tasks' metric; gold: the mean log-probability of the right answer, which needs fewer items "
         "(multiple choice only; default: score)",
     )
+
+
+def _race_and_search_flags(add: Callable) -> None:
+    """The same for fewer merges and fewer scored items: a race, a search."""
     add(
         "--race",
         nargs="?",
         const=0.5,
         type=cli.points,
         metavar="POINTS",
-        help="with --weights, --weight_grid or several recipes: all on the same random items, in growing batches; one drops out "
-        "once it cannot be better than the leader by more than POINTS (default: 0.5; of --choose_by gold: hundredths of a "
-        "nat). --seed draws the items",
+        help="with --weights, --weight_grid or several recipes: all on the same random items, in growing batches; one "
+        "drops out once it cannot be better than the leader by more than POINTS (default: 0.5; of --choose_by gold: "
+        "hundredths of a nat). --seed draws the items",
     )
     add(
         "--search",

@@ -13,7 +13,10 @@ sys.path.insert(0, str(ROOT))
 
 
 def first_quick(*cases) -> list:
-    """Parameters of which the first runs always, the others only where slow tests do: for kernels, each of which is compiled."""
+    """Parameters of which the first runs always, the others only where slow tests do.
+
+    For dtypes and group sizes, each of which compiles kernels of its own: most of the time in a fresh clone.
+    """
     return [
         cases[0],
         *(pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow) for case in cases[1:]),

@@ -98,7 +98,7 @@ def test_nm_is_the_oracles(code, aware, m, ns):
                     expect_oracle("nm", values(kind, count, numel, code, n), code, n, m, aware)
 
 
-@pytest.mark.parametrize("code", ["F16", "BF16", "F32"])
+@pytest.mark.parametrize("code", first_quick("F16", "BF16", "F32"))
 @pytest.mark.parametrize("aware", [True, False])
 def test_scopes_larger_than_a_block(code, aware):
     """magnitude, and nm with m beyond a block: several passes over blocks, thresholds with ties."""
@@ -409,7 +409,7 @@ def test_subtract_is_the_oracles(source, target):
     assert differs == int((want != 0).sum()) < 20_000
 
 
-@pytest.mark.parametrize("code", ["F16", "BF16", "F32"])
+@pytest.mark.parametrize("code", first_quick("F16", "BF16", "F32"))
 def test_results_are_the_oracles(code):
     """Both save formats, with and without rescale; negative zeros stay where the rule says so."""
     limit = 15_000 if code == "F16" else 1e37
@@ -430,7 +430,7 @@ def test_results_are_the_oracles(code):
     assert not oracle.bits(tensor_of(out, code))[dropped].any()  # +0.0, not -0.0
 
 
-@pytest.mark.parametrize("code", ["F16", "BF16", "F32"])
+@pytest.mark.parametrize("code", first_quick("F16", "BF16", "F32"))
 def test_what_is_not_finite_is_seen(code):
     """A single NaN or infinity of either sign, at either end of an array; the largest finite value is none."""
     for bad in (float("nan"), -float("nan"), float("inf"), -float("inf")):

@@ -112,7 +112,8 @@ def _describe(path: Path, name: str, value, records: dict[int, int]) -> Tensor:
     if not isinstance(value, torch.Tensor) or value.dtype not in codes or value.layout != torch.strided:
         found = f"{value.dtype}, {value.layout}" if isinstance(value, torch.Tensor) else type(value).__name__
         raise DataError(f"tensor {name!r} in {path}: found {found}, needed is a plain tensor; {_TAKE_ANOTHER}")
-    # A view of other bytes than its own in order, or of bytes whose sign torch flips on reading: neither can be streamed.
+    # A view of other bytes than its own in order, or of bytes whose sign torch flips on reading: neither can be
+    # streamed.
     if not value.is_contiguous() or value.is_neg():
         raise DataError(
             f"tensor {name!r} in {path}: a view with strides {tuple(value.stride())}, needed is row-major; "

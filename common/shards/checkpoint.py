@@ -54,7 +54,9 @@ def open_checkpoint(label: str) -> Checkpoint:
 
 
 def config_with_dtype(config: dict, dtype: str | None) -> str:
-    """config.json's text with `dtype` (e.g. 'F16'; None: as it was), nested configs included: from_pretrained believes it.
+    """config.json's text with `dtype` (e.g. 'F16'; None: as it was), nested configs included.
+
+    from_pretrained loads in the dtype that it finds there.
 
     Left out is what would no longer be true: code that is not copied (see without_code), and a quantization_config,
     which in a model of floating-point weights is null, {} or a left-over.

@@ -26,7 +26,7 @@ def is_hub_id(path: str) -> bool:
 
 
 def refuse_unusable(hub_id: str, files: list[str]) -> None:
-    """DataError for a repository of these files if they are no model and no adapter: by what they are, as of a directory."""
+    """DataError for a repository of these files if they are no model and no adapter, in the words for a directory."""
     weights = (
         "model*.safetensors",
         "model.safetensors.index.json",

@@ -198,7 +198,7 @@ class _Sorted:
 
 
 def _pair_parameters(names: Names, other: Checkpoint, skip: tuple[str, ...], to: _Sorted) -> None:
-    """The base's parameters: paired by name, or with the tensor to which the other model ties what it does not store."""
+    """The base's parameters: paired by name, or with the tensor to which the other ties what it does not store."""
     missing = any(tensor.is_parameter and name not in names.theirs for name, tensor in names.mine.items())
     ties = _ties(names, other, names.theirs) if missing else {}
     for name, mine in names.mine.items():
@@ -233,7 +233,7 @@ def _sort_extra(names: Names, base: Checkpoint, other: Checkpoint, skip: tuple[s
 def match_all(
     base: Checkpoint, others: list[Checkpoint], skip: tuple[str, ...], free_rows: bool = False
 ) -> list[Match]:
-    """match() of each. Raises DataError for a pattern of `skip` that names nothing in any of them: it is a typing error."""
+    """match() of each. Raises DataError for a pattern of `skip` that names nothing in any of them: a typing error."""
     found = [match(base, other, skip, free_rows) for other in others]
     check_skip(base, others, skip)
     return found

@@ -18,7 +18,7 @@ class TensorWriter:
         self._block, self._start, self._held = np.empty(0, self._signed), 0, 0
 
     def room(self, start: int, stop: int) -> np.ndarray:
-        """Where to put elements start:stop, as bits; valid until the next call, in the tensor after flush() at the latest."""
+        """Where to put elements start:stop, as bits; valid until the next call, in the tensor by flush() at the latest."""
         self.flush()
         self._advance((stop - start) * self._signed.itemsize)
         if self._block.size < stop - start:
@@ -32,7 +32,8 @@ class TensorWriter:
 
         if self._held:
             bits = torch.from_numpy(self._block[: self._held]).view(getattr(torch, DTYPE_NAMES[self._dtype]))
-            # First what a file would hold, then the model's dtype: the two roundings of writing and loading, in that order.
+            # First what a file would hold, then the model's dtype: the roundings of writing and of loading, in that
+            # order.
             self._flat[self._start : self._start + self._held].copy_(bits)
         self._held = 0
 

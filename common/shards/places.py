@@ -77,7 +77,7 @@ def check_disk(needs: dict[Path, int]) -> None:
 
 
 def is_empty(path: Path) -> bool:
-    """Whether a directory holds nothing of anybody's: nothing, or what a disk or an unfinished job of ours puts there."""
+    """Whether a directory holds nothing of the user's: only what a disk or an unfinished job of ours puts there."""
     return path.is_dir() and all(entry.name in (INSIDE, LOST_AND_FOUND) for entry in path.iterdir())
 
 

@@ -54,7 +54,7 @@ class Sink:
             return self._files[shard]
 
     def writers(self, task, buffers: list[OutputBuffer], advance: Callable[[int], None]) -> list[Writer]:
-        """A writer for a task's slot in each output; `buffers`, one an output at least, are the calling thread's own."""
+        """A writer for a task's slot in each output; `buffers`, at least one an output, are the calling thread's."""
         places = zip(task.slots, self.files(task.shard), buffers, strict=False)
         return [Writer(slot, file, buffer, advance) for slot, file, buffer in places]
 

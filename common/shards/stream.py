@@ -75,7 +75,7 @@ class Worker:
         """A reader of one tensor, for the task at hand. With `again` it will be read in several passes."""
         if tensor.path not in self._files:
             self._files[tensor.path] = File(tensor.path, os.O_RDONLY)
-        # Each reader of a task has a buffer of its own, or two that are read in turn would overwrite each other's block.
+        # Each reader of a task has a buffer of its own: two that are read in turn would overwrite each other's block.
         if self._readers == len(self._buffers):
             self._buffers.append(InputBuffer())
         buffer, self._readers = self._buffers[self._readers], self._readers + 1

@@ -87,7 +87,7 @@ def open_vectors(paths: list[str], skip: tuple[str, ...] = ()) -> list[TaskVecto
 
 
 def open_base(vectors: list[TaskVector], path: str | None) -> Checkpoint:
-    """The base model, as open_vectors() opens. Raises DataError that says which flag helps if the recorded one is missing."""
+    """The base model, as open_vectors() opens. Raises DataError, naming the flag, if the recorded one is missing."""
     if path:
         return describe_checkpoint(path)
     recorded = vectors[0].base_model_path

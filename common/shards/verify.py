@@ -43,7 +43,7 @@ def recorded_hashes(path: Path) -> dict[str, str]:
 
 
 def recorded_hashes_of(checkpoint: Checkpoint) -> dict[str, str]:
-    """{tensor: hash} of what was recorded when a checkpoint was written; empty where nothing was, or not of these tensors."""
+    """{tensor: hash} as recorded when a checkpoint was written; empty where nothing was, or not of these tensors."""
     for name in RECORDS:
         path = checkpoint.path / name
         if path.is_file() and (hashes := recorded_hashes(path)).keys() == checkpoint.tensors.keys():
@@ -54,7 +54,7 @@ def recorded_hashes_of(checkpoint: Checkpoint) -> dict[str, str]:
 def open_directory(label: Path | str, is_known: bool = False) -> tuple[list[Tensor], dict[Path, dict[str, str]]]:
     """(tensors, {record: {tensor: hash}}) of a directory to verify, with the same names in all of them.
 
-    is_known: whether another directory's record has hashes of an input, which this may be; then it needs none of its own.
+    is_known: whether another directory's record has hashes of an input, which this may be; then it needs no record.
     """
     directory = Path(label)
     if not directory.is_dir():
@@ -152,7 +152,8 @@ def verify(labels: list[Path | str]) -> None:
     Raises DataError at the first that is damaged.
     """
     verified = {}
-    # Those without a record last: of a base that none of our scripts wrote, what was extracted from it knows the hashes.
+    # Those without a record last: of a base that none of our scripts wrote, the vectors extracted from it know the
+    # hashes.
     for label in sorted(labels, key=lambda label: not any((Path(label) / name).is_file() for name in RECORDS)):
         is_known = any(hashes for known in verified for hashes in recorded_inputs(Path(known)).values())
         line, verified[str(label)] = check_directory(label, is_known)
