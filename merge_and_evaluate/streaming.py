@@ -20,7 +20,7 @@ from common.shards.hashing import text_hash
 from common.shards.headers import Tensor
 from common.shards.job import Job, begin, identity
 from common.shards.layout import Output, plan_shards, slots_of
-from common.shards.matching import check_floats, mask_names, match_all
+from common.shards.matching import Match, check_floats, mask_names, match_all
 from common.shards.memory import MemorySink
 from common.shards.stream import Task, Worker, same_bytes
 from common.shards.verify import MERGE_REPORT, recorded_hashes_of
@@ -30,14 +30,17 @@ from merge_and_evaluate.parameters import parameters_of, written_dtype
 from merge_and_evaluate.recipes import Recipe, with_paths
 from merge_and_evaluate.streamed_methods import model_path, summed_models
 
-LARGEST_GROUP = (
-    1 << 24
-)  # elements: nm with an m of its own for each model is ranked in blocks of a common multiple of them
+# Elements. nm with an m of its own for each model is ranked in blocks of a common multiple of them, and a block is in
+# memory for every model at once.
+LARGEST_GROUP = 1 << 24
 
 
 @dataclass(frozen=True)
 class StreamedMerge:
-    """What is decided: the job, and for each tensor how it is merged (None: carried over). `whole` lends names and config."""
+    """What is decided: the job, and for each tensor how it is merged (None: carried over).
+
+    `whole` lends names and config.
+    """
 
     job: Job
     whole: Checkpoint
@@ -68,28 +71,11 @@ def plan_streamed(recipe: Recipe, checkpoints: tuple[Checkpoint, ...], save_path
     whole = by_name[base] if base else models[0]
     check_floats(whole)
     matches = match_all(whole, list(models), settings.skip)
-    pairs = [matched.pairs for matched in matches]
-    # A parameter without a pair was left out with --skip, or is of no use to the architecture: it is carried over.
-    names = [t.name for t in whole.tensors.values() if t.is_parameter and all(t.name in each for each in pairs)]
-    merged = set(names)
-    is_linear, mask_name = recipe.config["merge_method"] == "linear", mask_names(whole)
-
-    def inputs(name: str) -> tuple[Tensor, ...]:
-        own = whole.tensors[name]
-        if name not in merged:
-            return (own,)
-        return (() if is_linear else (own,)) + tuple(each[name] for each in pairs)
-
-    dtypes = {name: written_dtype(recipe.config, [tensor.dtype for tensor in inputs(name)]) for name in names}
-    how = {
-        name: TensorMerge(recipe.config["merge_method"], values, dtypes[name], mask_name[name], settings.seed)
-        for name, values in parameters_of(recipe, names).items()
-    }
+    inputs = inputs_of(recipe, whole, [matched.pairs for matched in matches])
+    how = how_merged(recipe, whole, inputs, settings.seed)
     check_groups(recipe, how)
-    shards = plan_shards(
-        [(t.name, dtypes.get(t.name, t.dtype), t.shape) for t in whole.tensors.values()], settings.shard_bytes("stream")
-    )
-    tasks = [Task(slot.name, inputs(slot.name), (slot,), i) for i, slot in slots_of(shards)]
+    written = [(t.name, how[t.name].dtype if t.name in how else t.dtype, t.shape) for t in whole.tensors.values()]
+    shards = plan_shards(written, settings.shard_bytes("stream"))
     paths = with_paths(recipe.config, lambda path: str(by_name[path].path) if path in by_name else path)
     parameters = {"recipe": paths, "seed": settings.seed, "max_shard_size": settings.shard_bytes("stream")}
     parameters |= {"skip": settings.skip} if settings.skip else {}
@@ -97,16 +83,45 @@ def plan_streamed(recipe: Recipe, checkpoints: tuple[Checkpoint, ...], save_path
         title=f"merge {recipe.config['merge_method']}",
         identity=identity("merge_and_evaluate_7b.py", parameters, list(checkpoints), [save_path]),
         outputs=[Output(save_path, tuple(shards))],
-        tasks=tasks,
+        tasks=[
+            Task(slot.name, inputs.get(slot.name, (whole.tensors[slot.name],)), (slot,), i)
+            for i, slot in slots_of(shards)
+        ],
         passes=2 if any(each.reads_twice for each in how.values()) else 1,
     )
-    equal: dict[str, list] = {}
-    for matched in matches:
-        for name, extras in matched.equal.items():
-            equal.setdefault(name, []).extend((extra, matched.pairs[name]) for extra in extras)
     notes = tuple(dict.fromkeys(note for matched in matches for note in matched.notes))
     recorded = {checkpoint.label: recorded_hashes_of(checkpoint) for checkpoint in checkpoints}
-    return StreamedMerge(job, whole, models, how, equal, recorded, notes)
+    return StreamedMerge(job, whole, models, how, tied_copies(matches), recorded, notes)
+
+
+def inputs_of(recipe: Recipe, whole: Checkpoint, pairs: list[dict[str, Tensor]]) -> dict[str, tuple[Tensor, ...]]:
+    """{tensor that is merged: what it is merged from}: the base's own, unless `linear`, then each model's."""
+    is_linear = recipe.config["merge_method"] == "linear"
+    return {
+        own.name: (() if is_linear else (own,)) + tuple(each[own.name] for each in pairs)
+        for own in whole.tensors.values()
+        # A parameter without a pair was left out with --skip, or is of no use to the architecture: it is carried over.
+        if own.is_parameter and all(own.name in each for each in pairs)
+    }
+
+
+def how_merged(recipe: Recipe, whole: Checkpoint, inputs: dict, seed: int) -> dict[str, TensorMerge]:
+    """How each tensor of `inputs` is merged: the recipe's values for it, the dtype written, the name its draws go by."""
+    mask_name, method = mask_names(whole), recipe.config["merge_method"]
+    dtypes = {name: written_dtype(recipe.config, [tensor.dtype for tensor in read]) for name, read in inputs.items()}
+    return {
+        name: TensorMerge(method, values, dtypes[name], mask_name[name], seed)
+        for name, values in parameters_of(recipe, list(inputs)).items()
+    }
+
+
+def tied_copies(matches: list[Match]) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """{tensor: (a model's other spelling of it, that model's own)}, which have to be equal where the base ties them."""
+    copies: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for matched in matches:
+        for name, extras in matched.equal.items():
+            copies.setdefault(name, []).extend((extra, matched.pairs[name]) for extra in extras)
+    return copies
 
 
 def check_groups(recipe: Recipe, how: dict[str, TensorMerge]) -> None:
@@ -115,8 +130,8 @@ def check_groups(recipe: Recipe, how: dict[str, TensorMerge]) -> None:
         if each.method == "cabs" and each.common_group > LARGEST_GROUP:
             ms = " and ".join(str(model["m"]) for model in each.values.models)
             raise DataError(
-                f"{recipe.path}: tensor {name!r}: m is {ms}, whose least common multiple is {each.common_group}, at most "
-                f"{LARGEST_GROUP} are ranked together; take multiples of one another"
+                f"{recipe.path}: tensor {name!r}: m is {ms}, whose least common multiple is {each.common_group}, "
+                f"at most {LARGEST_GROUP} are ranked together; take multiples of one another"
             )
 
 
@@ -154,8 +169,11 @@ def run_streamed(merge: StreamedMerge, origin: dict, overwrite: bool, found: dic
 
 
 def run_in_memory(merge: StreamedMerge, tensors: Mapping[str, object], found: dict[str, Found], title: str) -> None:
-    """Merge into the tensors of a loaded model, {name: torch.Tensor}: the bits that run_streamed would write, in the
-    tensors' own dtype. Every tensor is computed from the inputs anew, whatever it held before; buffers stay as they are."""
+    """Merge into the tensors of a loaded model, {name: torch.Tensor}: the bits that run_streamed would write.
+
+    In the tensors' own dtype. Every tensor is computed from the inputs anew, whatever it held before; buffers stay as
+    they are.
+    """
     tasks = [task for task in merge.job.tasks if merge.how.get(task.name)]
     do = partial(merge_and_check, merge=merge, found=found)
     with stream.progress(title, sum(task.nbytes for task in tasks)) as moved:
