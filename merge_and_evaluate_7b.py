@@ -14,15 +14,15 @@ once it is complete and finite, with merge_report.json (a hash of every tensor) 
 is lm-eval's own document plus `summary` (each task's leaderboard metric, its standard error, the average), `items`
 (every question's score) and `provenance` (what was merged and scored, and how).
 
-Which weight is best? Try some, choose on one set of tasks, report another. Candidates are merged into one model in memory
-where that can be, and only the best is written; an interrupted sweep resumes where it was, and each weight's scores stay in
-results_weight_<weight>.json:
+Which weight is best? Try some, choose on one set of tasks, report another. Candidates are merged into one model in
+memory where that can be, and only the best is written; an interrupted sweep resumes where it was, and each weight's
+scores stay in results_weight_<weight>.json:
 
     python merge_and_evaluate_7b.py --recipe recipes/recipe.yml --weights 0.6 0.9 1.2 \\
         --choose_on arc_challenge winogrande --report_on hellaswag mmlu truthfulqa_mc2 gsm8k
 
-The same for fewer GPU hours: a race scores all weights on the same random questions, in growing batches, and drops those that
-cannot be better than the leader by more than half a point:
+The same for fewer GPU hours: a race scores all weights on the same random questions, in growing batches, and drops
+those that cannot be better than the leader by more than half a point:
 
     python merge_and_evaluate_7b.py --recipe recipes/recipe.yml --weights 0.6 0.9 1.2 --race 0.5 \\
         --choose_on arc_challenge winogrande --report_on hellaswag mmlu truthfulqa_mc2 gsm8k

@@ -6,9 +6,10 @@
 The copy is `cat` of each input that is only read to nowhere and of as many inputs as there are outputs to new
 files, then `sync`. Where the inputs take less than half of the memory they are read once before each run, ours and the
 copy's, untimed, so that both find them in the page cache; larger ones both read from disk. Ratios are medians over the
-pairs, so a disk that is slow today is slow for both. Peak memory is the largest resident set of the process as the kernel
-reports it (wait4), imports and mapped files included. The usual way (for prune nm benchmarks/in_memory.py, for task
-arithmetic mergekit-yaml) is run once, where it fits into memory. Models are made on the spot, and removed when they are no longer needed.
+pairs, so a disk that is slow today is slow for both. Peak memory is the largest resident set of the process as the
+kernel reports it (wait4), imports and mapped files included. The usual way (for prune nm benchmarks/in_memory.py, for
+task arithmetic mergekit-yaml) is run once, where it fits into memory. Models are made on the spot, and removed when
+they are no longer needed.
 """
 
 import argparse
@@ -142,7 +143,9 @@ def copy_command(row: dict) -> list[str]:
 
 
 def measure(row: dict, pairs: int) -> dict:
-    """Medians over pairs of (ours, copy), after one run of each to compile kernels, where the inputs fit into memory."""
+    """Medians over pairs of (ours, copy), after one run of each to compile kernels, where the inputs fit into
+    memory.
+    """
     inputs = [path for directory in [*row["reads"], *row["copies"]] for path in directory.glob("*.safetensors")]
     size = {path: path.stat().st_size for path in inputs}
     moved = sum(size.values()) + sum(size[path] for path in inputs if path.parent in row["copies"])

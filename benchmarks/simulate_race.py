@@ -7,8 +7,9 @@ The model. An item has a latent difficulty and a response to λ that is smooth i
 weights answer alike), both normal: a candidate is right where their sum lies below the quantile of its accuracy. How
 strongly items respond is set so that two candidates of equal accuracy disagree on the given share of items, on average.
 Accuracy over λ, the same in all tasks: flat; gentle (2.4 points between the best weight and the worst, as published for
-a pair of 7B models); peaked (6 points); slippage (one weight ahead of all others, which are equal, by the margin and a tenth of a
-point: the hardest case for the promise). Every race draws its items anew, and the full grid's winner is that of its items.
+a pair of 7B models); peaked (6 points); slippage (one weight ahead of all others, which are equal, by the margin and a
+tenth of a point: the hardest case for the promise). Every race draws its items anew, and the full grid's winner is that
+of its items.
 
 The promise: in at least 95 % of races of every row the winner loses no more than the margin against the full grid's.
 The decisions are those of merge_and_evaluate/race.py itself, on the arrays that it gets from real scores.
@@ -78,7 +79,8 @@ class Result:
 
 
 def responses(candidates: int) -> np.ndarray:
-    """What turns independent normals into an item's responses to the weights, float32 (candidates, rank), rows of length 1.
+    """What turns independent normals into an item's responses to the weights, float32 (candidates, rank), rows of
+    length 1.
 
     The kernel is so smooth that a few directions hold 99.99 % of it; drawing those alone is what makes this fast.
     """
@@ -91,7 +93,9 @@ def responses(candidates: int) -> np.ndarray:
 
 
 def latent(candidates: int, items: int, respond: float, rng: np.random.Generator) -> np.ndarray:
-    """Standard normal, float32 (candidates, items): an item's difficulty and its response, `respond` of the variance."""
+    """Standard normal, float32 (candidates, items): an item's difficulty and its response, `respond` of the
+    variance.
+    """
     root = responses(candidates) * np.float32(np.sqrt(respond))
     difficulty = rng.standard_normal(items, dtype=np.float32)
     return (
@@ -122,9 +126,11 @@ def gains(scenario: Scenario, margin: float, best: float) -> np.ndarray:
 
 
 def draw(race: Plan, limits: np.ndarray, respond: float, choose_by: str, rng: np.random.Generator) -> np.ndarray:
-    """Values of all items, float32 (candidates, items), stratum after stratum. limits: (candidates, strata), normal quantiles.
+    """Values of all items, float32 (candidates, items), stratum after stratum. limits: (candidates, strata), normal
+    quantiles.
 
-    score: 0 or 1. gold: the log-probability of the right answer, a logistic function of how far the item is from its limit.
+    score: 0 or 1. gold: the log-probability of the right answer, a logistic function of how far the item is from its
+    limit.
     """
     ahead = np.repeat(limits.astype(np.float32), race.sizes, axis=1)
     ahead -= latent(len(limits), int(race.sizes.sum()), respond, rng)
@@ -135,7 +141,9 @@ def draw(race: Plan, limits: np.ndarray, respond: float, choose_by: str, rng: np
 
 
 def one_race(race: Plan, values: np.ndarray) -> tuple[int, float, int]:
-    """(winner, share of the full grid's items, merges): items of a stratum are alike, so the first are as good as random."""
+    """(winner, share of the full grid's items, merges): items of a stratum are alike, so the first are as good as
+    random.
+    """
     starts = np.concatenate([[0], np.cumsum(race.sizes)[:-1]])
     racing, scored, merges = list(range(len(values))), 0, 0
     for number, counts in enumerate(race.counts):

@@ -109,8 +109,8 @@ def _call(main) -> str | int | None:
 def run(main) -> None:
     """Call main() and exit: 0 done, 1 bad data or environment in one line on stderr, 129/130/143 interrupted.
 
-    A closed stdout stops nothing: main() gets to its end, and then the exit status is 1. argparse itself exits with 2 on
-    a usage error.
+    A closed stdout stops nothing: main() gets to its end, and then the exit status is 1. argparse itself exits with 2
+    on a usage error.
     """
     signal.signal(signal.SIGTERM, _on_signal)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it, and that must stay so

@@ -68,7 +68,9 @@ def leaves_below(loaded: dict, name: str) -> list[str]:
 
 
 def planned(tasks: Tasks, given: int | None) -> str:
-    """Tasks with their shots from the task files alone, no data read: "arc_challenge 25-shot, mmlu 5-shot (57 tasks)"."""
+    """Tasks with their shots from the task files alone, no data read: "arc_challenge 25-shot, mmlu 5-shot (57
+    tasks)".
+    """
     index, shots = tasks.manager.task_index, tasks.shots(given)
     waiting, parts = list(tasks.names), []
     while waiting:

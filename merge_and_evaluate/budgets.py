@@ -56,7 +56,8 @@ def _norm_kernel():
             lowest = _lowest(words)
             if lowest:
                 for which, found in enumerate(_sums_above(words, kept, np.uint64(lowest))):
-                    # In halves, the upper as digits of 32 exponents more: whole, the second chunk could overflow 64 bits.
+                    # In halves, the upper as digits of 32 exponents more: whole, the second chunk could overflow 64
+                    # bits.
                     sums[which, lowest] += found & 0xFFFFFFFF
                     sums[which, lowest + 32] += found >> 32
                 continue
@@ -77,10 +78,10 @@ def empty_norms() -> np.ndarray:
 def add_norms(sums: np.ndarray, delta: np.ndarray, mask: np.ndarray) -> None:
     """Add |delta| of a block to sums[0], and of what mask keeps to sums[1].
 
-    delta: float32 bits, uint32 [elements], all finite, as kernels.subtract(model, …, base, …, delta, "F32") forms them. mask:
-    uint8 [elements]. sums[i, e] counts 2**(max(e, 1) - 150). Exact: the digits of all values of an exponent are added as
-    integers, so no order, block size or number of threads changes a bit of their sum, and parts counted apart may be
-    added up. Good for 2**39 elements a tensor.
+    delta: float32 bits, uint32 [elements], all finite, as kernels.subtract(model, …, base, …, delta, "F32") forms them.
+    mask: uint8 [elements]. sums[i, e] counts 2**(max(e, 1) - 150). Exact: the digits of all values of an exponent are
+    added as integers, so no order, block size or number of threads changes a bit of their sum, and parts counted apart
+    may be added up. Good for 2**39 elements a tensor.
     """
     if delta.size != mask.size:
         raise ValueError(f"a mask of {mask.size} for {delta.size} elements")

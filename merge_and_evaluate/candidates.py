@@ -37,8 +37,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Making:
-    """What makes models of candidates: settings, what may be kept and replaced. load(merge) -> the loaded model that a merge
-    is streamed into, or None where it is to have a directory."""
+    """What makes models of candidates: settings, what may be kept and replaced. load(merge) -> the loaded model that a
+    merge is streamed into, or None where it is to have a directory."""
 
     settings: MergeSettings
     keep_models: bool
@@ -50,8 +50,8 @@ class Making:
 
 
 def candidate_of(choice: Choice, merge: MergePlan, digests: dict, settings: MergeSettings, output: Path) -> Candidate:
-    """The candidate of a choice whose merge is planned, its weights in the recipe. digests: of the merge's models. Its files
-    are named after the merge's and `output`."""
+    """The candidate of a choice whose merge is planned, its weights in the recipe. digests: of the merge's models. Its
+    files are named after the merge's and `output`."""
     directory = merge.save_path.with_name(f"{merge.save_path.name}_{choice.ending}")
     results = output.with_name(f"{output.stem}_{choice.ending}.json")
     identity = merging.merge_identity(merge.recipe, digests, settings)

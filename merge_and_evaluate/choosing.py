@@ -9,8 +9,8 @@ from merge_and_evaluate.eval_tasks import Tasks, check_data_files, check_task_co
 from merge_and_evaluate.scores import leaves_of
 from merge_and_evaluate.scoring import Scoring
 
-# A right answer of less probability counts as this much: one item whose probability is rounded to 0 would otherwise outweigh
-# all others.
+# A right answer of less probability counts as this much: one item whose probability is rounded to 0 would otherwise
+# outweigh all others.
 LEAST_PROBABILITY = 1e-12
 
 # --- tasks ----------------------------------------------------------------------------------------
@@ -62,8 +62,8 @@ def plan_scorings(
 
 
 def value_of(document: dict, path, by: str) -> float:
-    """What a results document is worth, larger is better: the average score, or with `by` "gold" the mean log-probability of
-    the right answers. Raises DataError where its tasks have no such value in common."""
+    """What a results document is worth, larger is better: the average score, or with `by` "gold" the mean
+    log-probability of the right answers. Raises DataError where its tasks have no such value in common."""
     return gold_average(document, path)[0] if by == "gold" else average_to_choose_by(document, path)
 
 
@@ -85,8 +85,8 @@ def log_gold(probability: float) -> float:
 
 
 def gold_average(document: dict, path) -> tuple[float, float | None]:
-    """The mean log-probability of the right answer and its standard error, in nats: each row counts the same, a group as the
-    mean of its tasks. The error is None where a task has one item."""
+    """The mean log-probability of the right answer and its standard error, in nats: each row counts the same, a group
+    as the mean of its tasks. The error is None where a task has one item."""
     mean, variance, rows = 0.0, 0.0, document["summary"]["tasks"]
     for row in rows:
         leaves = leaves_of(document, row)

@@ -12,8 +12,8 @@ from merge_and_evaluate.verdicts import differences, pairing_remarks, reference_
 
 
 def table(rows: list[Row], corner: str = "method", beside: tuple[str, list[str]] | None = None) -> str:
-    """Markdown: rows × tasks and the average, in percent with standard errors, the best of a column in bold. beside: one
-    more column, its head and a cell a row."""
+    """Markdown: rows × tasks and the average, in percent with standard errors, the best of a column in bold. beside:
+    one more column, its head and a cell a row."""
     shared = common_tasks(rows)
     names = [*columns(rows), AVERAGE]
     best = {name: best_value(rows, name, shared) for name in names}

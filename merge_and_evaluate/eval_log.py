@@ -65,8 +65,8 @@ def logged_to(path: Path):
 
 @contextmanager
 def _one_bar():
-    """Without lm-eval's bars for every task's prompts (62 on the leaderboard) and for tokenizing, and the libraries' for
-    files and maps. The bar of the requests, which knows the time left, is in another module and stays."""
+    """Without lm-eval's bars for every task's prompts (62 on the leaderboard) and for tokenizing, and the libraries'
+    for files and maps. The bar of the requests, which knows the time left, is in another module and stays."""
     import datasets
     import lm_eval.api.model
     import lm_eval.api.task

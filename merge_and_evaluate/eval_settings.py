@@ -24,7 +24,8 @@ def _group_config(entry) -> dict:
 
 
 def members(index: dict, config: dict, outer: dict) -> list[tuple[str, dict]]:
-    """[(name, settings)] of all that a group's `config` holds, groups before what they hold, as lm-eval 0.4.13 builds it.
+    """[(name, settings)] of all that a group's `config` holds, groups before what they hold, as lm-eval 0.4.13 builds
+    it.
 
     `outer` are the settings that the group gets from where it is named; they win over its own, and a member's own
     win over both: ({"task": ["a", {"task": "b", "num_fewshot": 2}], "num_fewshot": 5}, {}) -> [("a",

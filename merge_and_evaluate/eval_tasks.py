@@ -77,8 +77,8 @@ class Tasks:
         return [name, *(file for file in self.names if file not in index)]
 
     def shots(self, given: int | None) -> dict[str, int | None]:
-        """{task: demonstrations in its prompts; None if not known}, from the task files alone; `given` is the recipe's num_fewshot,
-        which lm-eval lets win except over a task's own 0."""
+        """{task: demonstrations in its prompts; None if not known}, from the task files alone; `given` is the recipe's
+        num_fewshot, which lm-eval lets win except over a task's own 0."""
         index = self.manager.task_index
         known = settings_of_members(index, [*self.recipe_names, *self.names])
         found = {leaf: None for leaf in self.leaves}  # a YAML file by its path: known once it is loaded
@@ -110,8 +110,8 @@ def find_tasks(recipe: EvalRecipe, names: list[str]) -> Tasks:
 
 
 def check_task_code(recipe: EvalRecipe, tasks: Tasks) -> None:
-    """DataError for a task whose own Python needs a package that is not installed (MATH, IFEval): lm-eval would find out
-    once the model is merged."""
+    """DataError for a task whose own Python needs a package that is not installed (MATH, IFEval): lm-eval would find
+    out once the model is merged."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     index = tasks.manager.task_index

@@ -46,7 +46,9 @@ IN_MEMORY = "candidates are merged into one model in memory; only the chosen one
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """lm-eval's model `lm`, whose `tensors` {name: torch.Tensor} are filled; `directory` holds its config and tokenizer."""
+    """lm-eval's model `lm`, whose `tensors` {name: torch.Tensor} are filled; `directory` holds its config and
+    tokenizer.
+    """
 
     lm: object
     directory: Path
@@ -57,7 +59,9 @@ class LoadedModel:
 
 
 def written_reason(recipe: EvalRecipe, merge_plan: MergePlan, settings: MergeSettings) -> str | None:
-    """Why every candidate has to be written to disk, as far as can be said before a model is loaded; None if none has."""
+    """Why every candidate has to be written to disk, as far as can be said before a model is loaded; None if none
+    has.
+    """
     if merge_plan.reason is not None:
         return f"mergekit merges: {merge_plan.reason}"
     backend = recipe.config.get("model") or "hf"
@@ -73,7 +77,8 @@ def written_reason(recipe: EvalRecipe, merge_plan: MergePlan, settings: MergeSet
 def fillable(state: dict, parameters: dict, merge) -> tuple[dict, str | None]:
     """({name: tensor to fill}, None), or ({}, why this model cannot be filled name for name).
 
-    state: what a state_dict() gives, tied names included; parameters: {name: parameter}, each once; merge: a StreamedMerge.
+    state: what a state_dict() gives, tied names included; parameters: {name: parameter}, each once; merge: a
+    StreamedMerge.
     """
     shapes = {slot.name: slot.shape for shard in merge.job.outputs[0].shards for slot in shard.slots}
     named = [name for name, how in merge.how.items() if how is not None]
@@ -130,8 +135,8 @@ def _load(recipe: EvalRecipe, directory: Path):
 
 @contextmanager
 def loaded_model(recipe: EvalRecipe, merge_plan: MergePlan, settings: MergeSettings) -> Iterator[tuple]:
-    """(LoadedModel, None) of the model that a recipe's merges make, or (None, why each is to be written). One model is in
-    memory while this lasts, with the base's weights in it until it is filled."""
+    """(LoadedModel, None) of the model that a recipe's merges make, or (None, why each is to be written). One model is
+    in memory while this lasts, with the base's weights in it until it is filled."""
     reason = written_reason(recipe, merge_plan, settings)
     if reason:
         yield None, reason
@@ -171,7 +176,9 @@ def fresh(loaded: LoadedModel):
 
 @contextmanager
 def opened(recipe: EvalRecipe, loaded: LoadedModel | None, directory: str) -> Iterator:
-    """lm-eval's model to score: the loaded one, or where there is none that of a directory, for as long as this lasts."""
+    """lm-eval's model to score: the loaded one, or where there is none that of a directory, for as long as this
+    lasts.
+    """
     if loaded:
         yield fresh(loaded)
         return
@@ -184,8 +191,9 @@ def opened(recipe: EvalRecipe, loaded: LoadedModel | None, directory: str) -> It
 
 
 def form_of(merge_plan: MergePlan, settings: MergeSettings) -> tuple:
-    """What merges must agree in to be scored in one loaded model: the base's shapes, which tensors are merged, and the files
-    beside them (config with its dtype, tokenizer), looked at as they will be written rather than worked out again."""
+    """What merges must agree in to be scored in one loaded model: the base's shapes, which tensors are merged, and the
+    files beside them (config with its dtype, tokenizer), looked at as they will be written rather than worked out
+    again."""
     from merge_and_evaluate.streaming import settle
 
     merge = merge_plan.streamed(settings)
@@ -199,9 +207,9 @@ def form_of(merge_plan: MergePlan, settings: MergeSettings) -> tuple:
 def bench(
     recipe: EvalRecipe, settings: MergeSettings, keep_models: bool
 ) -> Iterator[Callable[[MergePlan], LoadedModel | None]]:
-    """A function that loads the model into which a merge is streamed, when first called, and says so; None from it means that
-    the merge is written to a directory. Merges of one form share the model; for another form, as recipes of another base
-    have, it is dropped before the next is loaded: one is in memory at a time."""
+    """A function that loads the model into which a merge is streamed, when first called, and says so; None from it
+    means that the merge is written to a directory. Merges of one form share the model; for another form, as recipes of
+    another base have, it is dropped before the next is loaded: one is in memory at a time."""
     with ExitStack() as stack:
         held: dict[tuple, LoadedModel | None] = {}
         told: set[str] = set()

@@ -14,10 +14,11 @@ from merge_and_evaluate.eval_recipes import EvalRecipe
 def check_loadable(
     recipe: EvalRecipe, models: list[Checkpoint], is_merged: bool, makes_tokenizer: bool = False
 ) -> None:
-    """DataError if transformers does not know the architecture, or cannot load the tokenizer, of the model that is scored.
+    """DataError if transformers does not know the architecture, or cannot load the tokenizer, of the model that is
+    scored.
 
-    models: of a merge its inputs, base first (whose config the merged model has, and the first of whose tokenizers); else
-    the model itself. makes_tokenizer: the merge recipe has another tokenizer made.
+    models: of a merge its inputs, base first (whose config the merged model has, and the first of whose tokenizers);
+    else the model itself. makes_tokenizer: the merge recipe has another tokenizer made.
     """
     if (recipe.config.get("model") or "hf") not in TRANSFORMERS:
         return

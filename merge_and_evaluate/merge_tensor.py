@@ -60,7 +60,9 @@ class TensorMerge:
 
 @dataclass
 class Found:
-    """What does not depend on the weights: thresholds of each scope, and what each model's kept values are multiplied by."""
+    """What does not depend on the weights: thresholds of each scope, and what each model's kept values are multiplied
+    by.
+    """
 
     thresholds: list | None = None
     scales: tuple[float, ...] | None = None
@@ -127,7 +129,9 @@ class Differences:
 
 
 def find_scales(how: TensorMerge, masks: Masks, differences: Differences) -> tuple[float, ...]:
-    """mergekit's `rescale`: each model's kept differences are brought to the L1 norm of all of them; reads them once."""
+    """mergekit's `rescale`: each model's kept differences are brought to the L1 norm of all of them; reads them
+    once.
+    """
     norms = [empty_norms() for _ in how.values.models]
     for start, stop in masks.blocks():
         vectors = [differences.read(j, start, stop) for j in range(len(norms))]
@@ -140,7 +144,8 @@ def find_scales(how: TensorMerge, masks: Masks, differences: Differences) -> tup
 
 
 def merge_tensor(task: Task, worker: Worker, how: TensorMerge | None, found: Found) -> list[dict]:
-    """Merge one tensor; its record has the hash of every input's bytes and of what was written, and our methods' counts.
+    """Merge one tensor; its record has the hash of every input's bytes and of what was written, and our methods'
+    counts.
 
     The task's inputs are the base and the models, for `linear` the models alone. A buffer (how is None) is the base's.
     """

@@ -48,7 +48,8 @@ class MergeSettings:
 class MergePlan:
     """A recipe whose inputs are there and fit together: `nbytes` will be written to `save_path`.
 
-    reason: why mergekit merges; None where it streams. found: what does not depend on the weights, shared by a sweep's merges.
+    reason: why mergekit merges; None where it streams. found: what does not depend on the weights, shared by a sweep's
+    merges.
     """
 
     recipe: Recipe
@@ -102,8 +103,8 @@ def _maker(path: str) -> str:
 
 
 def mergekit_reason(recipe: Recipe, settings: MergeSettings) -> str | None:
-    """Why mergekit is to merge this recipe; None if it streams. Raises DataError where a flag asks for what only the other
-    engine does."""
+    """Why mergekit is to merge this recipe; None if it streams. Raises DataError where a flag asks for what only the
+    other engine does."""
     reason = stream_reason(recipe.config)
     if settings.engine == "stream" and reason:
         raise DataError(f"{recipe.path}: does not stream: {reason}; use --engine auto or mergekit")
@@ -187,7 +188,8 @@ def model_digest(checkpoint: Checkpoint) -> str:
 
 def input_digest(checkpoint: Checkpoint) -> str:
     """What tells models apart without reading weights: the hashes that were recorded when it was written (a
-    streamed merge checks them as the bytes pass), or where there are none, its files' sizes and times of last change."""
+    streamed merge checks them as the bytes pass), or where there are none, its files' sizes and times of last
+    change."""
     known = recorded_hashes_of(checkpoint)
     beside = [[path.name, file_hash(path)] for path in companion_files(checkpoint.path)]
     config = text_hash(json.dumps(checkpoint.config, sort_keys=True))
@@ -230,7 +232,9 @@ _PRUNED = ("pruning_method", "n", "m", "density", "conflict_aware", "rescale", "
 
 
 def pruned_before(checkpoints: tuple[Checkpoint, ...]) -> list[dict]:
-    """What prune_task_vector_7b.py did to those of a merge's models that it wrote: from prune_report.json beside them."""
+    """What prune_task_vector_7b.py did to those of a merge's models that it wrote: from prune_report.json beside
+    them.
+    """
     found = []
     for checkpoint in checkpoints:
         report = checkpoint.path / PRUNE_REPORT

@@ -55,9 +55,9 @@ def _items(row: Row) -> int | None:
 
 
 def draw_overview(documents: Mapping[Choice, dict], chosen: Choice, path: Path, golds: Golds) -> None:
-    """Score against weight: a line per task, the average in black with its standard error, the choice marked; of several
-    recipes the averages alone, a line for each. Where there is no one weight, the choices stand side by side, in order.
-    Above it the log-probability of the right answer, where it chose."""
+    """Score against weight: a line per task, the average in black with its standard error, the choice marked; of
+    several recipes the averages alone, a line for each. Where there is no one weight, the choices stand side by side,
+    in order. Above it the log-probability of the right answer, where it chose."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.5, 7.5 if golds else 5), layout="constrained")

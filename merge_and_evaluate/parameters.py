@@ -17,8 +17,8 @@ from merge_and_evaluate.streamed_methods import Values, is_plain, plain_values, 
 def layer_depths(names: Iterable[str]) -> dict[str, float]:
     """{name: where its layer is in its stack, 0 to 1}: what mergekit evaluates gradients at.
 
-    A stack is what is numbered first in a name, from 0 to count − 1 without a gap (`merger.mlp.0`, `merger.mlp.2` are no
-    layers). Layer i is at i / (count − 1), the layer of a stack of one at 1, and what is in no layer at 0.
+    A stack is what is numbered first in a name, from 0 to count − 1 without a gap (`merger.mlp.0`, `merger.mlp.2` are
+    no layers). Layer i is at i / (count − 1), the layer of a stack of one at 1, and what is in no layer at 0.
     layer_depths(["e", "h.0.w", "h.1.w", "h.2.w"]) -> {"e": 0.0, "h.0.w": 0.0, "h.1.w": 0.5, "h.2.w": 1.0}
     """
     found = {name: re.match(r"(.*?)(?:^|\.)(\d+)(?:\.|$)", name) for name in names}

@@ -10,22 +10,22 @@ was, and no item is scored twice.
         ...  # score what it names, and fill it in
     print(outcome(race, step))
 
-What is compared: a candidate's score is the weighted mean of its strata's means, as in the results table (tasks count the
-same; a group is the mean of its subjects). What is looked at is its items' values minus the leader's.
+What is compared: a candidate's score is the weighted mean of its strata's means, as in the results table (tasks count
+the same; a group is the mean of its subjects). What is looked at is its items' values minus the leader's.
 
-How sure: the race wants the winner of the full grid, so the full grid's items are the whole population. The standard error
-has the finite population correction; after the last round it is 0, and nothing is left to err (Cochran, Sampling
+How sure: the race wants the winner of the full grid, so the full grid's items are the whole population. The standard
+error has the finite population correction; after the last round it is 0, and nothing is left to err (Cochran, Sampling
 Techniques, 3rd ed., 5.3). A bound holds at 95 %, one-sided, spent over all rounds but the last by O'Brien and Fleming's
-function (Lan and DeMets, Biometrika 1983) with a round as the unit of time. What a round may spend is spent there alone: with
-twice the items each time, and the correction, rounds have so little in common that joint bounds would hardly be narrower.
-The bound is not widened for the number of candidates. It costs the promise only where the best one drops out, and by
-benchmarks/simulate_race.py the winner stays within the margin in 97 % of the hardest races (all others equal, just
-outside the margin), with 36 candidates as with 6; widened, it takes a third more items.
+function (Lan and DeMets, Biometrika 1983) with a round as the unit of time. What a round may spend is spent there
+alone: with twice the items each time, and the correction, rounds have so little in common that joint bounds would
+hardly be narrower. The bound is not widened for the number of candidates. It costs the promise only where the best one
+drops out, and by benchmarks/simulate_race.py the winner stays within the margin in 97 % of the hardest races (all
+others equal, just outside the margin), with 36 candidates as with 6; widened, it takes a third more items.
 
-"Worse" claims more: that the leader wins on new items of the same kind, as --compare asks. So it is without the population
-correction, and 5 % are shared among all ordered pairs (Bonferroni), since nobody knew before who would lead. Every round has
-the same share of it: a loser drops out early and is never looked at again, so what is saved for the end would be lost.
-The margin alone decides who drops out; those who dropped out without being worse cannot be told apart.
+"Worse" claims more: that the leader wins on new items of the same kind, as --compare asks. So it is without the
+population correction, and 5 % are shared among all ordered pairs (Bonferroni), since nobody knew before who would lead.
+Every round has the same share of it: a loser drops out early and is never looked at again, so what is saved for the end
+would be lost. The margin alone decides who drops out; those who dropped out without being worse cannot be told apart.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,9 +38,9 @@ from merge_and_evaluate.race_plan import Cost, Plan
 
 ALPHA = 0.05
 
-# Items counted as if seen on top, half won and half lost by the largest difference that was seen. Without them the first
-# sixty 0/1 items of candidates that disagree on 2 % may show no variance, and the bound would have no width. (Bonett
-# and Price, J. Educ. Behav. Stat. 2012, add two to paired proportions.)
+# Items counted as if seen on top, half won and half lost by the largest difference that was seen. Without them the
+# first sixty 0/1 items of candidates that disagree on 2 % may show no variance, and the bound would have no width.
+# (Bonett and Price, J. Educ. Behav. Stat. 2012, add two to paired proportions.)
 PSEUDO_ITEMS = 2.0
 
 Scored = Mapping[str, Mapping[str, np.ndarray]]
@@ -169,11 +169,13 @@ def decide(race: Plan, number: int, racing: Sequence[str], values: np.ndarray) -
 
 
 def compare(race: Plan, number: int, differences: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Weighted means of item differences float64 (candidates, items) with their standard errors, and degrees of freedom.
+    """Weighted means of item differences float64 (candidates, items) with their standard errors, and degrees of
+    freedom.
 
     -> (mean, standard error of the mean of all items, of the mean over new items), each (candidates,); freedom: int.
     The variance is pooled over a row's strata: MMLU's subjects give a handful of items each, too few for a variance of
-    their own. What the subjects' means differ by counts into it, which errs on the wide side (collapsed strata, Cochran 5A.12).
+    their own. What the subjects' means differ by counts into it, which errs on the wide side (collapsed strata, Cochran
+    5A.12).
     """
     counts, sizes = race.counts[number], race.sizes
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
@@ -202,7 +204,9 @@ def spent(alpha: float, time: float) -> float:
 
 
 def _width(number: int, looks: int, alpha: float, freedom: int) -> float:
-    """How many standard errors wide a bound of round `number` is, alpha being spent over `looks` rounds; 0 after those."""
+    """How many standard errors wide a bound of round `number` is, alpha being spent over `looks` rounds; 0 after
+    those.
+    """
     if number >= looks:
         return 0.0
     return _quantile(spent(alpha, (number + 1) / looks) - spent(alpha, number / looks), freedom)
@@ -237,8 +241,8 @@ def _gap(drop: Drop) -> str:
 
 
 def outcome(race: Plan, step: Step, unit: str) -> str:
-    """How a race ended, in lines: the winner, who is worse for sure, and who was behind when it dropped out, the nearest
-    first."""
+    """How a race ended, in lines: the winner, who is worse for sure, and who was behind when it dropped out, the
+    nearest first."""
     items, all_items = int(race.counts[step.round].sum()), int(race.sizes.sum())
     lines = [f"{step.leader} wins after {items:,} of {all_items:,} items"]
     worse = [drop.candidate for drop in step.dropped if drop.worse]

@@ -9,8 +9,9 @@ import numpy as np
 from common.errors import DataError
 
 ROUNDS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # parts of the items that are scored after each, by cost
-# Items that the first round has at least. Fewer can hardly drop anyone, and each round merges every candidate anew: of 120
-# items five rounds score as many as two, with nearly three times the merges (benchmarks/simulate_race.py --items 120).
+# Items that the first round has at least. Fewer can hardly drop anyone, and each round merges every candidate anew: of
+# 120 items five rounds score as many as two, with nearly three times the merges (benchmarks/simulate_race.py --items
+# 120).
 FIRST_ROUND = 60
 
 
@@ -19,8 +20,9 @@ class Stratum:
     """Items of which a share is drawn: a task, or one subject of a group.
 
     row: the task or group that counts once in the average. weight: the stratum's share of the average.
-    requests: requests to the model that an item makes (multiple choice: one a choice). cost: the time that an item takes
-    beside the others', in any unit; of two strata of the same weight, the one at four times the cost gives half the items.
+    requests: requests to the model that an item makes (multiple choice: one a choice). cost: the time that an item
+    takes beside the others', in any unit; of two strata of the same weight, the one at four times the cost gives half
+    the items.
     """
 
     name: str
@@ -130,12 +132,13 @@ def _check_strata(strata: tuple[Stratum, ...]) -> None:
 
 
 def share_out(strata: Sequence[Stratum], part: float) -> np.ndarray:
-    """Items to score of each stratum, int64 (strata,), that cost at most `part` of what all items cost; at least one each.
+    """Items to score of each stratum, int64 (strata,), that cost at most `part` of what all items cost; at least one
+    each.
 
-    Not in proportion to the sizes but to weight/√cost, as far as there are items. Of 10,042 items in one task and 817 in
-    another that counts as much, a sixteenth each would leave the error to the small one and the work to the large one
-    (Neyman's allocation with equal variances: Cochran, Sampling Techniques, 3rd ed., 5.5). Two tasks of the same weight,
-    1,000 and 60 items: a half is 470 and 60, not 500 and 30.
+    Not in proportion to the sizes but to weight/√cost, as far as there are items. Of 10,042 items in one task and 817
+    in another that counts as much, a sixteenth each would leave the error to the small one and the work to the large
+    one (Neyman's allocation with equal variances: Cochran, Sampling Techniques, 3rd ed., 5.5). Two tasks of the same
+    weight, 1,000 and 60 items: a half is 470 and 60, not 500 and 30.
     """
     sizes = np.array([stratum.items for stratum in strata])
     costs = np.array([stratum.cost for stratum in strata])

@@ -66,8 +66,8 @@ def read_tasks(scoring: Scoring) -> dict:
 
 
 def check_choice(recipe: EvalRecipe, loaded: dict, by: str) -> dict[str, str | None]:
-    """{leaf task: the metric that counts}. Raises DataError for tasks that cannot choose together: metrics that point both ways,
-    and with `by` "gold" no right answer to choose."""
+    """{leaf task: the metric that counts}. Raises DataError for tasks that cannot choose together: metrics that point
+    both ways, and with `by` "gold" no right answer to choose."""
     found = metrics_of(loaded)
     for leaf in found:
         if by == "gold" and loaded["tasks"][leaf].OUTPUT_TYPE != "multiple_choice":
@@ -111,8 +111,8 @@ def larger_is_better(loaded: dict, leaf: str, metric: str) -> bool:
 
 
 def strata_of_tasks(recipe: EvalRecipe, loaded: dict) -> tuple[Stratum, ...]:
-    """Every leaf as a stratum, weighted as in the score that people compare: rows alike, in a group tasks by their items, in MMLU
-    subjects alike. An item costs its requests."""
+    """Every leaf as a stratum, weighted as in the score that people compare: rows alike, in a group tasks by their
+    items, in MMLU subjects alike. An item costs its requests."""
     rows, strata = rows_of_loaded(loaded), []
     for row in rows:
         leaves = leaves_below(loaded, row)

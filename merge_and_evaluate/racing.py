@@ -1,4 +1,5 @@
-"""A race among weights or recipes: score batch by batch, keep every item's value in one file, say who drops out and why.
+"""A race among weights or recipes: score batch by batch, keep every item's value in one file, say who drops out and
+why.
 
 <results>_race.json holds what every candidate scored, item by item, and is written after each batch: a race that was
 stopped resumes with the next one. What a candidate scored also counts for another race over the same tasks.
@@ -32,7 +33,9 @@ UNITS = {"score": "points", "gold": "hundredths of a nat"}  # a hundredth of wha
 
 @dataclass(frozen=True, eq=False)
 class Field:
-    """What is raced on: the plan, lm-eval's tasks with their documents, the metric of each, and whether gold decides."""
+    """What is raced on: the plan, lm-eval's tasks with their documents, the metric of each, and whether gold
+    decides.
+    """
 
     plan: Plan
     loaded: dict
@@ -46,8 +49,9 @@ def race_path(output_path: Path) -> Path:
 
 
 def plan_race(recipe: EvalRecipe, loaded: dict, labels: list[str], margin: tuple[float, str], seed: int) -> Field:
-    """The race of candidates called `labels` on lm-eval's loaded tasks; margin: (points, score or gold), in hundredths of a score
-    in 0..1 or of a nat. Raises DataError for tasks that cannot be raced on, and for fewer than two candidates."""
+    """The race of candidates called `labels` on lm-eval's loaded tasks; margin: (points, score or gold), in hundredths
+    of a score in 0..1 or of a nat. Raises DataError for tasks that cannot be raced on, and for fewer than two
+    candidates."""
     points, by = margin
     metrics = check_choice(recipe, loaded, by)
     check_race(recipe, loaded, metrics)
@@ -58,8 +62,9 @@ def plan_race(recipe: EvalRecipe, loaded: dict, labels: list[str], margin: tuple
 
 
 def read_scored(sweep: Sweep, overwrite: bool) -> dict[str, dict]:
-    """{candidate's label: {"identity", "items": {leaf: {"number", "doc", "value", "gold"}}}} out of the race's file. Raises DataError
-    for a file that is no race's, or whose entry of a candidate is of other models, tasks or settings, unless it may be replaced."""
+    """{candidate's label: {"identity", "items": {leaf: {"number", "doc", "value", "gold"}}}} out of the race's file.
+    Raises DataError for a file that is no race's, or whose entry of a candidate is of other models, tasks or settings,
+    unless it may be replaced."""
     path = race_path(sweep.output_path)
     if not path.is_file():
         return {}
@@ -173,7 +178,9 @@ def _mean_and_stderr(values: list[float]) -> tuple[float, float | None]:
 
 
 def summary_of(field: Field, entry: dict) -> dict:
-    """A results file's `summary` over the items that a candidate scored: rows as in the race, the metric's own values."""
+    """A results file's `summary` over the items that a candidate scored: rows as in the race, the metric's own
+    values.
+    """
     tasks: dict[str, dict] = {}
     rows = list(dict.fromkeys(stratum.row for stratum in field.plan.strata))
     for row in rows:

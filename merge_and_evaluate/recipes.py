@@ -68,8 +68,8 @@ def model_paths(config: dict) -> list[str]:
 
 
 def safe_path(path: str) -> str:
-    """'models/x', 'models/x/', '~/x' -> './models/x', … where that is a directory: mergekit's model card looks a path with at most
-    one slash up on the Hub, and fails offline before it has copied the tokenizer."""
+    """'models/x', 'models/x/', '~/x' -> './models/x', … where that is a directory: mergekit's model card looks a path
+    with at most one slash up on the Hub, and fails offline before it has copied the tokenizer."""
     if not path or not (place := plain(Path(os.path.expanduser(path)))).is_dir():
         return path
     return str(place) if place.is_absolute() or str(place).startswith(".") else f"./{place}"

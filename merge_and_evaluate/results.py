@@ -92,7 +92,9 @@ def percent(value: float | None, stderr: float | None = None) -> str:
 
 
 def marked(name: str, limit) -> str:
-    """("TA", 100) -> 'TA (limit 100)'; ("TA", None) -> 'TA': a row scored on a part of the items says so in every table."""
+    """("TA", 100) -> 'TA (limit 100)'; ("TA", None) -> 'TA': a row scored on a part of the items says so in every
+    table.
+    """
     return f"{name} (limit {limit:g})" if isinstance(limit, (int, float)) else name
 
 

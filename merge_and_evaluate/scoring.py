@@ -130,7 +130,8 @@ def score(scoring: Scoring, model: Model, path: Path, **chosen) -> dict | None:
 def scored_before(scoring: Scoring, model: Model, path: Path) -> dict | None:
     """Scores of the same content by the same recipe, from `path` or another results file beside it; says so.
 
-    Only a complete document counts. The row is this model's, by name and place; why another job had chosen it stays behind."""
+    Only a complete document counts. The row is this model's, by name and place; why another job had chosen it stays
+    behind."""
     identity = eval_identity(scoring.recipe, scoring.tasks, model.identity)
     beside = sorted(path.parent.glob("*.json")) if path.parent.is_dir() else []
     for place in dict.fromkeys([path, *beside]):
@@ -145,8 +146,8 @@ def scored_before(scoring: Scoring, model: Model, path: Path) -> dict | None:
 
 
 def score_or_reuse(scoring: Scoring, model: Model, path: Path, overwrite: bool, **chosen) -> None:
-    """Score a model, or take the scores that the same content got before by the same recipe; --overwrite scores it again.
-    `chosen` is added to the summary."""
+    """Score a model, or take the scores that the same content got before by the same recipe; --overwrite scores it
+    again. `chosen` is added to the summary."""
     before = None if overwrite else scored_before(scoring, model, path)
     if before is None:
         refuse_existing(path, overwrite)

@@ -6,14 +6,15 @@
         trials += [Trial(weights, objective(weights)) for weights in proposal.candidates]
     best(trials).weights
 
-Nothing here reads or writes, and nothing is kept between calls: each replays the search on what was recorded (a fraction
-of a second for 300 trials), so that one that was interrupted proposes what it would have proposed. Values are the
-caller's, and larger is better: a mean score, the mean log-probability of the right answer, or loss_objective().
+Nothing here reads or writes, and nothing is kept between calls: each replays the search on what was recorded (a
+fraction of a second for 300 trials), so that one that was interrupted proposes what it would have proposed. Values are
+the caller's, and larger is better: a mean score, the mean log-probability of the right answer, or loss_objective().
 
 CABS+'s settings are the defaults: λ in [0.1, 2], start 1, σ 0.05, populations of 6 of which 3 are parents, at most 50
-generations, an end after 6 without a significant change, projection on the box, the best of everything tried wins. Differs
-from its code: the start itself is tried first (F needs its losses, and the winner is never worse than it), the draws are
-seeded, λ has four decimals, so that a recipe shows what was tried and no processor's last bit changes a replay.
+generations, an end after 6 without a significant change, projection on the box, the best of everything tried wins.
+Differs from its code: the start itself is tried first (F needs its losses, and the winner is never worse than it), the
+draws are seeded, λ has four decimals, so that a recipe shows what was tried and no processor's last bit changes a
+replay.
 """
 
 import math
@@ -70,8 +71,8 @@ class Proposal:
 def propose(search: Search, trials: Sequence[Trial]) -> Proposal:
     """Replay the search on its trials, in any order: the rest of the generation that is not known in full, or the end.
 
-    Raises DataError for values that do not rank (NaN, infinite, a first generation of equals), and for trials that this search
-    would not have made.
+    Raises DataError for values that do not rank (NaN, infinite, a first generation of equals), and for trials that this
+    search would not have made.
     """
     _check(search)
     values = _values(trials)
@@ -206,9 +207,9 @@ def _tell(evolution, candidates: Sequence[Weights], values: Sequence[float]) -> 
 def per_layer(weights: Weights, vectors: int, groups: int, layers: int) -> tuple[tuple[float, ...], ...]:
     """Weights by vector and group of layers, vector after vector -> weights by vector and layer.
 
-    ((a, b, c, d), 2 vectors, 2 groups, 3 layers) -> ((a, a, b), (c, c, d)). As a list under `weight` in a recipe, one entry a
-    layer, mergekit takes entry i for layer i; what is in no layer (embeddings, head) gets the first. Raises DataError
-    where groups and weights do not fit.
+    ((a, b, c, d), 2 vectors, 2 groups, 3 layers) -> ((a, a, b), (c, c, d)). As a list under `weight` in a recipe, one
+    entry a layer, mergekit takes entry i for layer i; what is in no layer (embeddings, head) gets the first. Raises
+    DataError where groups and weights do not fit.
     """
     if not 1 <= groups <= layers:
         raise DataError(f"{groups} groups of layers in a model of {layers} layers; needed: 1 to {layers}")
@@ -224,7 +225,8 @@ def loss_objective(losses: Mapping[str, float], at_start: Mapping[str, float]) -
     """-F of CABS+: by how much losses fell since the start, what rose counting a hundredfold; larger is better.
 
     F = Σ f, with Δ = (loss - loss at the start)/loss at the start, f = 100·Δ where Δ > 0, else Δ.
-    ({"a": 1.98, "b": 4.04}, {"a": 2, "b": 4}) -> -(-0.01 + 100·0.01) = -0.99. Raises DataError unless tasks agree and start above 0.
+    ({"a": 1.98, "b": 4.04}, {"a": 2, "b": 4}) -> -(-0.01 + 100·0.01) = -0.99. Raises DataError unless tasks agree and
+    start above 0.
     """
     if losses.keys() != at_start.keys():
         raise DataError(

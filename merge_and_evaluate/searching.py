@@ -1,7 +1,7 @@
 """A search for the weights: CMA-ES over λ (search.py), each generation merged and scored on the tasks that choose.
 
-Every trial has a results file of its own. A search that was stopped resumes by replaying them: the same seed proposes the same
-weights, and those that have their scores are not scored again.
+Every trial has a results file of its own. A search that was stopped resumes by replaying them: the same seed proposes
+the same weights, and those that have their scores are not scored again.
 """
 
 from dataclasses import dataclass, replace
@@ -19,7 +19,9 @@ from merge_and_evaluate.sweep import Outcome, Sweep, golds_of, record_of, score_
 
 @dataclass(frozen=True)
 class Searched:
-    """What is searched: the steps, the merge they change, λ per vector and group of layers (groups None: per vector)."""
+    """What is searched: the steps, the merge they change, λ per vector and group of layers (groups None: per
+    vector).
+    """
 
     search: Search
     merge_plan: MergePlan
@@ -29,8 +31,8 @@ class Searched:
 
 
 def plan_search(merge_plan: MergePlan, evaluations: int, groups: int | None, seed: int) -> Searched:
-    """A search over the recipe's weights, from headers. Raises DataError for a weight that is no number, and for more groups
-    than layers."""
+    """A search over the recipe's weights, from headers. Raises DataError for a weight that is no number, and for more
+    groups than layers."""
     vectors, layers = len(weighted_entries(merge_plan.recipe)), None
     if groups:
         layers = _layers(merge_plan)
@@ -79,7 +81,9 @@ def tried_before(sweep: Sweep, searched: Searched, settings: MergeSettings) -> t
 
 
 def search(sweep: Sweep, making: Making, searched: Searched) -> Outcome:
-    """Try what the search proposes until it ends; the best of everything tried wins. Of written models the best is kept."""
+    """Try what the search proposes until it ends; the best of everything tried wins. Of written models the best is
+    kept.
+    """
     trials, documents, tried, kept, merges = [], {}, [], None, 0
     most = searched.search.evaluations
     while (proposal := propose(searched.search, trials)).candidates:

@@ -1,8 +1,8 @@
 """The merge methods that stream: their parameters, which recipes stream, which can be read without mergekit.
 
-mergekit's import takes seconds, so a recipe whose parameters are plain values does without: `is_plain` accepts only what
-mergekit would accept too, and what it does not accept is left to mergekit's own checks (recipes.py), so that there is
-one set of refusals.
+mergekit's import takes seconds, so a recipe whose parameters are plain values does without: `is_plain` accepts only
+what mergekit would accept too, and what it does not accept is left to mergekit's own checks (recipes.py), so that there
+is one set of refusals.
 """
 
 import os

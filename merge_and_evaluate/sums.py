@@ -25,7 +25,8 @@ from common.pruners.kernels.compiler import carray, intrinsic, njit, types
 from merge_and_evaluate.sum_inputs import BF16, F16, Block, Rule, check_size, in_order, sum_of_weights, terms_of
 
 _CHUNK = 1024  # elements: float32 rows of two models and what is beside them, 24 kB, stay in a core's first-level cache
-# Division as in numpy: x / 0 is infinite, which is reported as not finite. Python's would raise, and does not vectorise.
+# Division as in numpy: x / 0 is infinite, which is reported as not finite. Python's would raise, and does not
+# vectorise.
 _njit = partial(njit, nogil=True, error_model="numpy")
 
 
@@ -72,8 +73,8 @@ def _bits_of_float32(context, value):
     return types.uint32(types.float32), codegen
 
 
-# One pointer a type, and bits of single values above: an array's view(), and a slice set to another array, take numba half a
-# second each to compile, which was most of what a first merge on a machine waited for.
+# One pointer a type, and bits of single values above: an array's view(), and a slice set to another array, take numba
+# half a second each to compile, which was most of what a first merge on a machine waited for.
 def _pointer_to(number):
     @intrinsic
     def pointer(context, address):
@@ -257,10 +258,12 @@ def _add_differences(terms, scales, weights, start, below, rows, total):
 
 @_njit()
 def _elect(rows, weights, in_order, signs, total, votes):
-    """total = Σ of a column's values that have the sign of its `total`, where 0 counts as +; votes = Σ of their weights.
+    """total = Σ of a column's values that have the sign of its `total`, where 0 counts as +; votes = Σ of their
+    weights.
 
-    Where the total is negative every value's sign is flipped, by its bits, and flipped back in the sum: so one comparison
-    finds who agrees, and a sum of negated values is the negated sum, each rounding included. Rows are used up.
+    Where the total is negative every value's sign is flipped, by its bits, and flipped back in the sum: so one
+    comparison finds who agrees, and a sum of negated values is the negated sum, each rounding included. Rows are used
+    up.
     """
     for i in range(total.size):
         signs[i] = np.uint32(0x80000000) if total[i] < np.float32(0) else np.uint32(0)
@@ -347,9 +350,10 @@ def delta_sum(out: Block, base: Block, models: list[Block], rule: Rule, place: t
 
     masks: uint8 [elements] a model, 1 = keep (default: all); what they drop is not looked at: who made them did.
     place: (where the block begins in its tensor, the tensor's elements), which decides the order of the sum from five
-    models on. Steps, each rounded to float32: model − base; 0 where the mask drops; times the model's scale; times its weight; with rule.elect, what has not the sign of the sum
-    becomes 0; sum; divided (normalize) by Σ wᵢ, 1 if that is below 1e-8, or with rule.elect by the Σ wᵢ of those that
-    agree, 1 if that is 0; times lambda; plus base. Where the change is zero: the base's own bits, rounded to out's dtype.
+    models on. Steps, each rounded to float32: model − base; 0 where the mask drops; times the model's scale; times its
+    weight; with rule.elect, what has not the sign of the sum becomes 0; sum; divided (normalize) by Σ wᵢ, 1 if that is
+    below 1e-8, or with rule.elect by the Σ wᵢ of those that agree, 1 if that is 0; times lambda; plus base. Where the
+    change is zero: the base's own bits, rounded to out's dtype.
 
     Rule((0.5, 0.5), elect=True): differences 0.2 and −0.1 -> sum 0.05, sign + -> base + 0.1.
     """
@@ -441,8 +445,8 @@ def vector_sum(
     no mask keeps: the base's own bits, rounded to out's dtype.
 
     consensus (CABS+ III-A): with cᵢ = wᵢ·vᵢ where mask i keeps, else 0, and s the sign of Σ cᵢ in the recipe's order (0
-    counts as +), out = base + Σ{cᵢ of sign s} / how many those are; no cᵢ of sign s: the base's bits. A position that one
-    vector alone keeps gets its w·v, as without. 0.3, 0.1 and −0.2 kept by three -> base + 0.2.
+    counts as +), out = base + Σ{cᵢ of sign s} / how many those are; no cᵢ of sign s: the base's bits. A position that
+    one vector alone keeps gets its w·v, as without. 0.3, 0.1 and −0.2 kept by three -> base + 0.2.
     """
     size, how = out.bits.size, (np.array(weights, np.float32), consensus)
     check_size(base, size)

@@ -1,8 +1,8 @@
 """Try several weights (the method's lambda), several recipes, or both: merge, score, choose, report.
 
-Every candidate has a results file of its own, recognised by content, so an interrupted sweep resumes where it was. What is
-tried is one of three: all candidates (here), a race among them (racing.py), a search (searching.py). Candidates are scored
-in memory where that can be; of those that are written only the best so far stays on disk.
+Every candidate has a results file of its own, recognised by content, so an interrupted sweep resumes where it was. What
+is tried is one of three: all candidates (here), a race among them (racing.py), a search (searching.py). Candidates are
+scored in memory where that can be; of those that are written only the best so far stays on disk.
 """
 
 import math
@@ -31,9 +31,11 @@ from merge_and_evaluate.scoring import Scoring
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is tried, what decides (`by` score or gold), what is reported (None: what decides), and where the outcome goes.
+    """What is tried, what decides (`by` score or gold), what is reported (None: what decides), and where the outcome
+    goes.
 
-    name: of the winner's row in tables; '' for its recipe's. candidates: of a search its start alone. way: what else decides the outcome, of a race or a search.
+    name: of the winner's row in tables; '' for its recipe's. candidates: of a search its start alone. way: what else
+    decides the outcome, of a race or a search.
     """
 
     name: str
@@ -54,9 +56,9 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it. documents: {candidate: what it scored}, in the order tried; tried: a record of each, for the results
-    file, with `facts` beside them; whole: whether the winner's document is lm-eval's own, on all of the choosing tasks;
-    golds: the mean log-probability of the right answer and its standard error, where it decided."""
+    """What came of it. documents: {candidate: what it scored}, in the order tried; tried: a record of each, for the
+    results file, with `facts` beside them; whole: whether the winner's document is lm-eval's own, on all of the
+    choosing tasks; golds: the mean log-probability of the right answer and its standard error, where it decided."""
 
     winner: Candidate
     documents: dict[Candidate, dict]
@@ -119,7 +121,9 @@ def record_of(candidate: Candidate, document: dict, value: float) -> dict:
 
 
 def try_all(sweep: Sweep, making: Making) -> Outcome:
-    """Score every candidate; the best wins, the first of several equal ones. Of written models the best so far is kept."""
+    """Score every candidate; the best wins, the first of several equal ones. Of written models the best so far is
+    kept.
+    """
     documents, tried, best, best_value, merges = {}, [], None, -math.inf, 0
     for number, candidate in enumerate(sweep.candidates, 1):
         document, scored_now = score_candidate(sweep, making, candidate, f"{number} of {len(sweep.candidates)}")

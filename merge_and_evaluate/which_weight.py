@@ -1,4 +1,6 @@
-"""Which weight is best, or which recipe: what the flags ask, planned and priced before anything is merged, then carried out."""
+"""Which weight is best, or which recipe: what the flags ask, planned and priced before anything is merged, then carried
+out.
+"""
 
 import time
 from dataclasses import dataclass, replace
@@ -30,9 +32,9 @@ from merge_and_evaluate.sweep import (
 
 @dataclass(frozen=True)
 class Question:
-    """What the flags ask. weights: those to try with every recipe, all of them or, with `points`, in a race; none where each
-    recipe keeps its own, and none of a search, which takes so many `evaluations`. by: score or gold; seed: of a race's items
-    or a search's steps."""
+    """What the flags ask. weights: those to try with every recipe, all of them or, with `points`, in a race; none where
+    each recipe keeps its own, and none of a search, which takes so many `evaluations`. by: score or gold; seed: of a
+    race's items or a search's steps."""
 
     weights: tuple[tuple[float, ...], ...]
     by: str
@@ -44,8 +46,8 @@ class Question:
 
 @dataclass(frozen=True, eq=False)
 class Planned:
-    """A question that can be answered. trials: {choice: its merge}, of a search its start; requests: of scoring one candidate on
-    every item, None where no data was read; note: what to mind about the tasks."""
+    """A question that can be answered. trials: {choice: its merge}, of a search its start; requests: of scoring one
+    candidate on every item, None where no data was read; note: what to mind about the tasks."""
 
     question: Question
     trials: dict[Choice, MergePlan]
@@ -69,8 +71,8 @@ class Planned:
 
 
 def plan_trials(question: Question, merge_plans: list[MergePlan]) -> Planned:
-    """The merges to try, from headers: of each recipe with each of the weights. Raises DataError for weights that a recipe has no
-    place for, and for recipes that cannot be told apart by name."""
+    """The merges to try, from headers: of each recipe with each of the weights. Raises DataError for weights that a
+    recipe has no place for, and for recipes that cannot be told apart by name."""
     if question.evaluations:
         (merge_plan,) = merge_plans
         searched = plan_search(merge_plan, question.evaluations, question.layer_groups, question.seed)
@@ -98,8 +100,8 @@ def check_names(paths: list[str]) -> None:
 
 
 def priced(planned: Planned, choosing: Scoring, log: Path | None) -> Planned:
-    """The same with its cost: the choosing tasks' data is read and refused where it cannot choose. log: for lm-eval's messages,
-    None in a dry run. A sweep's dry run, which needs no data, reads none."""
+    """The same with its cost: the choosing tasks' data is read and refused where it cannot choose. log: for lm-eval's
+    messages, None in a dry run. A sweep's dry run, which needs no data, reads none."""
     question = planned.question
     if log is None and question.points is None and not question.evaluations:
         return planned
@@ -160,7 +162,8 @@ def find(planned: Planned, sweep: Sweep, making: Making) -> Outcome:
 
 
 def check_before_download(planned: Planned, sweep: Sweep, making: Making) -> None:
-    """Refuse whatever is under an output's name while models are still on the Hub: it was made from other files than those.
+    """Refuse whatever is under an output's name while models are still on the Hub: it was made from other files than
+    those.
 
     What is there already is told from a stranger's by hashes and times of the inputs, which are not here yet.
     """

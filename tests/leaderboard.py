@@ -1,4 +1,5 @@
-"""Stand-ins for the leaderboard's data sets: local directories of the real names, a few made-up items of the real schema.
+"""Stand-ins for the leaderboard's data sets: local directories of the real names, a few made-up items of the real
+schema.
 
 `datasets.load_dataset("allenai/ai2_arc", …)` takes a directory of that name in the working directory, with `configs:`
 at the top of its README.md and a jsonl file for each split. So lm-eval's own tasks run offline, prompts and all.
@@ -184,7 +185,9 @@ def write_metabench(root: Path) -> Path:
 
 
 def write_leaderboard_v2(root: Path) -> Path:
-    """The data sets of BBH, GPQA, MuSR and MMLU-Pro under `root` (MATH and IFEval need packages that are not pinned)."""
+    """The data sets of BBH, GPQA, MuSR and MMLU-Pro under `root` (MATH and IFEval need packages that are not
+    pinned).
+    """
     import lm_eval.tasks
 
     parts = {}

@@ -1,4 +1,6 @@
-"""What lies beside the weights: the set that transformers reads, copied, downloaded and recognised alike; never code."""
+"""What lies beside the weights: the set that transformers reads, copied, downloaded and recognised alike; never
+code.
+"""
 
 import ast
 import json
@@ -81,7 +83,9 @@ def test_companions_travel_along_the_chain(tmp_path):
 
 
 def test_several_chat_templates_travel_along(tmp_path):
-    """A tokenizer with more than one template keeps the others in a folder: to the end of the chain, and read from there."""
+    """A tokenizer with more than one template keeps the others in a folder: to the end of the chain, and read from
+    there.
+    """
     from transformers import AutoTokenizer
 
     folder = chain(tmp_path / "c")

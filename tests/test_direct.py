@@ -1,4 +1,6 @@
-"""Direct I/O: the same bytes as through the page cache, whatever is cached, aligned, refused, cut short or interrupted."""
+"""Direct I/O: the same bytes as through the page cache, whatever is cached, aligned, refused, cut short or
+interrupted.
+"""
 
 import errno
 import os
@@ -150,8 +152,8 @@ def test_what_is_cached_is_not_read_from_disk(tmp_path, monkeypatch):
 
 
 class OddKernel:
-    """os.open, os.pwrite, os.pwritev and os.preadv of a system that lacks what we would like, notices late, or does only
-    part of a call."""
+    """os.open, os.pwrite, os.pwritev and os.preadv of a system that lacks what we would like, notices late, or does
+    only part of a call."""
 
     def __init__(self, kind: str, monkeypatch):
         self.kind, self.open, self.pwrite, self.pwritev, self.preadv = (
@@ -225,7 +227,9 @@ def test_aligned_memory():
 
 
 def test_what_is_read_again_comes_from_memory(tmp_path, monkeypatch):
-    """magnitude goes through its vectors twice: the second time from the page cache or, as far as that goes, the shelf."""
+    """magnitude goes through its vectors twice: the second time from the page cache or, as far as that goes, the
+    shelf.
+    """
     write(tmp_path / "base", {"w": torch.linspace(-1, 1, 9000).half(), "x": torch.linspace(1, 3, 500).half()})
     write(tmp_path / "a", {"w": torch.linspace(1, -1, 9000).half(), "x": torch.linspace(1, 4, 500).half()})
     run(

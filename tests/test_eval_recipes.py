@@ -1,4 +1,6 @@
-"""The cheap and current eval recipes: each loads in lm-eval, each metric of the summary on documents of the real schema."""
+"""The cheap and current eval recipes: each loads in lm-eval, each metric of the summary on documents of the real
+schema.
+"""
 
 import json
 import math

@@ -1,4 +1,6 @@
-"""Error lines look at what is there before they say what is not: one line for each thing that people point at instead."""
+"""Error lines look at what is there before they say what is not: one line for each thing that people point at
+instead.
+"""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""lm-eval's own leaderboard tasks on made-up items of their real schemas: shots, items, metrics, the README's commands."""
+"""lm-eval's own leaderboard tasks on made-up items of their real schemas: shots, items, metrics, the README's
+commands.
+"""
 
 import json
 import re

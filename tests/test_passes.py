@@ -1,4 +1,6 @@
-"""Thresholds of scopes larger than a block: found by counting, from any first guess, with samples that help or mislead."""
+"""Thresholds of scopes larger than a block: found by counting, from any first guess, with samples that help or
+mislead.
+"""
 
 import hypothesis.strategies as st
 import numpy as np
@@ -114,7 +116,9 @@ def test_sampled_scopes_on_torch(dtype, conflict_aware, small_samples):
 
 
 def test_counting_many_and_few():
-    """Keys in a wide bracket, in a narrow one and in one bin, in chunks of every length, against counting one by one."""
+    """Keys in a wide bracket, in a narrow one and in one bin, in chunks of every length, against counting one by
+    one.
+    """
     rng = np.random.default_rng(0)
     for size in (1, 7, 4095, 4096, 4097, 9001):
         bits = (rng.standard_normal(size) * 0.002).astype(np.float16).view(np.uint16)

@@ -1,7 +1,7 @@
 """A path is a path however it is spelled: to every flag that takes one, in recipes, and when a job is resumed.
 
-Every case runs twice, plainly spelled and as the user spells it, in two copies of one folder; what is written where must
-be the same, and nothing else may appear (a directory named ~, a second copy beside the first).
+Every case runs twice, plainly spelled and as the user spells it, in two copies of one folder; what is written where
+must be the same, and nothing else may appear (a directory named ~, a second copy beside the first).
 """
 
 import json
@@ -67,7 +67,9 @@ CASES = [
 
 
 def spelled(given: list[str], flag: str, spelling: str, folder: Path) -> list[str]:
-    """Every path after `flag`, spelled so: (["--n", "1", "--verify", "va"], "--verify", "./{path}") -> [..., "./va"]."""
+    """Every path after `flag`, spelled so: (["--n", "1", "--verify", "va"], "--verify", "./{path}") -> [...,
+    "./va"].
+    """
     out, ours = [], False
     for word in given:
         ours = word == flag if word.startswith("--") else ours
@@ -267,7 +269,9 @@ def test_paths_in_a_merge_recipe(table, merged, spelling):
 @pytest.mark.slow
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_scoring_and_comparing(table, spelling):
-    """--eval_only --save_path, --eval_recipe, --output_path, include_path in the recipe; then --compare, --plot_path."""
+    """--eval_only --save_path, --eval_recipe, --output_path, include_path in the recipe; then --compare,
+    --plot_path.
+    """
     here = {"folder": table}
     one_file = FILES.get(spelling, "./{path}")
     include = SPELLINGS[spelling].format(path="tasks", **here)

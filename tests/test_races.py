@@ -1,4 +1,6 @@
-"""Races and searches over real merges: what is scored, recorded, resumed, refused; lm-eval stood in for where it can be."""
+"""Races and searches over real merges: what is scored, recorded, resumed, refused; lm-eval stood in for where it can
+be.
+"""
 
 import csv
 import json
@@ -24,7 +26,9 @@ EVAL = {"model": "hf", "include_path": "./tasks", "tasks": list(TASKS), "batch_s
 
 
 def save_long_tasks(folder, times: int = 1) -> None:
-    """The three tasks with many different items, answers drawn at random: candidates of random weights score by chance."""
+    """The three tasks with many different items, answers drawn at random: candidates of random weights score by
+    chance.
+    """
     things = ["sky", "grass", "snow", "coal", "blood", "lemon"]
     colours = ["blue", "green", "white", "black", "red", "yellow"]
     for task, count in TASKS.items():
@@ -49,8 +53,9 @@ def long_tasks(here):
 
 @pytest.fixture
 def asked(here, long_tasks, monkeypatch) -> list[tuple[str, str, int]]:
-    """1,000 items to choose on, for all five rounds. lm-eval stood in for: an item is right if its number, spread evenly over 0..1, is below a score that peaks at weight 0.9.
-    Returns every (candidate, task, item) that was asked for. No model is loaded or merged to be scored."""
+    """1,000 items to choose on, for all five rounds. lm-eval stood in for: an item is right if its number, spread
+    evenly over 0..1, is below a score that peaks at weight 0.9. Returns every (candidate, task, item) that was asked
+    for. No model is loaded or merged to be scored."""
     save_long_tasks(here / "tasks", times=5)
     found, weight, label = [], [], []
 
@@ -342,8 +347,8 @@ def test_dry_run_of_a_race_of_recipes(here, capsys):
 
 @pytest.mark.slow
 def test_recipes_race_in_one_loaded_model(here, monkeypatch, capsys):
-    """Through lm-eval: recipes of one base share the model in memory, another base has its own after it, and what each scored
-    is what its written merge scores."""
+    """Through lm-eval: recipes of one base share the model in memory, another base has its own after it, and what each
+    scored is what its written merge scores."""
     loads = []
     load = in_memory._load
     monkeypatch.setattr(in_memory, "_load", lambda *args: loads.append(args[1]) or load(*args))
@@ -545,7 +550,9 @@ SEARCH = ("--search", "cma", "--choose_on", "colours", "--report_on", "shades")
 
 @pytest.fixture
 def tried(monkeypatch) -> list[tuple]:
-    """A stand-in for merging and scoring whose score peaks at weights 1.1 and 0.8; returns the weights it was asked about."""
+    """A stand-in for merging and scoring whose score peaks at weights 1.1 and 0.8; returns the weights it was asked
+    about.
+    """
     found, weights = [], []
 
     def model_to_score(making, candidate, name, save_path):
@@ -694,7 +701,9 @@ def test_scored_items_are_those_of_a_whole_evaluation(here):
 
 @pytest.mark.slow
 def test_a_race_killed_for_real_resumes(here):
-    """kill -9 after the first batches, with lm-eval itself; then the same command finishes and no batch is scored twice."""
+    """kill -9 after the first batches, with lm-eval itself; then the same command finishes and no batch is scored
+    twice.
+    """
     command = [
         sys.executable,
         str(ROOT / "merge_and_evaluate_7b.py"),

@@ -1,4 +1,6 @@
-"""The example on SmolLM2 without its package: facts, control, training, tables, and its whole sequence on a tiny stand-in."""
+"""The example on SmolLM2 without its package: facts, control, training, tables, and its whole sequence on a tiny
+stand-in.
+"""
 
 import json
 import math

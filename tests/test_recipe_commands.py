@@ -50,15 +50,17 @@ def flags(command: str) -> dict[str, list[str]]:
 
 
 def test_there_are_as_many_as_rows():
-    """The whole table in two loops and a comparison, a race of recipes; ten ways to prune, no two of them alike; a merge."""
+    """The whole table in two loops and a comparison, a race of recipes; ten ways to prune, no two of them alike; a
+    merge.
+    """
     assert len(TABLE) == 4 and len(PAGE) == 7
     assert len(PRINTED) == 2 and len(ROWS) == 8 and len(set(PRUNE)) == 10
 
 
 @pytest.mark.slow
 def test_the_whole_table(extracted):
-    """Every row of the paper's table by the three commands, then one table of them, in the page's order; the loop again takes
-    what is there; last the recipes' own race."""
+    """Every row of the paper's table by the three commands, then one table of them, in the page's order; the loop again
+    takes what is there; last the recipes' own race."""
     parents, rows_of_all, side_by_side, best = (command.replace(*LOCAL) for command in TABLE)
     run_all([parents, rows_of_all], extracted)
     made = {path.name: path.read_bytes() for path in extracted.glob("results_*.json")}

@@ -17,7 +17,9 @@ DOWNLOADED = ("WildMarcoroni-Variant1-7B", "WestSeverus-7B-DPO-v2")
 
 
 def bash_commands(page: str) -> list[str]:
-    r"""Every command in the ```bash blocks of a Markdown page, in order: a line each, "a \\\n  b" -> "a b"; a loop is one."""
+    r"""Every command in the ```bash blocks of a Markdown page, in order: a line each, "a \\\n  b" -> "a b"; a loop is
+    one.
+    """
     blocks = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ")
     return [

@@ -1,4 +1,6 @@
-"""Does a device compute the CPU's bits? Asked before a weight is read, of devices that no test of ours has run on (mps)."""
+"""Does a device compute the CPU's bits? Asked before a weight is read, of devices that no test of ours has run on
+(mps).
+"""
 
 import numpy as np
 

@@ -12,8 +12,8 @@ import numpy as np
 from common.shards.blocks import blocks
 
 _PIECES, _PIECE = 16, 2048  # a sample: so many pieces, evenly spaced, of so many elements
-# Keys are counted in at most so many bins. A sample's bracket holds some 400 000 float32 keys, in as many bins the first
-# pass over a large scope finds the threshold itself; in a small one that many would cost more than another pass.
+# Keys are counted in at most so many bins. A sample's bracket holds some 400 000 float32 keys, in as many bins the
+# first pass over a large scope finds the threshold itself; in a small one that many would cost more than another pass.
 _BINS, _LARGE_BINS, _LARGE = 1 << 16, 1 << 20, 1 << 22
 _ERRORS = 3  # standard errors to either side of where a sample puts the threshold
 

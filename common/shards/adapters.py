@@ -170,7 +170,9 @@ def _sorted_out(label: str, tensors: list[Tensor]) -> tuple[dict[str, dict[str, 
 
 
 def _product(adapter: Checkpoint, config: dict, module: str, own: Tensor, pair: tuple[Tensor, Tensor, bool]) -> Product:
-    """What the adapter adds to the base's tensor `own`; pair: (A, B, whether the config says it is stored transposed)."""
+    """What the adapter adds to the base's tensor `own`; pair: (A, B, whether the config says it is stored
+    transposed).
+    """
     a, b, by_config = pair
     scale = _scale(adapter.label, config, module, a.shape[0] if a.shape else 0)
     return Product(a, b, scale, _is_transposed(adapter.label, own, a, b, by_config))
@@ -202,7 +204,8 @@ def open_adapter(label: str, directory: Path, base: Checkpoint, free_rows: bool 
             f"{lost[0]!r:.200}; is it an adapter of this base? Otherwise {MERGE}"
         )
     found = Checkpoint(label, directory.resolve(), {tensor.name: tensor for tensor in tensors}, base.config)
-    # A tensor that is adapted and stored whole, too, is what peft saves beside adapted embeddings: a copy of the base's.
+    # A tensor that is adapted and stored whole, too, is what peft saves beside adapted embeddings: a copy of the
+    # base's.
     adapted = {place[name] for name in factors}
     copies = {place[name]: tensor for name, tensor in whole.items() if place[name] in adapted}
     replaced = {place[name]: tensor for name, tensor in whole.items() if place[name] not in adapted}

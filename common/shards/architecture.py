@@ -51,7 +51,9 @@ class Architecture:
         return name
 
     def drops(self, name: str) -> bool:
-        """Whether a checkpoint may lack a tensor of this name: transformers leaves it out, or makes it, without a word."""
+        """Whether a checkpoint may lack a tensor of this name: transformers leaves it out, or makes it, without a
+        word.
+        """
         name = self.name_of(name)
         if name in self.unsaved:  # loaded where they are there, to the values that it would make
             return True

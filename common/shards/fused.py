@@ -1,8 +1,8 @@
 """Experts that one model stores fused and the other one by one: pieces of the fused tensor, no byte moved.
 
-transformers 5 holds the experts of a layer as one tensor [experts, rows, columns], in which each expert's matrices follow
-one another; from_pretrained puts them together, save_pretrained takes them apart again. Whoever saves the state dict
-itself (torch.save, FSDP, DeepSpeed) leaves them fused.
+transformers 5 holds the experts of a layer as one tensor [experts, rows, columns], in which each expert's matrices
+follow one another; from_pretrained puts them together, save_pretrained takes them apart again. Whoever saves the state
+dict itself (torch.save, FSDP, DeepSpeed) leaves them fused.
 """
 
 from collections.abc import Iterable
@@ -14,9 +14,11 @@ from common.shards.headers import Tensor
 
 @dataclass(frozen=True)
 class Fused:
-    """How transformers fuses experts: names end in `ending`, as they do in `parts` one by one, * being the expert's number.
+    """How transformers fuses experts: names end in `ending`, as they do in `parts` one by one, * being the expert's
+    number.
 
-    Fused(".experts.gate_up_proj", (".experts.*.w1.weight", ".experts.*.w3.weight")): w1's rows, then w3's, for each expert.
+    Fused(".experts.gate_up_proj", (".experts.*.w1.weight", ".experts.*.w3.weight")): w1's rows, then w3's, for each
+    expert.
     """
 
     ending: str
@@ -24,7 +26,8 @@ class Fused:
 
 
 def fusions(converters: Iterable) -> tuple[Fused, ...]:
-    """What of transformers' weight converters stacks experts, or joins the rows of several matrices of each and stacks those.
+    """What of transformers' weight converters stacks experts, or joins the rows of several matrices of each and stacks
+    those.
 
     Only then is each matrix one run of bytes: what transposes or interleaves is left out.
     """
@@ -39,7 +42,9 @@ def fusions(converters: Iterable) -> tuple[Fused, ...]:
 
 
 def _apart(tensor: Tensor, fused: Fused) -> list[Tensor]:
-    """[experts, rows, columns] -> a tensor [rows / parts, columns] for each part of each expert, in the order of their bytes."""
+    """[experts, rows, columns] -> a tensor [rows / parts, columns] for each part of each expert, in the order of their
+    bytes.
+    """
     experts, rows, columns = tensor.shape
     count, stem = experts * len(fused.parts), tensor.name.removesuffix(fused.ending)
     names = [stem + part.replace("*", str(expert)) for expert in range(experts) for part in fused.parts]

@@ -18,7 +18,9 @@ class TensorWriter:
         self._block, self._start, self._held = np.empty(0, self._signed), 0, 0
 
     def room(self, start: int, stop: int) -> np.ndarray:
-        """Where to put elements start:stop, as bits; valid until the next call, in the tensor by flush() at the latest."""
+        """Where to put elements start:stop, as bits; valid until the next call, in the tensor by flush() at the
+        latest.
+        """
         self.flush()
         self._advance((stop - start) * self._signed.itemsize)
         if self._block.size < stop - start:

