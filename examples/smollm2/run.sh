@@ -21,7 +21,8 @@ MARGIN=1 # hundredths of a nat: a λ drops out of the race once it cannot be bet
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 part() { [[ " $PARTS " == *" $1 "* ]]; }
 
-# once OUTPUT STEP COMMAND…: unless OUTPUT is there, shows the command the way one would type it, runs it and notes its cost.
+# once OUTPUT STEP COMMAND…: unless OUTPUT is there, shows the command the way one would type it, runs it and notes its
+# cost.
 once() {
     local output=$1 step=$2 line="\$ python" word status=0
     shift 2
@@ -126,9 +127,9 @@ lora_rows() {
 }
 
 cat <<'END'
-SmolLM2-135M, two fine-tunings, their merges. Everything is kept and a second call resumes; progress bars and warnings go to
-real/seed_N/run.log. On 2 quiet cores a seed takes about half an hour for the table (PARTS=main), as much again for the
-ablations, ten minutes for the LoRA.
+SmolLM2-135M, two fine-tunings, their merges. Everything is kept and a second call resumes; progress bars and warnings
+go to real/seed_N/run.log. On 2 quiet cores a seed takes about half an hour for the table (PARTS=main), as much again for
+the ablations, ten minutes for the LoRA.
 END
 mkdir -p real $MODELS
 [[ -e $MODELS/tasks/smollm2_plain.yaml ]] || "$PYTHON" $HERE/facts.py $MODELS/tasks
