@@ -550,8 +550,8 @@ SEARCH = ("--search", "cma", "--choose_on", "colours", "--report_on", "shades")
 
 @pytest.fixture
 def tried(monkeypatch) -> list[tuple]:
-    """A stand-in for merging and scoring whose score peaks at weights 1.1 and 0.8; returns the weights it was asked
-    about.
+    """A stand-in for merging and scoring whose score peaks at weights 1.1 and 0.8, the right answers' probability at
+    0.9 and 1.2; returns the weights it was asked about.
     """
     found, weights = [], []
 
@@ -565,6 +565,8 @@ def tried(monkeypatch) -> list[tuple]:
             found.append(weights[0])
             score = 0.9 - sum((w - p) ** 2 for w, p in zip(weights[0], (1.1, 0.8) * len(weights[0]), strict=False))
             document["results"]["colours"]["acc,none"] = score
+            gold = math.exp(-sum((w - p) ** 2 for w, p in zip(weights[0], (0.9, 1.2) * len(weights[0]), strict=False)))
+            document["items"] = {"colours": {"doc": ["0", "1"], "value": [score, score], "gold": [gold, gold / 2]}}
         return document
 
     monkeypatch.setattr(sweep, "model_to_score", model_to_score)
@@ -608,31 +610,67 @@ def test_a_search_climbs_and_records_everything(here, tried, capsys):
     assert all(str(weight) in config for weight in best)
 
 
-@pytest.mark.slow
-def test_a_stopped_search_resumes(here, tried, monkeypatch):
-    merge_and_score(*SEARCH, "--evaluations", "10")
-    whole = list(tried)
-    for path in here.glob("results*.json"):
-        path.unlink()
-    tried.clear()
-    stand_in = scoring.evaluate
+def stopped_after(count: int, tried: list, evaluate):
+    """A stand-in for scoring that stops the job once so many were tried."""
 
     def stops(*args, **given):
-        if len(tried) == 5:
+        if len(tried) == count:
             raise KeyboardInterrupt
-        return stand_in(*args, **given)
+        return evaluate(*args, **given)
 
-    monkeypatch.setattr(scoring, "evaluate", stops)
-    with pytest.raises(KeyboardInterrupt):
-        merge_and_score(*SEARCH, "--evaluations", "10", "--overwrite")
-    monkeypatch.setattr(scoring, "evaluate", stand_in)
-    merge_and_score(*SEARCH, "--evaluations", "10", "--overwrite")
-    assert tried == whole
-    tried.clear()
-    merge_and_score(*SEARCH, "--evaluations", "10")
-    assert tried == []
+    return stops
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["score", "gold"])
+def test_a_search_stopped_anywhere_takes_the_steps_of_an_undisturbed_one(here, tried, monkeypatch, by):
+    """After the start, within and between generations: each weight is scored once, and what is recorded is the same."""
+    flags = (*SEARCH, "--evaluations", "15", "--choose_by", by, "--overwrite")
+    merge_and_score(*flags)
+    whole, summary, evaluate = list(tried), results(here)["summary"], scoring.evaluate
+    assert [record["generation"] for record in summary["chosen"]["candidates"]] == [0, *[1] * 6, *[2] * 6, 3, 3]
+    for count in (1, 5, 7, 14):
+        for path in here.glob("results*.json"):
+            path.unlink()
+        tried.clear()
+        monkeypatch.setattr(scoring, "evaluate", stopped_after(count, tried, evaluate))
+        with pytest.raises(KeyboardInterrupt):
+            merge_and_score(*flags)
+        assert tried == whole[:count]
+        monkeypatch.setattr(scoring, "evaluate", evaluate)
+        merge_and_score(*flags)
+        assert (tried, results(here)["summary"]) == (whole, summary)
+
+
+@pytest.mark.slow
+def test_a_search_that_is_done_is_not_made_again(here, tried):
+    """Nor by another seed, whose steps are others; a longer search takes the trials of the shorter one."""
+    flags = (*SEARCH, "--evaluations", "10")
+    merge_and_score(*flags)
+    first = list(tried)
+    merge_and_score(*flags)
+    assert tried == first
+    with pytest.raises(DataError, match="already there; give --overwrite to replace it"):
+        merge_and_score(*flags, "--seed", "1")
     merge_and_score(*SEARCH, "--evaluations", "12", "--overwrite")
-    assert len(tried) == 2, "a longer search takes the trials of the shorter one"
+    assert tried[:10] == first and len(tried) == 12
+    tried.clear()
+    merge_and_score(*flags, "--seed", "1", "--overwrite")
+    assert tried[0] not in tried[1:] and not set(tried) & set(first[1:])
+
+
+@pytest.mark.slow
+def test_a_search_by_gold_resumes_beside_its_own_models(here, tried):
+    """What lies under an output's name is known by replaying what chose: the model of a winner that is not yet
+    reported is one of this search's own."""
+    flags = (*SEARCH, "--evaluations", "10", "--choose_by", "gold")
+    merge_and_score(*flags)
+    winner = results(here)["summary"]["weights"]
+    assert tried.index(tuple(winner)) > 6, "of a generation that a replay by score would not have proposed"
+    (here / "results.json").unlink()
+    count = len(tried)
+    merge_and_score(*flags)
+    assert len(tried) == count and results(here)["summary"]["weights"] == winner
 
 
 def test_a_weight_for_each_group_of_layers(here, tried):

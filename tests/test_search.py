@@ -138,6 +138,18 @@ def test_a_later_generation_of_equals_ends_the_search():
     assert best(trials).value == -0.05
 
 
+def test_the_strategy_is_told_ranks_of_equals_in_the_order_in_which_they_were_proposed():
+    """By hand: 0.7 is best; of the two 0.5 the first proposed comes first. How the library sorts equals is its own."""
+    told = []
+
+    class Recorder:
+        def tell(self, points, values, check_points):
+            told.extend([[tuple(point) for point in points], values, check_points])
+
+    searching._tell(Recorder(), ((1.0,), (0.9,), (1.1,), (0.8,)), [0.5, 0.7, 0.5, 0.1])
+    assert told == [[(1.0,), (0.9,), (1.1,), (0.8,)], [1.0, 0.0, 2.0, 3.0], False]
+
+
 def test_equal_values_among_others_are_ranked_as_they_were_proposed():
     first, _ = run(replace(SEARCH, evaluations=40), lambda w: round(quadratic(w), 2))
     again, _ = run(replace(SEARCH, evaluations=40), lambda w: round(quadratic(w), 2))
