@@ -36,8 +36,18 @@ def add_scores(directory: Path, document: dict, limit) -> None:
     if "method" not in report:  # reports of earlier versions lack it
         return
     text = card.read_text(encoding="utf-8") if card.is_file() else card_text(directory.resolve().name, report)
-    title = ", ".join(document["provenance"]["tasks"])
-    write_file(card, with_scores(text, title, scores_text(document["summary"], limit)).encode())
+    table = scores_text(document["summary"], limit)
+    write_file(card, with_scores(text, title_of(document, limit), table).encode())
+
+
+def title_of(document: dict, limit) -> str:
+    """What tells the scores of one eval recipe from another's: 'arc_challenge, mmlu (25/5-shot, limit 20)'."""
+    found = [task.get("num_fewshot") for task in document["summary"]["tasks"].values()]
+    shots = dict.fromkeys(str(count) for count in found if count is not None)
+    how = [f"{'/'.join(shots)}-shot"] if shots else []
+    how += [] if limit is None else [f"limit {limit:g}"]
+    how += ["chat template"] if document.get("chat_template_sha") else []
+    return ", ".join(document["provenance"]["tasks"]) + (f" ({', '.join(how)})" if how else "")
 
 
 def with_scores(text: str, title: str, table: str) -> str:
@@ -100,7 +110,7 @@ def _pruned(vector: dict) -> str:
     """'n:m, 64 of every 256, conflict-aware, number 2 of 2'."""
     by = vector["pruning_method"]
     how = f"n:m, {vector['n']} of every {vector['m']}" if by == "nm" else f"{by}, density {vector['density']:g}"
-    said = [how] + ["conflict-aware"] * vector["conflict_aware"] + ["rescaled"] * vector["rescale"]
+    said = [how] + ["conflict-aware"] * bool(vector["conflict_aware"]) + ["rescaled"] * bool(vector["rescale"])
     return ", ".join([*said, f"number {vector['position']} of {len(vector['order'])}"])
 
 

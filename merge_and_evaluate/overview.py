@@ -14,8 +14,8 @@ from merge_and_evaluate.results import limit_of
 from merge_and_evaluate.rows import Row, columns, row_of
 
 DIFFERENT_ITEMS = (
-    "what dropped out early was scored on few items, so these scores do not compare; how far each was behind on the same items is "
-    "said above"
+    "what dropped out early was scored on few items, so these scores do not compare; how far each was behind on the "
+    "same items is said above"
 )
 
 

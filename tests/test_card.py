@@ -8,7 +8,7 @@ from recipes_and_models import merge_and_score, write_yaml
 
 import merge_and_evaluate_7b
 import prune_task_vector_7b
-from merge_and_evaluate.card import scores_text, with_scores
+from merge_and_evaluate.card import add_scores, scores_text, with_scores
 
 CARD = "---\nlicense: mit\n---\n\n# merged\n\nMerged.\n\n## Recipe\n\n```yaml\na: b\n```\n\n## Command\n"
 
@@ -36,6 +36,34 @@ def test_a_score_on_the_first_items_says_so():
     assert scores_text({"tasks": {"arc": task}}, None).endswith("| arc | acc,none | 5 | 20 | 50.00 ± 10.00 |")
 
 
+def test_the_same_tasks_asked_otherwise_stand_beside(tmp_path):
+    """A quick look at twenty items, other shots, a chat template: none of them replaces the scores on all items."""
+    report = {"method": "task_arithmetic", "models": {"a/b": "0"}, "recipe": "a: b", "command": "x"}
+    (tmp_path / "merge_report.json").write_text(json.dumps(report))
+
+    def scored(value: float, shots: int = 5, limit=None, template=None) -> str:
+        task = {"metric": "acc,none", "value": value, "stderr": None, "num_fewshot": shots, "samples": 80}
+        document = {
+            "provenance": {"tasks": ["arc"]},
+            "summary": {"tasks": {"arc": task}},
+            "chat_template_sha": template,
+        }
+        add_scores(tmp_path, document, limit)
+        return (tmp_path / "README.md").read_text()
+
+    scored(0.1)
+    scored(0.2, limit=20)
+    scored(0.3, shots=0)
+    text = scored(0.4, template="abc")
+    assert [line for line in text.splitlines() if line.startswith("### ")] == [
+        "### arc (5-shot)",
+        "### arc (5-shot, limit 20)",
+        "### arc (0-shot)",
+        "### arc (5-shot, chat template)",
+    ]
+    assert scored(0.5) == text.replace(" 10.00 |", " 50.00 |")
+
+
 @pytest.mark.slow
 def test_scoring_by_a_second_recipe_keeps_the_first_ones_scores(here):
     merge_and_score()
@@ -48,7 +76,7 @@ def test_scoring_by_a_second_recipe_keeps_the_first_ones_scores(here):
     text = card.read_text()
     tables = [line for line in first.splitlines() if line.startswith(("### ", "| "))]
     assert tables and all(line in text for line in tables)
-    assert "\n### shades\n" in text
+    assert "\n### shades (0-shot, limit 2)\n" in text
     assert ", limit 2 |" in text
     assert "A line of the user's." in text
 
