@@ -19,9 +19,8 @@ DIFFERENT_ITEMS = (
 )
 
 
-Golds = Mapping[
-    Choice, tuple[float, float | None]
-]  # mean log-probability of the right answer, nats, its standard error
+# The mean log-probability of the right answer and its standard error, in nats.
+Golds = Mapping[Choice, tuple[float, float | None]]
 LOG_P = "log p of the right answer, nats (chooses)"
 
 
