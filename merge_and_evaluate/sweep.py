@@ -150,14 +150,10 @@ def golds_of(sweep: Sweep, documents: dict[Candidate, dict]) -> dict[Candidate, 
 
 
 def already_done(sweep: Sweep) -> bool:
-    """Whether the results file is the outcome of this sweep, and the model that which it reports."""
-    report = sweep.save_path / merging.REPORT_NAME
-    if not sweep.output_path.is_file() or not report.is_file():
+    """Whether the results file is the outcome of this sweep, and a model is where its winner was put."""
+    if not sweep.output_path.is_file() or not (sweep.save_path / merging.REPORT_NAME).is_file():
         return False
-    document, reported = read_json(sweep.output_path), sweep.reporting or sweep.choosing
-    identity = eval_identity(reported.recipe, reported.tasks, str(read_json(report).get("identity")))
-    is_own = document.get("provenance", {}).get("identity") == identity  # not another merge, put there since
-    return is_own and document.get("summary", {}).get("chosen", {}).get("sweep") == sweep.identity
+    return read_json(sweep.output_path).get("summary", {}).get("chosen", {}).get("sweep") == sweep.identity
 
 
 def chosen_record(sweep: Sweep, outcome: Outcome) -> dict:
@@ -199,8 +195,12 @@ def one_log(sweep: Sweep) -> Sweep:
 
 def conclude(sweep: Sweep, outcome: Outcome, making: Making, done: bool) -> None:
     """Put the winner's model in its place, report it unless that is done, leave table, CSV and picture."""
-    if not done:
+    replaced = done and not merging.already_merged(sweep.save_path, outcome.winner.identity)
+    if replaced:  # by another merge since, as in a loop over recipes into one directory: the results are still right
+        refuse_existing(sweep.save_path, making.overwrite)
+    if replaced or not done:
         put_in_place(making, outcome.winner, sweep.save_path)
+    if not done:
         report_winner(sweep, outcome, making.overwrite)
     scored = {candidate.choice: document for candidate, document in outcome.documents.items()}
     golds = {candidate.choice: gold for candidate, gold in outcome.golds.items()}
@@ -210,7 +210,7 @@ def conclude(sweep: Sweep, outcome: Outcome, making: Making, done: bool) -> None
     if not sweep.reporting and len(outcome.documents) > 1:
         print("These are the tasks it is reported on as well, which flatters it; --choose_on keeps them apart.")
     if done:
-        print(f"{sweep.output_path} is from before")
+        print(f"{sweep.output_path} is from before" + (f"\nwrote {sweep.save_path}" if replaced else ""))
         return
     for path in (sweep.output_path, sweep.save_path):
         print(f"wrote {path}")
