@@ -214,8 +214,7 @@ def compare(
     finetuned: Checkpoint, base: Checkpoint, adapter: Adapter | None, how: argparse.Namespace
 ) -> tuple[Extraction, list[str]]:
     """(what is done with every tensor, notes): all that headers, configs and tokenizers decide. how: skip, vocabulary,
-    dtype.
-    """
+    dtype."""
     free_rows, common = how.vocabulary == "common", {}
     (matched,) = [match_adapter(base, adapter)] if adapter else match_all(base, [finetuned], tuple(how.skip), free_rows)
     notes = list(matched.notes)

@@ -144,8 +144,7 @@ def copy_command(row: dict) -> list[str]:
 
 def measure(row: dict, pairs: int) -> dict:
     """Medians over pairs of (ours, copy), after one run of each to compile kernels, where the inputs fit into
-    memory.
-    """
+    memory."""
     inputs = [path for directory in [*row["reads"], *row["copies"]] for path in directory.glob("*.safetensors")]
     size = {path: path.stat().st_size for path in inputs}
     moved = sum(size.values()) + sum(size[path] for path in inputs if path.parent in row["copies"])

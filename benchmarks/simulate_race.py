@@ -94,8 +94,7 @@ def responses(candidates: int) -> np.ndarray:
 
 def latent(candidates: int, items: int, respond: float, rng: np.random.Generator) -> np.ndarray:
     """Standard normal, float32 (candidates, items): an item's difficulty and its response, `respond` of the
-    variance.
-    """
+    variance."""
     root = responses(candidates) * np.float32(np.sqrt(respond))
     difficulty = rng.standard_normal(items, dtype=np.float32)
     return (
@@ -142,8 +141,7 @@ def draw(race: Plan, limits: np.ndarray, respond: float, choose_by: str, rng: np
 
 def one_race(race: Plan, values: np.ndarray) -> tuple[int, float, int]:
     """(winner, share of the full grid's items, merges): items of a stratum are alike, so the first are as good as
-    random.
-    """
+    random."""
     starts = np.concatenate([[0], np.cumsum(race.sizes)[:-1]])
     racing, scored, merges = list(range(len(values))), 0, 0
     for number, counts in enumerate(race.counts):

@@ -143,8 +143,7 @@ def check_device(device: str | None) -> None:
 
 def check_backend(path: str, model: str) -> None:
     """Refuse a `model:` that lm-eval does not know, or whose package is not installed: it would fail after the
-    merge.
-    """
+    merge."""
     from lm_eval.models import MODEL_MAPPING
 
     if model not in MODEL_MAPPING:

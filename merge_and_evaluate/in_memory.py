@@ -47,8 +47,7 @@ IN_MEMORY = "candidates are merged into one model in memory; only the chosen one
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
     """lm-eval's model `lm`, whose `tensors` {name: torch.Tensor} are filled; `directory` holds its config and
-    tokenizer.
-    """
+    tokenizer."""
 
     lm: object
     directory: Path
@@ -60,8 +59,7 @@ class LoadedModel:
 
 def written_reason(recipe: EvalRecipe, merge_plan: MergePlan, settings: MergeSettings) -> str | None:
     """Why every candidate has to be written to disk, as far as can be said before a model is loaded; None if none
-    has.
-    """
+    has."""
     if merge_plan.reason is not None:
         return f"mergekit merges: {merge_plan.reason}"
     backend = recipe.config.get("model") or "hf"
@@ -177,8 +175,7 @@ def fresh(loaded: LoadedModel):
 @contextmanager
 def opened(recipe: EvalRecipe, loaded: LoadedModel | None, directory: str) -> Iterator:
     """lm-eval's model to score: the loaded one, or where there is none that of a directory, for as long as this
-    lasts.
-    """
+    lasts."""
     if loaded:
         yield fresh(loaded)
         return

@@ -61,8 +61,7 @@ class TensorMerge:
 @dataclass
 class Found:
     """What does not depend on the weights: thresholds of each scope, and what each model's kept values are multiplied
-    by.
-    """
+    by."""
 
     thresholds: list | None = None
     scales: tuple[float, ...] | None = None
@@ -130,8 +129,7 @@ class Differences:
 
 def find_scales(how: TensorMerge, masks: Masks, differences: Differences) -> tuple[float, ...]:
     """mergekit's `rescale`: each model's kept differences are brought to the L1 norm of all of them; reads them
-    once.
-    """
+    once."""
     norms = [empty_norms() for _ in how.values.models]
     for start, stop in masks.blocks():
         vectors = [differences.read(j, start, stop) for j in range(len(norms))]

@@ -233,8 +233,7 @@ _PRUNED = ("pruning_method", "n", "m", "density", "conflict_aware", "rescale", "
 
 def pruned_before(checkpoints: tuple[Checkpoint, ...]) -> list[dict]:
     """What prune_task_vector_7b.py did to those of a merge's models that it wrote: from prune_report.json beside
-    them.
-    """
+    them."""
     found = []
     for checkpoint in checkpoints:
         report = checkpoint.path / PRUNE_REPORT

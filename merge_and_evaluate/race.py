@@ -205,8 +205,7 @@ def spent(alpha: float, time: float) -> float:
 
 def _width(number: int, looks: int, alpha: float, freedom: int) -> float:
     """How many standard errors wide a bound of round `number` is, alpha being spent over `looks` rounds; 0 after
-    those.
-    """
+    those."""
     if number >= looks:
         return 0.0
     return _quantile(spent(alpha, (number + 1) / looks) - spent(alpha, number / looks), freedom)

@@ -34,8 +34,7 @@ UNITS = {"score": "points", "gold": "hundredths of a nat"}  # a hundredth of wha
 @dataclass(frozen=True, eq=False)
 class Field:
     """What is raced on: the plan, lm-eval's tasks with their documents, the metric of each, and whether gold
-    decides.
-    """
+    decides."""
 
     plan: Plan
     loaded: dict
@@ -179,8 +178,7 @@ def _mean_and_stderr(values: list[float]) -> tuple[float, float | None]:
 
 def summary_of(field: Field, entry: dict) -> dict:
     """A results file's `summary` over the items that a candidate scored: rows as in the race, the metric's own
-    values.
-    """
+    values."""
     tasks: dict[str, dict] = {}
     rows = list(dict.fromkeys(stratum.row for stratum in field.plan.strata))
     for row in rows:

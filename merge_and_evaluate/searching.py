@@ -20,8 +20,7 @@ from merge_and_evaluate.sweep import Outcome, Sweep, golds_of, record_of, score_
 @dataclass(frozen=True)
 class Searched:
     """What is searched: the steps, the merge they change, λ per vector and group of layers (groups None: per
-    vector).
-    """
+    vector)."""
 
     search: Search
     merge_plan: MergePlan
@@ -82,8 +81,7 @@ def tried_before(sweep: Sweep, searched: Searched, settings: MergeSettings) -> t
 
 def search(sweep: Sweep, making: Making, searched: Searched) -> Outcome:
     """Try what the search proposes until it ends; the best of everything tried wins. Of written models the best is
-    kept.
-    """
+    kept."""
     trials, documents, tried, kept, merges = [], {}, [], None, 0
     most = searched.search.evaluations
     while (proposal := propose(searched.search, trials)).candidates:

@@ -107,8 +107,7 @@ def inputs_of(recipe: Recipe, whole: Checkpoint, pairs: list[dict[str, Tensor]])
 
 def how_merged(recipe: Recipe, whole: Checkpoint, inputs: dict, seed: int) -> dict[str, TensorMerge]:
     """How each tensor of `inputs` is merged: the recipe's values for it, the dtype written, the name its draws go
-    by.
-    """
+    by."""
     mask_name, method = mask_names(whole), recipe.config["merge_method"]
     dtypes = {name: written_dtype(recipe.config, [tensor.dtype for tensor in read]) for name, read in inputs.items()}
     return {

@@ -122,8 +122,7 @@ def record_of(candidate: Candidate, document: dict, value: float) -> dict:
 
 def try_all(sweep: Sweep, making: Making) -> Outcome:
     """Score every candidate; the best wins, the first of several equal ones. Of written models the best so far is
-    kept.
-    """
+    kept."""
     documents, tried, best, best_value, merges = {}, [], None, -math.inf, 0
     for number, candidate in enumerate(sweep.candidates, 1):
         document, scored_now = score_candidate(sweep, making, candidate, f"{number} of {len(sweep.candidates)}")

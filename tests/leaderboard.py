@@ -186,8 +186,7 @@ def write_metabench(root: Path) -> Path:
 
 def write_leaderboard_v2(root: Path) -> Path:
     """The data sets of BBH, GPQA, MuSR and MMLU-Pro under `root` (MATH and IFEval need packages that are not
-    pinned).
-    """
+    pinned)."""
     import lm_eval.tasks
 
     parts = {}

@@ -84,8 +84,7 @@ def test_companions_travel_along_the_chain(tmp_path):
 
 def test_several_chat_templates_travel_along(tmp_path):
     """A tokenizer with more than one template keeps the others in a folder: to the end of the chain, and read from
-    there.
-    """
+    there."""
     from transformers import AutoTokenizer
 
     folder = chain(tmp_path / "c")

@@ -228,8 +228,7 @@ def test_aligned_memory():
 
 def test_what_is_read_again_comes_from_memory(tmp_path, monkeypatch):
     """magnitude goes through its vectors twice: the second time from the page cache or, as far as that goes, the
-    shelf.
-    """
+    shelf."""
     write(tmp_path / "base", {"w": torch.linspace(-1, 1, 9000).half(), "x": torch.linspace(1, 3, 500).half()})
     write(tmp_path / "a", {"w": torch.linspace(1, -1, 9000).half(), "x": torch.linspace(1, 4, 500).half()})
     run(

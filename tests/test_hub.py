@@ -240,8 +240,7 @@ JOBS = {
 @pytest.mark.parametrize("script, arguments, outputs, nbytes", JOBS.values(), ids=JOBS)
 def test_nothing_is_downloaded_before_everything_fits(hub, tmp_path, published, script, arguments, outputs, nbytes):
     """A dry run, an output that exists, too little room, another job's rest: headers alone are sent. Then the job
-    itself.
-    """
+    itself."""
     (tmp_path / "r.yml").write_text(RECIPE)
     done = call(hub, tmp_path, script, *arguments, "--dry_run")
     assert done.returncode == 0 and done.stdout.count("to be downloaded") == nbytes // WEIGHTS, done.stderr

@@ -63,8 +63,7 @@ def tied_models(folder) -> None:
 @pytest.mark.parametrize("method", first_quick("task_arithmetic", "cabs"))
 def test_what_is_scored_is_what_is_written(here, dtype, scored_in, method):
     """Filled, filled with another weight, filled again: the same bits as the written model in the dtype it is scored
-    in.
-    """
+    in."""
     write_yaml(here / "recipe.yml", {**RECIPE, "merge_method": method, "out_dtype": dtype})
     merge()
     args = "" if scored_in == "auto" else f"dtype={scored_in}"
@@ -151,8 +150,7 @@ def test_why_candidates_are_written(here):
 
 def test_names_that_do_not_map_are_not_filled(here):
     """A parameter of the model that the checkpoint lacks, one that it alone has, another shape, two names for one
-    storage.
-    """
+    storage."""
     import torch
 
     merge_ = plan_merge(read_recipe("recipe.yml"), "merged", SETTINGS).streamed(SETTINGS)
@@ -190,8 +188,7 @@ def scores_of(path) -> dict:
 @pytest.mark.slow
 def test_a_sweep_in_memory_is_the_sweep_on_disk(here, capsys):
     """The same scores, items and winner as with a directory each, through lm-eval itself; nothing but the winner is
-    written.
-    """
+    written."""
     flags = ["--weights", "0.3", "0.9", "--choose_on", "colours"]
     merge_and_score(*flags)
     assert in_memory.IN_MEMORY in capsys.readouterr().out

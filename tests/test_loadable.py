@@ -17,8 +17,7 @@ UNKNOWN = f"which transformers {transformers.__version__} does not know"
 
 def own(here: Path, name: str, file: str, **changes) -> None:
     """A copy of the model `name` in place of the link, with changes to one of its JSON files (None: without the
-    key).
-    """
+    key)."""
     target = (here / name).resolve()
     (here / name).unlink()
     shutil.copytree(target, here / name)

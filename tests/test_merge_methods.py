@@ -90,8 +90,7 @@ def test_against_the_slow_oracle(method, parameters, rule, models):
 @pytest.mark.slow
 def test_models_in_another_dtype_than_the_base():
     """bfloat16 models on a float16 base: rounded to the task vector's dtype before the difference, as extraction
-    does.
-    """
+    does."""
     base, tuned = inputs((12, 20), 2)
     tuned = [tensor.to(torch.bfloat16) for tensor in tuned]
     vectors = [oracle.extract(tensor, base, torch.float16) for tensor in tuned]

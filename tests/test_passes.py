@@ -117,8 +117,7 @@ def test_sampled_scopes_on_torch(dtype, conflict_aware, small_samples):
 
 def test_counting_many_and_few():
     """Keys in a wide bracket, in a narrow one and in one bin, in chunks of every length, against counting one by
-    one.
-    """
+    one."""
     rng = np.random.default_rng(0)
     for size in (1, 7, 4095, 4096, 4097, 9001):
         bits = (rng.standard_normal(size) * 0.002).astype(np.float16).view(np.uint16)

@@ -270,8 +270,7 @@ def test_paths_in_a_merge_recipe(table, merged, spelling):
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_scoring_and_comparing(table, spelling):
     """--eval_only --save_path, --eval_recipe, --output_path, include_path in the recipe; then --compare,
-    --plot_path.
-    """
+    --plot_path."""
     here = {"folder": table}
     one_file = FILES.get(spelling, "./{path}")
     include = SPELLINGS[spelling].format(path="tasks", **here)

@@ -241,8 +241,7 @@ STEPS = ("rename", "rmdir", "unlink")
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
 def test_stopped_at_any_step_of_moving_out(model, tmp_path, mounted, monkeypatch, overwrite):
     """The same command, without --overwrite too, gets to the end; until then config.json and weights are of one
-    model.
-    """
+    model."""
     convert(model, tmp_path / "plain", "--max_shard_size", 300)
     convert(model, tmp_path / "old", "--dtype", "float32")
     for at in range(1, 100):

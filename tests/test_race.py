@@ -246,8 +246,7 @@ def test_bounds_are_on_the_far_side_of_what_was_seen(seed, number, gap):
 
 def test_equals_are_seldom_called_worse_and_clear_losers_are_from_the_first_round():
     """Six candidates: of 400 races of equals at most 5 % call anyone worse, and one that is 20 points behind is called
-    so.
-    """
+    so."""
     names = tuple("abcdef")
     race = plan(strata_of({"x": {"x": 2000}}), names, 0.005, 0)
     draw, wrong, right = np.random.default_rng(0), 0, 0

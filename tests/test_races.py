@@ -27,8 +27,7 @@ EVAL = {"model": "hf", "include_path": "./tasks", "tasks": list(TASKS), "batch_s
 
 def save_long_tasks(folder, times: int = 1) -> None:
     """The three tasks with many different items, answers drawn at random: candidates of random weights score by
-    chance.
-    """
+    chance."""
     things = ["sky", "grass", "snow", "coal", "blood", "lemon"]
     colours = ["blue", "green", "white", "black", "red", "yellow"]
     for task, count in TASKS.items():
@@ -551,8 +550,7 @@ SEARCH = ("--search", "cma", "--choose_on", "colours", "--report_on", "shades")
 @pytest.fixture
 def tried(monkeypatch) -> list[tuple]:
     """A stand-in for merging and scoring whose score peaks at weights 1.1 and 0.8, the right answers' probability at
-    0.9 and 1.2; returns the weights it was asked about.
-    """
+    0.9 and 1.2; returns the weights it was asked about."""
     found, weights = [], []
 
     def model_to_score(making, candidate, name, save_path):
@@ -740,8 +738,7 @@ def test_scored_items_are_those_of_a_whole_evaluation(here):
 @pytest.mark.slow
 def test_a_race_killed_for_real_resumes(here):
     """kill -9 after the first batches, with lm-eval itself; then the same command finishes and no batch is scored
-    twice.
-    """
+    twice."""
     command = [
         sys.executable,
         str(ROOT / "merge_and_evaluate_7b.py"),

@@ -51,8 +51,7 @@ def flags(command: str) -> dict[str, list[str]]:
 
 def test_there_are_as_many_as_rows():
     """The whole table in two loops and a comparison, a race of recipes; ten ways to prune, no two of them alike; a
-    merge.
-    """
+    merge."""
     assert len(TABLE) == 4 and len(PAGE) == 7
     assert len(PRINTED) == 2 and len(ROWS) == 8 and len(set(PRUNE)) == 10
 

@@ -23,8 +23,7 @@ def file_of(module: str) -> Path | None:
 
 def imports(file: Path) -> set[str]:
     """The repository's modules that a file imports, at its top or in a function: from common import cli ->
-    common.cli.
-    """
+    common.cli."""
     named = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):

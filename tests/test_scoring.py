@@ -106,8 +106,7 @@ def test_a_member_named_alone_keeps_them():
 @pytest.mark.slow
 def test_lm_eval_builds_the_part_with_them(here):
     """A group in the recipe's folder gives colours 2 shots; named alone, in a sweep's dry run and for real, it has
-    2.
-    """
+    2."""
     group = {"group": "both", "task": [{"task": "colours", "num_fewshot": 2, "fewshot_split": "test"}, "shades"]}
     write(here / "tasks" / "both.yaml", group)
     write(here / "eval.yml", {**EVAL, "tasks": ["both"], "log_samples": True})

@@ -299,8 +299,7 @@ def modules(definition: dict) -> list[dict]:
 @pytest.mark.parametrize("path", architectures(), ids=lambda path: path.stem)
 def test_layers_lie_where_mergekit_has_them(path):
     """Names alone place every weight of every architecture that mergekit describes: layer i of 3 at i / 2, the rest at
-    0.
-    """
+    0."""
     for module in modules(json.loads(path.read_text())):
         layered = [w["name"] for w in (module.get("layer_templates") or {}).get("weights", [])]
         layered = [

@@ -35,8 +35,7 @@ METHODS = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "cab
 @pytest.fixture
 def table(tmp_path, monkeypatch) -> Path:
     """A working directory with base and five models near it, of an architecture that nobody knows, one file or
-    several.
-    """
+    several."""
     monkeypatch.chdir(tmp_path)
     base = state(0, shapes=SHAPES)
     write(tmp_path / "base", base)
@@ -176,8 +175,7 @@ def test_where_nothing_changes_the_base_keeps_its_bits(table):
 
 def test_consensus_and_parameters_by_model_and_name(table):
     """n and m per model, a weight filtered by name, a gradient over layers: every value is the one that mergekit
-    reads.
-    """
+    reads."""
     config = recipe("cabs", m=8)
     config["models"][0]["parameters"] |= {"n": 2}
     config["models"][1]["parameters"] |= {
@@ -263,8 +261,7 @@ def test_a_killed_merge_resumes(table, monkeypatch):
 
 def test_a_sweep_finds_thresholds_once(table, monkeypatch):
     """What does not depend on the weights is found for the first candidate and kept: the same bytes without another
-    search.
-    """
+    search."""
     searched = []
     real = merge_tensor.Masks.find_thresholds
     monkeypatch.setattr(merge_tensor.Masks, "find_thresholds", lambda self, *a: (searched.append(1), real(self, *a))[1])

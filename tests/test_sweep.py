@@ -39,8 +39,7 @@ def merged_by(model: Path) -> dict:
 @pytest.fixture
 def asked(monkeypatch) -> list[str]:
     """A stand-in for lm-eval, which knows the weight from the model's directory; returns the list of models it was
-    asked about.
-    """
+    asked about."""
     models = []
 
     def stand_in(recipe, model, tasks, identity):
@@ -139,8 +138,7 @@ def test_every_weight_is_scored_and_the_best_is_kept(here, asked, capsys):
 
 def test_scores_that_a_merge_got_before_are_taken(here, asked, capsys):
     """A merge that a sweep scored, merged on its own; and a winner that is reported twice: said, and not scored
-    again.
-    """
+    again."""
     merge_and_score("--weights", "0.3", "0.6", "--output_path", "sweep.json", "--save_path", "swept")
     models = [{**model, "parameters": {"weight": 0.6}} for model in RECIPE["models"]]
     write_yaml(here / "alone.yml", {**RECIPE, "models": models})

@@ -65,8 +65,7 @@ CASES = {
 @pytest.mark.parametrize("kind, mine, theirs, rows", CASES.values(), ids=CASES)
 def test_common_rows(tmp_path, capsys, kind, mine, theirs, rows):
     """Rows of the same text and id are subtracted, the base's others get +0.0, and the base's tokenizer goes with
-    it.
-    """
+    it."""
     model(tmp_path / "base", kind, mine, 1)
     model(tmp_path / "ft", kind, theirs, 2, rows)
     arguments = [

@@ -171,8 +171,7 @@ def _sorted_out(label: str, tensors: list[Tensor]) -> tuple[dict[str, dict[str, 
 
 def _product(adapter: Checkpoint, config: dict, module: str, own: Tensor, pair: tuple[Tensor, Tensor, bool]) -> Product:
     """What the adapter adds to the base's tensor `own`; pair: (A, B, whether the config says it is stored
-    transposed).
-    """
+    transposed)."""
     a, b, by_config = pair
     scale = _scale(adapter.label, config, module, a.shape[0] if a.shape else 0)
     return Product(a, b, scale, _is_transposed(adapter.label, own, a, b, by_config))

@@ -52,8 +52,7 @@ class Architecture:
 
     def drops(self, name: str) -> bool:
         """Whether a checkpoint may lack a tensor of this name: transformers leaves it out, or makes it, without a
-        word.
-        """
+        word."""
         name = self.name_of(name)
         if name in self.unsaved:  # loaded where they are there, to the values that it would make
             return True

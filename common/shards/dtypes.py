@@ -7,8 +7,7 @@ from common.shards.headers import FLOAT_DTYPES, Tensor
 
 def _is_packed(tensor: Tensor) -> bool:
     """Whether integers are weights: bitsandbytes' and mlx's `weight`, GPTQ's `qweight`, `weight_packed`, gpt-oss's
-    `_blocks`.
-    """
+    `_blocks`."""
     last = tensor.name.rpartition(".")[2]
     return tensor.dtype[0] in "IU" and ("weight" in last or last.endswith("_blocks"))
 

@@ -154,8 +154,7 @@ def _shards(directory: Path) -> Iterator[str]:
 
 def _variant(directory: Path) -> Iterator[str]:
     """model.safetensors.index.fp16.json: transformers' `variant`, a second copy of the weights under names of its
-    own.
-    """
+    own."""
     for path in _glob(directory, "model.safetensors.index.*.json"):
         yield f"holds the weights as a variant ({path.name}); rename that to {INDEX_NAME}, which reads the same files"
 
@@ -238,8 +237,7 @@ def what_file(path: Path) -> str:
 
 def not_gathered(tensors: list[Tensor]) -> str | None:
     """What to say of weights that DeepSpeed ZeRO-3 saved without gathering them: most are placeholders of no
-    element.
-    """
+    element."""
     empty = [tensor for tensor in tensors if tensor.is_parameter and tensor.shape == (0,)]
     if 2 * len(empty) <= len(tensors):
         return None

@@ -43,8 +43,7 @@ def fusions(converters: Iterable) -> tuple[Fused, ...]:
 
 def _apart(tensor: Tensor, fused: Fused) -> list[Tensor]:
     """[experts, rows, columns] -> a tensor [rows / parts, columns] for each part of each expert, in the order of their
-    bytes.
-    """
+    bytes."""
     experts, rows, columns = tensor.shape
     count, stem = experts * len(fused.parts), tensor.name.removesuffix(fused.ending)
     names = [stem + part.replace("*", str(expert)) for expert in range(experts) for part in fused.parts]

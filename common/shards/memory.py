@@ -19,8 +19,7 @@ class TensorWriter:
 
     def room(self, start: int, stop: int) -> np.ndarray:
         """Where to put elements start:stop, as bits; valid until the next call, in the tensor by flush() at the
-        latest.
-        """
+        latest."""
         self.flush()
         self._advance((stop - start) * self._signed.itemsize)
         if self._block.size < stop - start:

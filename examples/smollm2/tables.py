@@ -31,8 +31,7 @@ HUNDREDTHS = 100
 @dataclass(frozen=True)
 class Scored:
     """One row of one seed: the weight that was chosen (None: not a merge) and its items by task, the control's
-    apart.
-    """
+    apart."""
 
     name: str
     weight: float | None

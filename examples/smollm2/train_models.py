@@ -35,8 +35,7 @@ PEAK = {"full": 2e-4, "lora": 2e-3}  # an adapter starts at zero and needs large
 
 def packaged_weights() -> Path:
     """The .gguf file of the installed package, which is found but not imported: its code needs llm and
-    llama-cpp-python.
-    """
+    llama-cpp-python."""
     try:
         files = metadata.files(PACKAGE) or []
     except metadata.PackageNotFoundError:
