@@ -12,15 +12,15 @@ mergekit 0.1.5 is followed in its order of operations with `dtype: float32` (tes
 Differs from mergekit: where a sum of differences is zero the base's own bits are kept; mergekit makes a base of −0.0
 +0.0 there.
 
-The conversions are repeated here (common/pruners/kernels/arithmetic.py has them, too): numba's cache does not
-notice a change in another file's compiled functions.
+Widening and storing are written here again, chunk by chunk: numba's cache does not notice a change in another file's
+compiled functions (common/pruners/kernels/bits.py holds what never changes).
 """
 
 from functools import cache, partial
 
 import numpy as np
-from llvmlite import ir
 
+from common.pruners.kernels.bits import bits_of_float32, float32_of_bits, float32_of_half, half_of_float32
 from common.pruners.kernels.compiler import carray, intrinsic, njit, types
 from merge_and_evaluate.sum_inputs import BF16, F16, Block, Rule, check_size, in_order, sum_of_weights, terms_of
 
@@ -34,43 +34,11 @@ _njit = partial(njit, nogil=True, error_model="numpy")
 
 
 @intrinsic
-def _float32_of_half(context, bits):
-    def codegen(_, builder, __, args):
-        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
-
-    return types.float32(types.uint16), codegen
-
-
-@intrinsic
-def _half_of_float32(context, value):
-    def codegen(_, builder, __, args):
-        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
-
-    return types.uint16(types.float32), codegen
-
-
-@intrinsic
 def _fused(context, factor, other, addend):
     def codegen(_, builder, __, args):
         return builder.fma(*args)
 
     return types.float32(types.float32, types.float32, types.float32), codegen
-
-
-@intrinsic
-def _float32_of_bits(context, bits):
-    def codegen(_, builder, __, args):
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return types.float32(types.uint32), codegen
-
-
-@intrinsic
-def _bits_of_float32(context, value):
-    def codegen(_, builder, __, args):
-        return builder.bitcast(args[0], ir.IntType(32))
-
-    return types.uint32(types.float32), codegen
 
 
 # One pointer a type, and bits of single values above: an array's view(), and a slice set to another array, take numba
@@ -95,11 +63,11 @@ def _widen(address, kind, start, values):
     if kind == F16:
         halves = carray(_halves_at(address + 2 * start), values.size)
         for i in range(values.size):
-            values[i] = _float32_of_half(halves[i])
+            values[i] = float32_of_half(halves[i])
     elif kind == BF16:
         halves = carray(_halves_at(address + 2 * start), values.size)
         for i in range(values.size):
-            values[i] = _float32_of_bits(np.uint32(halves[i]) << np.uint32(16))
+            values[i] = float32_of_bits(np.uint32(halves[i]) << np.uint32(16))
     else:
         floats = carray(_floats_at(address + 4 * start), values.size)
         for i in range(values.size):
@@ -110,7 +78,7 @@ def _widen(address, kind, start, values):
 def _all_finite(values):
     most = np.uint32(0)
     for i in range(values.size):
-        most = max(most, np.uint32(_bits_of_float32(values[i]) & np.uint32(0x7FFFFFFF)))
+        most = max(most, np.uint32(bits_of_float32(values[i]) & np.uint32(0x7FFFFFFF)))
     return most < np.uint32(0x7F800000)
 
 
@@ -121,7 +89,7 @@ def _store(values, place, start):
     if kind == F16:
         halves = carray(_halves_at(address + 2 * start), size)
         for i in range(size):
-            halves[i] = _half_of_float32(values[i])
+            halves[i] = half_of_float32(values[i])
         for i in range(size):
             most = max(most, np.uint16(halves[i] & np.uint16(0x7FFF)))
         return most < np.uint16(0x7C00)
@@ -129,7 +97,7 @@ def _store(values, place, start):
         # A NaN may become an infinity here or a zero: either way it was refused, since values are looked at first.
         halves, finite = carray(_halves_at(address + 2 * start), size), _all_finite(values)
         for i in range(size):
-            word = _bits_of_float32(values[i])
+            word = bits_of_float32(values[i])
             even = (word >> np.uint32(16)) & np.uint32(1)
             halves[i] = np.uint16(np.uint32(word + np.uint32(0x7FFF) + even) >> np.uint32(16))
         for i in range(size):
@@ -223,13 +191,13 @@ def _all_ones_if(condition):
 @_njit(inline="always")
 def _where(condition, value):
     """value where the condition (0 or 1) holds, else +0.0."""
-    return _float32_of_bits(np.uint32(_bits_of_float32(value) & _all_ones_if(condition)))
+    return float32_of_bits(np.uint32(bits_of_float32(value) & _all_ones_if(condition)))
 
 
 @_njit(inline="always")
 def _flipped(value, sign):
     """value, its sign changed where `sign` has the highest bit."""
-    return _float32_of_bits(np.uint32(_bits_of_float32(value) ^ sign))
+    return float32_of_bits(np.uint32(bits_of_float32(value) ^ sign))
 
 
 @_njit()
@@ -380,9 +348,7 @@ def _add_kept(total, values, mask, weight):
         values[i] = total[i] + values[i] * weight
     for i in range(total.size):
         keep = _all_ones_if(mask[i])
-        total[i] = _float32_of_bits(
-            np.uint32((_bits_of_float32(values[i]) & keep) | (_bits_of_float32(total[i]) & ~keep))
-        )
+        total[i] = float32_of_bits(np.uint32((bits_of_float32(values[i]) & keep) | (bits_of_float32(total[i]) & ~keep)))
 
 
 @_njit()

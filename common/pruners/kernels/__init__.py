@@ -4,6 +4,7 @@ arithmetic.py    values: convert, subtract, add what a mask keeps, count
 ranking.py       which positions rank first; masks from thresholds
 groups.py        ranking in groups of a large m
 philox.py        random masks
+bits.py          values and their bits, one by one
 compiler.py      numba, imported without what is not needed
 torch_engine.py  the same functions in torch, for a GPU
 

@@ -8,9 +8,9 @@ kernel here is built on _value and _bits.
 from functools import cache
 
 import numpy as np
-from llvmlite import ir
 
-from common.pruners.kernels.compiler import intrinsic, njit, types
+from common.pruners.kernels.bits import bits_of_float32, float32_of_bits, float32_of_half, half_of_float32
+from common.pruners.kernels.compiler import njit
 
 F16, BF16, F32 = 0, 1, 2
 _KIND = {"F16": F16, "BF16": BF16, "F32": F32}
@@ -25,47 +25,14 @@ _CHUNK = 4096  # elements; see "blocks and chunks"
 # --- bits to values and back --------------------------------------------------------------------
 
 
-# numba has neither half-precision values nor a view of a scalar's bits; each of these is one instruction.
-@intrinsic
-def _float32_of_half(context, bits):
-    def codegen(_, builder, __, args):
-        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
-
-    return types.float32(types.uint16), codegen
-
-
-@intrinsic
-def _half_of_float32(context, value):
-    def codegen(_, builder, __, args):
-        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
-
-    return types.uint16(types.float32), codegen
-
-
-@intrinsic
-def _float32_of_bits(context, bits):
-    def codegen(_, builder, __, args):
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return types.float32(types.uint32), codegen
-
-
-@intrinsic
-def _bits_of_float32(context, value):
-    def codegen(_, builder, __, args):
-        return builder.bitcast(args[0], ir.IntType(32))
-
-    return types.uint32(types.float32), codegen
-
-
 @njit(nogil=True, inline="always")
 def _value(bits, kind):
     """Bits -> float32, exactly."""
     if kind == F16:
-        return _float32_of_half(np.uint16(bits))
+        return float32_of_half(np.uint16(bits))
     if kind == BF16:
-        return _float32_of_bits(np.uint32(bits) << np.uint32(16))
-    return _float32_of_bits(np.uint32(bits))
+        return float32_of_bits(np.uint32(bits) << np.uint32(16))
+    return float32_of_bits(np.uint32(bits))
 
 
 @njit(nogil=True, inline="always")
@@ -77,8 +44,8 @@ def _bits(value, kind):
     gets the highest bit of its payload instead.
     """
     if kind == F16:
-        return np.uint32(_half_of_float32(value))
-    wide = _bits_of_float32(value)
+        return np.uint32(half_of_float32(value))
+    wide = bits_of_float32(value)
     if kind == BF16:
         rounded = wide + np.uint32(0x7FFF) + ((wide >> np.uint32(16)) & np.uint32(1))
         is_nan = np.uint32(wide & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
