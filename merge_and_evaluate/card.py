@@ -28,26 +28,15 @@ def write_card(directory: Path, name: str, report: dict) -> None:
     write_file(directory / "README.md", card_text(name, report).encode())
 
 
-def add_scores(directory: Path, document: dict, limit) -> None:
-    """Put the scores of a results document into the card of a merged model, if it is one of ours; what else the card
-    holds by now stays. limit: of the items, None for all."""
+def add_scores(directory: Path, title: str, table: str) -> None:
+    """Put a table of scores into the card of a merged model, if it is one of ours; what else the card holds by now
+    stays."""
     path, card = directory / MERGE_REPORT, directory / "README.md"
     report = read_json(path) if path.is_file() else {}
     if "method" not in report:  # reports of earlier versions lack it
         return
     text = card.read_text(encoding="utf-8") if card.is_file() else card_text(directory.resolve().name, report)
-    table = scores_text(document["summary"], limit)
-    write_file(card, with_scores(text, title_of(document, limit), table).encode())
-
-
-def title_of(document: dict, limit) -> str:
-    """What tells the scores of one eval recipe from another's: 'arc_challenge, mmlu (25/5-shot, limit 20)'."""
-    found = [task.get("num_fewshot") for task in document["summary"]["tasks"].values()]
-    shots = dict.fromkeys(str(count) for count in found if count is not None)
-    how = [f"{'/'.join(shots)}-shot"] if shots else []
-    how += [] if limit is None else [f"limit {limit:g}"]
-    how += ["chat template"] if document.get("chat_template_sha") else []
-    return ", ".join(document["provenance"]["tasks"]) + (f" ({', '.join(how)})" if how else "")
+    write_file(card, with_scores(text, title, table).encode())
 
 
 def with_scores(text: str, title: str, table: str) -> str:
@@ -112,19 +101,3 @@ def _pruned(vector: dict) -> str:
     how = f"n:m, {vector['n']} of every {vector['m']}" if by == "nm" else f"{by}, density {vector['density']:g}"
     said = [how] + ["conflict-aware"] * bool(vector["conflict_aware"]) + ["rescaled"] * bool(vector["rescale"])
     return ", ".join([*said, f"number {vector['position']} of {len(vector['order'])}"])
-
-
-def scores_text(summary: dict, limit) -> str:
-    """The summary's scores as a table; of a score on the first items alone, how many those are."""
-    lines = ["| task | metric | shots | items | score |", "|---|---|---|---|---|"]
-    for task, figures in summary["tasks"].items():
-        if figures["value"] is None:
-            continue
-        scale = 100 if 0 <= figures["value"] <= 1 else 1
-        error = "" if figures.get("stderr") is None else f" ± {figures['stderr'] * scale:.2f}"
-        shots, items = ("–" if figures.get(key) is None else figures[key] for key in ("num_fewshot", "samples"))
-        cut = "" if limit is None else f", limit {limit:g}"
-        lines.append(
-            f"| {task} | {figures['metric']} | {shots} | {items}{cut} | {figures['value'] * scale:.2f}{error} |"
-        )
-    return "\n".join(lines)

@@ -104,6 +104,17 @@ def limit_of(document: dict):
     return limit if limit is not None else (document.get("provenance") or {}).get("limit")
 
 
+def way_of_asking(document: dict) -> str:
+    """What tells scores of the same model apart: 'arc_challenge, mmlu (25/5-shot, limit 20)'."""
+    found = [task.get("num_fewshot") for task in document["summary"]["tasks"].values()]
+    shots = dict.fromkeys(str(count) for count in found if count is not None)
+    how = [f"{'/'.join(shots)}-shot"] if shots else []
+    limit = limit_of(document)
+    how += [] if limit is None else [f"limit {limit:g}"]
+    how += ["chat template"] if document.get("chat_template_sha") else []
+    return ", ".join(document["provenance"]["tasks"]) + (f" ({', '.join(how)})" if how else "")
+
+
 def summary_text(summary: dict, limit=None) -> str:
     """The summary as a Markdown table: task, metric, shots, items, score."""
     lines = [f"| {marked(summary['name'], limit)} | metric | shots | items | score |", "|---|---|---|---|---|"]

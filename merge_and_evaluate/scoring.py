@@ -16,7 +16,16 @@ from merge_and_evaluate.eval_recipes import EvalRecipe
 from merge_and_evaluate.eval_tasks import Tasks
 from merge_and_evaluate.evaluation import eval_identity, evaluate
 from merge_and_evaluate.in_memory import LoadedModel
-from merge_and_evaluate.results import limit_of, print_results, provenance, with_summary, write_results, write_samples
+from merge_and_evaluate.results import (
+    limit_of,
+    print_results,
+    provenance,
+    summary_text,
+    way_of_asking,
+    with_summary,
+    write_results,
+    write_samples,
+)
 from merge_and_evaluate.scores import missing_scores
 
 OF_A_CHOICE = ("chosen", "weights", "recipe")  # what a results file's summary says of how its model was chosen
@@ -123,8 +132,13 @@ def score(scoring: Scoring, model: Model, path: Path, **chosen) -> dict | None:
         for written in write_samples(path, document.get("samples", {})):
             print(f"wrote {written}")
     write_results(path, result)
-    add_scores(Path(model.path), result, limit_of(result))
+    _put_into_card(model, result)
     return result
+
+
+def _put_into_card(model: Model, document: dict) -> None:
+    table = summary_text(document["summary"], limit_of(document))
+    add_scores(Path(model.path), way_of_asking(document), table)
 
 
 def scored_before(scoring: Scoring, model: Model, path: Path) -> dict | None:
@@ -157,7 +171,7 @@ def score_or_reuse(scoring: Scoring, model: Model, path: Path, overwrite: bool, 
         return
     before["summary"].update(chosen)
     write_results(path, before)
-    add_scores(Path(model.path), before, limit_of(before))
+    _put_into_card(model, before)
     print_results(before)
     print(f"wrote {path}")
 

@@ -8,7 +8,8 @@ from recipes_and_models import merge_and_score, write_yaml
 
 import merge_and_evaluate_7b
 import prune_task_vector_7b
-from merge_and_evaluate.card import add_scores, scores_text, with_scores
+from merge_and_evaluate.card import with_scores
+from merge_and_evaluate.results import way_of_asking
 
 CARD = "---\nlicense: mit\n---\n\n# merged\n\nMerged.\n\n## Recipe\n\n```yaml\na: b\n```\n\n## Command\n"
 
@@ -30,38 +31,27 @@ def test_a_card_that_a_user_rewrote_keeps_what_it_says():
     assert with_scores(found + "\n## Thanks\n", "arc", "| arc |\n|---|\n| 3 |").endswith("| 3 |\n\n## Thanks\n")
 
 
-def test_a_score_on_the_first_items_says_so():
-    task = {"metric": "acc,none", "value": 0.5, "stderr": 0.1, "num_fewshot": 5, "samples": 20}
-    assert scores_text({"tasks": {"arc": task}}, 20).endswith("| arc | acc,none | 5 | 20, limit 20 | 50.00 ± 10.00 |")
-    assert scores_text({"tasks": {"arc": task}}, None).endswith("| arc | acc,none | 5 | 20 | 50.00 ± 10.00 |")
-
-
-def test_the_same_tasks_asked_otherwise_stand_beside(tmp_path):
+def test_the_same_tasks_asked_otherwise_stand_beside():
     """A quick look at twenty items, other shots, a chat template: none of them replaces the scores on all items."""
-    report = {"method": "task_arithmetic", "models": {"a/b": "0"}, "recipe": "a: b", "command": "x"}
-    (tmp_path / "merge_report.json").write_text(json.dumps(report))
 
-    def scored(value: float, shots: int = 5, limit=None, template=None) -> str:
-        task = {"metric": "acc,none", "value": value, "stderr": None, "num_fewshot": shots, "samples": 80}
-        document = {
-            "provenance": {"tasks": ["arc"]},
-            "summary": {"tasks": {"arc": task}},
-            "chat_template_sha": template,
-        }
-        add_scores(tmp_path, document, limit)
-        return (tmp_path / "README.md").read_text()
+    def title(shots: int = 5, limit=None, template=None) -> str:
+        summary = {"tasks": {"arc": {"num_fewshot": shots}, "wino": {"num_fewshot": shots}}}
+        document = {"provenance": {"tasks": ["arc", "wino"], "limit": limit}, "summary": summary}
+        return way_of_asking({**document, "chat_template_sha": template})
 
-    scored(0.1)
-    scored(0.2, limit=20)
-    scored(0.3, shots=0)
-    text = scored(0.4, template="abc")
-    assert [line for line in text.splitlines() if line.startswith("### ")] == [
-        "### arc (5-shot)",
-        "### arc (5-shot, limit 20)",
-        "### arc (0-shot)",
-        "### arc (5-shot, chat template)",
+    titles = [title(), title(limit=20), title(shots=0), title(template="abc"), title(shots=0, limit=0.5)]
+    assert titles == [
+        "arc, wino (5-shot)",
+        "arc, wino (5-shot, limit 20)",
+        "arc, wino (0-shot)",
+        "arc, wino (5-shot, chat template)",
+        "arc, wino (0-shot, limit 0.5)",
     ]
-    assert scored(0.5) == text.replace(" 10.00 |", " 50.00 |")
+    text = CARD
+    for number, name in enumerate(titles):
+        text = with_scores(text, name, f"| arc |\n|---|\n| {number} |")
+    assert [line for line in text.splitlines() if line.startswith("### ")] == [f"### {name}" for name in titles]
+    assert with_scores(text, titles[0], "| arc |\n|---|\n| 9 |") == text.replace("| 0 |", "| 9 |")
 
 
 @pytest.mark.slow
@@ -77,7 +67,7 @@ def test_scoring_by_a_second_recipe_keeps_the_first_ones_scores(here):
     tables = [line for line in first.splitlines() if line.startswith(("### ", "| "))]
     assert tables and all(line in text for line in tables)
     assert "\n### shades (0-shot, limit 2)\n" in text
-    assert ", limit 2 |" in text
+    assert "| merged (limit 2) | metric | shots | items | score |" in text
     assert "A line of the user's." in text
 
 
