@@ -112,7 +112,12 @@ def add_pruning_flags(parser: argparse.ArgumentParser) -> None:
         default="model",
         help="model: base + pruned vector; task_vector: the pruned vector (default: model)",
     )
-    add("--device", default="cpu", metavar="cpu|cuda|cuda:1|mps", help="where to prune; same bits (default: cpu)")
+    add(
+        "--device",
+        default="cpu",
+        metavar="cpu|cuda|cuda:1|mps",
+        help="where to prune: the same bits, and no faster on a GPU (default: cpu)",
+    )
 
 
 def parse_args(argv=None) -> argparse.Namespace:

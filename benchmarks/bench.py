@@ -72,7 +72,8 @@ def vector_cases(directory: Path) -> dict[str, dict]:
         "prune magnitude": prune(directory, "--pruning_method", "magnitude"),
     }
     if shutil.which("nvidia-smi"):
-        rows["prune nm 64:256, cuda"] = prune(directory, "--device", "cuda")
+        for name, method in (("nm 64:256", "nm"), ("random", "random"), ("magnitude", "magnitude")):
+            rows[f"prune {name}, cuda"] = prune(directory, "--pruning_method", method, "--device", "cuda")
     return rows
 
 
@@ -233,31 +234,42 @@ def measure_kernels() -> dict[str, float]:
 
 
 def measure_gpu() -> dict[str, float]:
-    """GB/s of bits read by nm 64:256 on the GPU, and of a plain copy on it (bytes read); empty without a GPU."""
+    """ns per element of each method's mask of a float16 vector on the GPU, and of a plain copy on it and to it; empty
+    without a GPU."""
+    import numpy as np
     import torch
 
     if not torch.cuda.is_available():
         return {}
-    from common.pruners.kernels.torch_engine import nm_mask
+    from common.pruners.kernels import engine
 
-    bits = torch.randint(0, 0x7C00, (1 << 26,), dtype=torch.int16, device="cuda")
-    mask = torch.empty_like(bits, dtype=torch.uint8)
+    gpu = engine("cuda")
+    values = (np.random.default_rng(0).standard_normal(gpu.BLOCK) * 0.002).astype(np.float16).view(np.uint16)
+    bits = gpu.load(values)
+    mask, taken = gpu.empty_masks(2, values.size)
+    gpu.nm_mask(taken, bits, "F16", None, 0, 64, 256)
+    counts = np.zeros((1, 1 << 15), np.int64)
+    calls = {
+        "nm 64:256, first vector": lambda: gpu.nm_mask(mask, bits, "F16", None, 0, 64, 256),
+        "nm 64:256, second vector": lambda: gpu.nm_mask(mask, bits, "F16", taken, 1, 64, 256),
+        "random": lambda: gpu.random_mask(mask, 0, 7, None, [1 << 30]),
+        "magnitude, counting": lambda: gpu.count_keys(counts, bits, "F16", None, 0, 0, 1 << 15, 0),
+        "magnitude, mask": lambda: gpu.threshold_mask(mask, bits, "F16", None, 0, 0x1800, 5),
+        "copy on the card": bits.clone,
+        "copy to the card": lambda: gpu.load(values),
+    }
 
-    def rate(call):
+    def nanoseconds(call) -> float:
         for _ in range(3):
             call()
         torch.cuda.synchronize()
         start = time.perf_counter()
-        for _ in range(10):
+        for _ in range(20):
             call()
         torch.cuda.synchronize()
-        return 10 * bits.nbytes / (time.perf_counter() - start) / 1e9
+        return (time.perf_counter() - start) / 20 / values.size * 1e9
 
-    return {
-        "name": torch.cuda.get_device_name(),
-        "nm_GB_per_s": rate(lambda: nm_mask(mask, bits, "F16", None, 0, 64, 256)),
-        "copy_GB_per_s": rate(lambda: bits.clone()),
-    }
+    return {"name": torch.cuda.get_device_name()} | {name: nanoseconds(call) for name, call in calls.items()}
 
 
 def make(directory: Path, layers: int, *names: str) -> None:
@@ -364,9 +376,8 @@ def main(argv=None) -> None:
         f"topk + scatter {kernels['topk_scatter_ns']:.1f} ns, {kernels['topk_scatter_ns'] / kernels['ours_ns']:.0f} ×"
     )
     if gpu:
-        print(
-            f"{gpu['name']}: nm kernel {gpu['nm_GB_per_s']:.0f} GB/s, copy on the card {gpu['copy_GB_per_s']:.0f} GB/s"
-        )
+        rates = [f"{name} {figure:.3f}" for name, figure in gpu.items() if name != "name"]
+        print(f"{gpu['name']}, ns per element: " + ", ".join(rates))
     print(json.dumps({"results": results, "kernels": kernels, "gpu": gpu}))
 
 

@@ -12,6 +12,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
+def _cuda_is_there() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+NO_CUDA = pytest.mark.skipif(not _cuda_is_there(), reason="torch sees no CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=NO_CUDA)]
+
+
 def first_quick(*cases) -> list:
     """Parameters of which the first runs always, the others only where slow tests do.
 

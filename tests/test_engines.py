@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import first_quick
+from conftest import DEVICES, first_quick
 from masks_by_block import masks_by_block
 
 from common.pruners import kernels
@@ -15,8 +15,6 @@ from common.pruners.kernels.torch_engine import engine
 from common.pruners.pruning import Pruning
 from common.pruners.tally import new_counts, tallies
 
-NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
-DEVICES = ["cpu", pytest.param("cuda", marks=NO_CUDA)]
 BITS = {"F16": np.uint16, "BF16": np.uint16, "F32": np.uint32}
 
 
@@ -52,7 +50,8 @@ def pruned(pruning, dtype, vectors, base, arithmetic, block):
             added, kept = np.empty((2, stop - start), BITS[dtype])
             assert arithmetic.add_kept(added, below, dtype, bits[j], dtype, mask, pruning.scale)
             assert arithmetic.keep_vector(kept, bits[j], dtype, mask, pruning.scale)
-            out += [added, kept, np.asarray(mask.cpu() if isinstance(mask, torch.Tensor) else mask)]
+            # copied: the next block's mask takes its place
+            out += [added, kept, np.array(mask.cpu() if isinstance(mask, torch.Tensor) else mask)]
     return np.concatenate([part.astype(np.uint64) for part in out]), tallies(counts, numel)
 
 

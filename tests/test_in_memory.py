@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import first_quick, save_model
+from conftest import DEVICES, first_quick, save_model
 from recipes_and_models import RECIPE, left_over, merge, merge_and_score, write_yaml
 
 from common.errors import DataError
@@ -36,10 +36,11 @@ def equal_bits(left: dict, right: dict) -> bool:
 
 
 def as_integers(state: dict) -> dict:
-    """bfloat16, which numpy does not have, as 16-bit integers; the rest as it is."""
+    """On the CPU; bfloat16, which numpy does not have, as 16-bit integers, the rest as it is."""
     import torch
 
-    return {n: t.view(torch.int16) if t.dtype == torch.bfloat16 else t for n, t in state.items()}
+    on_cpu = {n: t.cpu() for n, t in state.items()}
+    return {n: t.view(torch.int16) if t.dtype == torch.bfloat16 else t for n, t in on_cpu.items()}
 
 
 def tied_models(folder) -> None:
@@ -58,16 +59,17 @@ def tied_models(folder) -> None:
 # --- bit for bit ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", first_quick("float16", "bfloat16", "float32"))
 @pytest.mark.parametrize("scored_in", first_quick("auto", "float32", "bfloat16"))
 @pytest.mark.parametrize("method", first_quick("task_arithmetic", "cabs"))
-def test_what_is_scored_is_what_is_written(here, dtype, scored_in, method):
+def test_what_is_scored_is_what_is_written(here, device, dtype, scored_in, method):
     """Filled, filled with another weight, filled again: the same bits as the written model in the dtype it is scored
     in."""
     write_yaml(here / "recipe.yml", {**RECIPE, "merge_method": method, "out_dtype": dtype})
     merge()
     args = "" if scored_in == "auto" else f"dtype={scored_in}"
-    recipe = read_eval_recipe("eval.yml", device="cpu", model_args=args or None)
+    recipe = read_eval_recipe("eval.yml", device=device, model_args=args or None)
     plan = plan_merge(read_recipe("recipe.yml"), "elsewhere", SETTINGS)
     before = {path.name: file_hash(path) for path in (here / "base").glob("*.safetensors")}
     with loaded_model(recipe, plan, SETTINGS) as (loaded, reason):
@@ -75,11 +77,11 @@ def test_what_is_scored_is_what_is_written(here, dtype, scored_in, method):
         other = plan_merge(with_weights(plan.recipe, (0.3,)), "elsewhere", SETTINGS)
         for each in (plan, other, plan):
             fill(loaded, each, SETTINGS, "merge")
+        assert loaded.lm.model.device.type == device
         state = as_integers(loaded.lm.model.state_dict())
         # lm-eval scores a float16 model in float32 on a CPU, which holds every one of its values
-        expected = (
-            "float32" if scored_in == "auto" and dtype == "float16" else dtype if scored_in == "auto" else scored_in
-        )
+        on_its_own = "float32" if (device, dtype) == ("cpu", "float16") else dtype
+        expected = on_its_own if scored_in == "auto" else scored_in
         assert equal_bits(state, as_integers(written_state("merged", expected)))
     assert before == {path.name: file_hash(path) for path in (here / "base").glob("*.safetensors")}
     assert left_over(here) == {"merged"}
@@ -186,10 +188,11 @@ def scores_of(path) -> dict:
 
 
 @pytest.mark.slow
-def test_a_sweep_in_memory_is_the_sweep_on_disk(here, capsys):
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_sweep_in_memory_is_the_sweep_on_disk(here, device, capsys):
     """The same scores, items and winner as with a directory each, through lm-eval itself; nothing but the winner is
     written."""
-    flags = ["--weights", "0.3", "0.9", "--choose_on", "colours"]
+    flags = ["--weights", "0.3", "0.9", "--choose_on", "colours", "--device", device]
     merge_and_score(*flags)
     assert in_memory.IN_MEMORY in capsys.readouterr().out
     names = ("results_weight_0.3.json", "results_weight_0.9.json", "results.json")

@@ -14,7 +14,7 @@ import pytest
 import torch
 import zoo
 from checkpoints import SHAPES, chain, extract, files, load, prune, prune_arguments, refusal, run, state, write
-from conftest import ROOT
+from conftest import DEVICES, ROOT
 
 KINDS = ["mistral", "qwen2", "gpt2"]
 METHODS = {
@@ -117,9 +117,10 @@ def test_convert_and_extract(zoos, kind):
         assert record["tensors"].keys() == half.keys()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_prune(zoos, tmp_path, kind, method):
+def test_prune(zoos, tmp_path, kind, method, device):
     """Two vectors, base + pruned vector in the base's dtype."""
     folder = zoos[kind]
     run(
@@ -134,6 +135,8 @@ def test_prune(zoos, tmp_path, kind, method):
         tmp_path / "pb",
         "--max_shard_size",
         "4KB",
+        "--device",
+        device,
         *METHODS[method],
     )
     base, vectors = load(folder / "half"), [load(folder / "va"), load(folder / "vb")]
