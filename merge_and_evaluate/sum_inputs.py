@@ -1,6 +1,7 @@
 """What sums.py is given: blocks, the rule of a tensor, and torch's order of summation, without compiled code."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -8,9 +9,10 @@ F16, BF16 = 0, 1
 _KIND = {"F16": F16, "BF16": BF16, "F32": 2}
 
 
-def _address(array: np.ndarray) -> int:
-    if not array.flags.c_contiguous:
-        raise ValueError("a block is contiguous")
+def _address(array: np.ndarray, size: int) -> int:
+    """Where `size` elements begin; the kernels check no bounds."""
+    if array.size != size or not array.flags.c_contiguous:
+        raise ValueError(f"contiguous blocks of one size, got {array.size} elements beside {size}")
     return array.__array_interface__["data"][0]
 
 
@@ -21,10 +23,12 @@ class Block:
     bits: np.ndarray
     dtype: str
 
-    @property
-    def place(self) -> tuple[int, int]:
-        """(address, kind) for the kernels: compiled once for any number and any dtypes of a recipe's models."""
-        return _address(self.bits), _KIND[self.dtype]
+    def place(self, size: int) -> tuple[int, int]:
+        """(address, kind) for the kernels: compiled once for any number and any dtypes of a recipe's models.
+
+        Raises ValueError unless the block has `size` elements.
+        """
+        return _address(self.bits, size), _KIND[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -42,22 +46,20 @@ class Rule:
     scales: tuple[float, ...] | None = None
 
 
-def _addresses(arrays, size: int) -> np.ndarray:
-    """int64 [arrays]: where arrays of `size` elements each begin; the kernels check no bounds."""
-    if any(array.size != size for array in arrays):
-        raise ValueError(f"blocks of one size, got {[array.size for array in arrays]} beside {size}")
-    return np.array([_address(array) for array in arrays], np.int64)
+@cache
+def _kinds(dtypes: tuple[str, ...]) -> np.ndarray:
+    return np.array([_KIND[dtype] for dtype in dtypes], np.int64)
 
 
 def terms_of(blocks: list[Block], masks, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(addresses, kinds, addresses of the masks) of the models or vectors that are summed."""
-    kinds = np.array([_KIND[block.dtype] for block in blocks], np.int64)
-    return _addresses([block.bits for block in blocks], size), kinds, _addresses(masks, size)
+    """(addresses, kinds, addresses of the masks) of the models or vectors that are summed, int64 [blocks or masks].
 
-
-def check_size(block: Block, size: int) -> None:
-    """Raise ValueError unless a block has `size` elements."""
-    _addresses([block.bits], size)
+    Raises ValueError unless each has `size` elements.
+    """
+    places = [_address(block.bits, size) for block in blocks]
+    kept = [_address(mask, size) for mask in masks]
+    kinds = _kinds(tuple([block.dtype for block in blocks]))
+    return np.array(places, np.int64), kinds, np.array(kept, np.int64)
 
 
 def in_order(numel: int) -> int:

@@ -22,7 +22,7 @@ import numpy as np
 
 from common.pruners.kernels.bits import bits_of_float32, float32_of_bits, float32_of_half, half_of_float32
 from common.pruners.kernels.compiler import carray, intrinsic, njit, types
-from merge_and_evaluate.sum_inputs import BF16, F16, Block, Rule, check_size, in_order, sum_of_weights, terms_of
+from merge_and_evaluate.sum_inputs import BF16, F16, Block, Rule, in_order, sum_of_weights, terms_of
 
 _CHUNK = 1024  # elements: float32 rows of two models and what is beside them, 24 kB, stay in a core's first-level cache
 # Division as in numpy: x / 0 is infinite, which is reported as not finite. Python's would raise, and does not
@@ -167,7 +167,7 @@ def linear(out: Block, models: list[Block], weights: tuple[float, ...], normaliz
     """
     size, divisor = out.bits.size, sum_of_weights(weights) if normalize else np.float32(1)
     numbers = np.array(weights, np.float32)
-    return bool(_linear_kernel()(out.place, size, terms_of(models, (), size), numbers, divisor))
+    return bool(_linear_kernel()(out.place(size), size, terms_of(models, (), size), numbers, divisor))
 
 
 # --- mergekit's sums of differences ---------------------------------------------------------------
@@ -333,9 +333,8 @@ def delta_sum(out: Block, base: Block, models: list[Block], rule: Rule, place: t
     scales = np.array(rule.scales or [1.0] * len(models), np.float32)
     numbers = (scales, np.array(rule.weights, np.float32), rule.elect, rule.elect and rule.normalize)
     terms = terms_of(models, () if masks is None else masks, size)
-    check_size(base, size)
     how = (*numbers, divisor, np.float32(rule.scale))
-    return bool(_delta_kernel()(out.place, base.place, terms, how, (size, in_order(numel) - at)))
+    return bool(_delta_kernel()(out.place(size), base.place(size), terms, how, (size, in_order(numel) - at)))
 
 
 # --- our sums of pruned vectors -------------------------------------------------------------------
@@ -415,5 +414,4 @@ def vector_sum(
     one vector alone keeps gets its w·v, as without. 0.3, 0.1 and −0.2 kept by three -> base + 0.2.
     """
     size, how = out.bits.size, (np.array(weights, np.float32), consensus)
-    check_size(base, size)
-    return bool(_vector_kernel()(out.place, base.place, terms_of(vectors, masks, size), size, how))
+    return bool(_vector_kernel()(out.place(size), base.place(size), terms_of(vectors, masks, size), size, how))

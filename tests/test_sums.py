@@ -321,3 +321,5 @@ def test_blocks_that_do_not_fit_are_no_blocks():
         sums.linear(four, [five], (1.0,))
     with pytest.raises(ValueError, match="contiguous"):
         sums.linear(four, [Block(np.zeros(8, np.uint16)[::2], "F16")], (1.0,))
+    with pytest.raises(ValueError, match="blocks of one size"):
+        sums.vector_sum(four, four, [four], [np.ones(5, np.uint8)], (1.0,))

@@ -69,6 +69,18 @@ def _largest(bits, kind):
     return np.uint32(most)
 
 
+@njit(nogil=True, inline="always")
+def _largest_and_nonzero(bits, kind):
+    """(the largest magnitude, as bits; how many are not zero) in one pass, both as wide as an element: 4096 fit."""
+    as_bits = bits.dtype.type
+    mask, most, count = as_bits(_MAGNITUDE[kind]), as_bits(0), as_bits(0)
+    for i in range(bits.size):
+        magnitude = as_bits(bits[i] & mask)
+        most = max(most, magnitude)
+        count = as_bits(count + as_bits(magnitude != as_bits(0)))
+    return np.uint32(most), np.int64(count)
+
+
 @cache
 def _all_finite_kernel(kind):
     @njit(nogil=True, cache=True)
@@ -134,16 +146,15 @@ def clamp(bits, dtype) -> None:
 
 
 @njit(nogil=True, inline="always")
+def _rounded(bits, kind, target):
+    """Bits of `kind` -> float32, rounded to `target` first. LLVM would keep the two conversions that change nothing."""
+    return _value(bits, kind) if kind == target else _value(_bits(_value(bits, kind), target), target)
+
+
+@njit(nogil=True, inline="always")
 def _subtract_chunk(left, left_kind, right, right_kind, out, kind):
-    """out = left - right, both rounded to `kind` first -> how many are not zero."""
-    differs = np.uint32(0)  # and each sum cast back to it: in numba's 64 bits the loop has half the lanes
     for i in range(left.size):
-        minuend = _value(_bits(_value(left[i], left_kind), kind), kind)
-        subtrahend = _value(_bits(_value(right[i], right_kind), kind), kind)
-        bits = _bits(minuend - subtrahend, kind)
-        out[i] = bits
-        differs = np.uint32(differs + np.uint32(np.uint32(bits & _MAGNITUDE[kind]) != np.uint32(0)))
-    return differs
+        out[i] = _bits(_rounded(left[i], left_kind, kind) - _rounded(right[i], right_kind, kind), kind)
 
 
 @cache
@@ -153,8 +164,9 @@ def _subtract_kernel(left_kind, right_kind, kind):
         differs, most = 0, np.uint32(0)
         for start in range(0, left.size, _CHUNK):
             part = slice(start, start + _CHUNK)
-            differs += _subtract_chunk(left[part], left_kind, right[part], right_kind, out[part], kind)
-            most = max(most, _largest(out[part], kind))
+            _subtract_chunk(left[part], left_kind, right[part], right_kind, out[part], kind)
+            largest, nonzero = _largest_and_nonzero(out[part], kind)
+            differs, most = differs + nonzero, max(most, largest)
         return differs, most < _INFINITY[kind]
 
     return subtract
@@ -243,18 +255,6 @@ def _chunk_energy(vector, mask, kind, as_sum):
         kept += square if mask[i] else as_sum(0)
         every += square
     return kept, every
-
-
-@njit(nogil=True, inline="always")
-def _largest_and_nonzero(bits, kind):
-    """(the largest magnitude, as bits; how many are not zero) in one pass, both as wide as an element: 4096 fit."""
-    as_bits = bits.dtype.type
-    mask, most, count = as_bits(_MAGNITUDE[kind]), as_bits(0), as_bits(0)
-    for i in range(bits.size):
-        magnitude = as_bits(bits[i] & mask)
-        most = max(most, magnitude)
-        count = as_bits(count + as_bits(magnitude != as_bits(0)))
-    return np.uint32(most), np.int64(count)
 
 
 @njit(nogil=True, inline="always")
