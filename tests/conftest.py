@@ -119,6 +119,25 @@ def here(models, tmp_path, monkeypatch) -> Path:
     return set_the_table(tmp_path, models)
 
 
+@pytest.fixture
+def long_tasks(here) -> None:
+    """eval.yml with three tasks of many items (long_tasks.py)."""
+    from long_tasks import EVAL, save_long_tasks
+    from recipes_and_models import write_yaml
+
+    save_long_tasks(here / "tasks")
+    write_yaml(here / "eval.yml", EVAL)
+
+
+@pytest.fixture
+def asked(here, long_tasks, monkeypatch) -> list[tuple[str, str, int]]:
+    """What a race asks for, without models; 1,000 items to choose on, for all five rounds (long_tasks.py)."""
+    from long_tasks import save_long_tasks, without_models
+
+    save_long_tasks(here / "tasks", times=5)
+    return without_models(monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Path:
     """A copy of the repository with the downloads of the README in it (workplace.py)."""

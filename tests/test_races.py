@@ -1,10 +1,9 @@
-"""Races and searches over real merges: what is scored, recorded, resumed, refused; lm-eval stood in for where it can
-be.
+"""Races between weights, over real merges: what is scored, recorded, resumed, refused; lm-eval stood in for where it
+can be.
 """
 
 import csv
 import json
-import math
 import re
 import signal
 import subprocess
@@ -14,98 +13,16 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT
+from long_tasks import EVAL, LOSS, TASKS, change_task, race, results
 from recipes_and_models import RECIPE, left_over, merge_and_score, write_yaml
 
 import merge_and_evaluate_7b
 from common.errors import DataError
-from merge_and_evaluate import choosing, in_memory, racing, scoring, sweep
+from merge_and_evaluate import racing
 from merge_and_evaluate.race_plan import ROUNDS
 
-TASKS = {"colours": 120, "shades": 60, "tints": 80}  # items of each
-EVAL = {"model": "hf", "include_path": "./tasks", "tasks": list(TASKS), "batch_size": 16, "device": "cpu"}
-
-
-def save_long_tasks(folder, times: int = 1) -> None:
-    """The three tasks with many different items, answers drawn at random: candidates of random weights score by
-    chance."""
-    things = ["sky", "grass", "snow", "coal", "blood", "lemon"]
-    colours = ["blue", "green", "white", "black", "red", "yellow"]
-    for task, count in TASKS.items():
-        draw, lines = np.random.default_rng(list(TASKS).index(task)), []
-        for _ in range(times * count):
-            text = "the " + " ".join(draw.choice(things, 5))
-            lines.append(
-                {"thing": text, "choices": draw.permutation(colours)[:4].tolist(), "gold": int(draw.integers(4))}
-            )
-        data = folder / f"{task}.jsonl"
-        data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        config = json.loads((folder / f"{task}.yaml").read_text())
-        config["dataset_kwargs"]["data_files"]["test"] = str(data)
-        (folder / f"{task}.yaml").write_text(json.dumps(config))
-
-
-@pytest.fixture(autouse=True)
-def long_tasks(here):
-    save_long_tasks(here / "tasks")
-    write_yaml(here / "eval.yml", EVAL)
-
-
-@pytest.fixture
-def asked(here, long_tasks, monkeypatch) -> list[tuple[str, str, int]]:
-    """1,000 items to choose on, for all five rounds. lm-eval stood in for: an item is right if its number, spread
-    evenly over 0..1, is below a score that peaks at weight 0.9. Returns every (candidate, task, item) that was asked
-    for. No model is loaded or merged to be scored."""
-    save_long_tasks(here / "tasks", times=5)
-    found, weight, label = [], [], []
-
-    def model_to_score(making, candidate, name, save_path):
-        weight[:] = [model["parameters"]["weight"] for model in candidate.merge.recipe.config["models"]]
-        label[:] = [candidate.label]
-        return candidate.model(name)
-
-    def score_items(lm, recipe, loaded, metrics, samples):
-        records = {}
-        for task, numbers in samples.items():
-            found.extend((label[0], task, number) for number in numbers)
-            score = 0.9 - 0.2 * abs(np.mean(weight) - 0.9)
-            spread = [(number * 0.618034) % 1 for number in numbers]
-            records[task] = {
-                "doc": [f"{number:016x}" for number in numbers],
-                "value": [int(x < score) for x in spread],
-                "gold": [min(0.99, max(0.01, score + 0.1 * math.sin(number))) for number in numbers],
-            }
-        return records
-
-    class Nothing:
-        def __enter__(self):
-            return None
-
-        def __exit__(self, *_):
-            return None
-
-    monkeypatch.setattr(racing, "model_to_score", model_to_score)
-    monkeypatch.setattr(racing, "score_items", score_items)
-    monkeypatch.setattr(racing, "opened", lambda *_: Nothing())
-    monkeypatch.setattr(scoring, "evaluate", whole_document)
-    return found
-
-
-def whole_document(recipe, model, tasks, identity, filled=None) -> dict:
-    """What stands in for lm-eval where the winner is reported."""
-    scores = {name: {"acc,none": 0.5, "acc_stderr,none": 0.01} for name in tasks.names}
-    empty = ("group_subtasks", "n-shot", "n-samples", "higher_is_better", "versions", "configs")
-    return {"results": scores, **{key: {} for key in empty}}
-
-
-def race(*flags: str) -> None:
-    merge_and_score("--race", *flags)
-
-
+pytestmark = pytest.mark.usefixtures("long_tasks")
 RACE = ("0.5", "--weights", "0.1", "0.3", "0.6", "0.9", "1.2", "--choose_on", "colours", "tints")
-
-
-def results(here) -> dict:
-    return json.loads((here / "results.json").read_text())
 
 
 # --- what a race does -----------------------------------------------------------------------------
@@ -182,192 +99,6 @@ def test_a_race_without_choose_on_scores_the_winner_in_full(here, asked, capsys)
     assert "which flatters it" in capsys.readouterr().out
 
 
-# --- recipes --------------------------------------------------------------------------------------
-
-
-def save_recipes(here, **weights: float) -> list[str]:
-    """A recipe for each name, with that weight for both models; ties sweeps its lambda. -> what --recipe takes."""
-    for name, weight in weights.items():
-        models = [{**model, "parameters": {"weight": weight}} for model in RECIPE["models"]]
-        write_yaml(here / f"{name}.yml", {**RECIPE, "models": models})
-    return ["--recipe", *(f"{name}.yml" for name in weights)]
-
-
-def race_recipes(*flags: str) -> None:
-    merge_and_evaluate_7b.main(["--eval_recipe", "eval.yml", "--save_path", "merged", "--race", *flags])
-
-
-ON = ("--choose_on", "colours", "tints")
-RECIPES = {"far.yml", "near.yml", "off.yml"}
-
-
-def test_recipes_race_with_the_weights_they_have(here, asked, capsys):
-    flags = save_recipes(here, far=0.1, near=0.9, off=0.5)
-    race_recipes("0.5", *flags, *ON)
-    said = capsys.readouterr().out
-    assert {name for name, _, _ in asked} == {"far", "near", "off"} and len(set(asked)) == len(asked)
-    summary = results(here)["summary"]
-    assert summary["name"] == summary["recipe"] == "near" and "weights" not in summary
-    assert [record["recipe"] for record in summary["chosen"]["candidates"]] == ["far", "near", "off"]
-    assert "far drops out after" in said and "near wins after" in said and "chosen: recipe near, by the average" in said
-    assert "round 1 of 5, recipe far: " in said
-    config = json.loads((here / "merged" / "merge_report.json").read_text())
-    assert config["recipe"] == (here / "near.yml").read_text()
-    race_files = {"results_race.json", "results_sweep.csv", "results_sweep.png"}
-    assert left_over(here) - RECIPES == {"merged", "results.json"} | race_files
-    with open("results_sweep.csv") as file:
-        lines = list(csv.DictReader(file))
-    assert [(line["recipe"], line["chosen"]) for line in lines] == [("far", "0"), ("near", "1"), ("off", "0")]
-    taken = [int(line["items"]) for line in lines]
-    assert f"| far ({taken[0]} items) |" in said and "so these scores do not compare" in said
-    assert "samples differ" not in said
-    assert sum(taken) == summary["chosen"]["items"] == len(asked)
-
-
-@pytest.mark.slow
-def test_recipes_race_with_each_of_the_weights(here, asked, capsys):
-    """Every recipe's weight is chosen the same way, in one race; ties' is its lambda."""
-    flags = save_recipes(here, plain=1.0)
-    write_yaml(
-        here / "elect.yml", {**RECIPE, "merge_method": "ties", "parameters": {"lambda": 1.0, "normalize": False}}
-    )
-    race_recipes("0.5", *flags, "elect.yml", "--weights", "0.3", "0.9", *ON, "--name", "best")
-    assert {name for name, _, _ in asked} == {"plain 0.3", "plain 0.9", "elect 0.3", "elect 0.9"}
-    chosen = results(here)["summary"]["chosen"]
-    assert (chosen["recipe"], chosen["weights"]) == ("plain", [0.9]) and results(here)["summary"]["name"] == "best"
-    assert "best: recipe plain with weight 0.9 chosen on colours, tints" in compared(capsys, "results.json")
-    with open("results_sweep.csv") as file:
-        assert next(csv.reader(file))[:2] == ["recipe", "weight"]
-
-
-def compared(capsys, *files: str) -> str:
-    capsys.readouterr()
-    merge_and_evaluate_7b.main(["--compare", *files])
-    return capsys.readouterr().out
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stop_after", [1, 5])
-def test_a_stopped_race_of_recipes_resumes(here, asked, monkeypatch, stop_after):
-    flags = save_recipes(here, far=0.1, near=0.9, off=0.8)
-    race_recipes("0.1", *flags, *ON, "--output_path", "whole.json")
-    whole = list(asked)
-    asked.clear()
-    stand_in, batches = racing.score_items, []
-
-    def stops(*args):
-        if len(batches) == stop_after:
-            raise KeyboardInterrupt
-        batches.append(1)
-        return stand_in(*args)
-
-    monkeypatch.setattr(racing, "score_items", stops)
-    with pytest.raises(KeyboardInterrupt):
-        race_recipes("0.1", *flags, *ON, "--overwrite")
-    assert 0 < len(asked) < len(whole)
-    monkeypatch.setattr(racing, "score_items", stand_in)
-    race_recipes("0.1", *flags, *ON, "--overwrite")
-    assert sorted(asked) == sorted(whole)
-
-
-@pytest.mark.slow
-def test_a_changed_recipe_is_scored_anew_only_if_told(here, asked):
-    race_recipes("0.5", *save_recipes(here, far=0.1, near=0.9), *ON)
-    (here / "results.json").unlink()
-    asked.clear()
-    flags = save_recipes(here, far=0.2, near=0.9)
-    line = "results_race.json: recipe far was scored there with other models, tasks or settings"
-    with pytest.raises(DataError, match=line):
-        race_recipes("0.5", *flags, *ON)
-    race_recipes("0.5", *flags, *ON, "--overwrite")
-    assert {name for name, _, _ in asked} == {"far"}, "what the other scored still counts"
-
-
-def test_recipes_without_a_race_are_all_scored(here, tried_recipes, capsys):
-    """A plain sweep over recipes, each with a results file of its own."""
-    merge_and_evaluate_7b.main(
-        [*save_recipes(here, far=0.1, near=0.9), "--eval_recipe", "eval.yml", "--save_path", "merged"]
-    )
-    assert tried_recipes == ["far", "near"]
-    assert results(here)["summary"]["chosen"]["recipe"] == "near"
-    assert {"results_recipe_far.json", "results_recipe_near.json"} <= left_over(here)
-    said = capsys.readouterr().out
-    assert "recipe near (2 of 2): average 90.00" in said and "chosen: recipe near, by the average" in said
-
-
-@pytest.mark.parametrize(
-    "names, flags, line",
-    [
-        (["a.yml"], [], "a race needs two candidates or more and got 1"),
-        (["a.yml", "a.yml"], [], "--recipe names a.yml twice; name each recipe once"),
-        (["a.yml", "x/a.yml"], [], "--recipe: a.yml and x/a.yml would both be called 'a' in tables; rename one"),
-        (
-            ["a.yml", "gradient.yml"],
-            ["--weights", "1"],
-            "gradient.yml: ./wild: weight is [0.1, 0.9]; a sweep needs one",
-        ),
-        (
-            ["a.yml", "b.yml"],
-            ["--choose_on", "colours", "--report_on", "colours"],
-            "would choose the weight and report",
-        ),
-        (["a.yml", "b.yml", "none.yml"], [], "none.yml: no such recipe"),
-        (["a.yml", "b.yml"], ["--models", "./wild"], "a.yml: --models names 1 and the recipe has 2"),
-    ],
-)
-def test_races_of_recipes_that_are_refused(here, names, flags, line):
-    save_recipes(here, a=0.1, b=0.9)
-    write_yaml(here / "gradient.yml", {**RECIPE, "models": [{"model": "./wild", "parameters": {"weight": [0.1, 0.9]}}]})
-    (here / "x").mkdir()
-    (here / "x" / "a.yml").write_text((here / "a.yml").read_text())
-    before = left_over(here)
-    if len(names) == 1:
-        flags = ["--weights", "1"]
-    for dry in ([], ["--dry_run"]):
-        with pytest.raises(DataError, match=re.escape(line)):
-            race_recipes("0.5", "--recipe", *names, *flags, *dry)
-        assert left_over(here) == before
-
-
-def test_dry_run_of_a_race_of_recipes(here, capsys):
-    flags = save_recipes(here, a=0.1, b=0.9)
-    before = left_over(here)
-    race_recipes("0.5", *flags, "--weights", "0.3", "0.9", "1.2", *ON, "--dry_run")
-    said = capsys.readouterr().out
-    for line in (
-        "merge   a.yml: task_arithmetic, 3 weights",
-        "merge   b.yml: task_arithmetic, 3 weights",
-        "cost    at most 12 merges and 4,800 requests (800 for each of 6) to choose",
-        "GB  more, for the model that candidates are merged into; none is written",
-    ):
-        assert line in said
-    assert said.count("reads ") == 3 and left_over(here) == before
-
-
-@pytest.mark.slow
-def test_recipes_race_in_one_loaded_model(here, monkeypatch, capsys):
-    """Through lm-eval: recipes of one base share the model in memory, another base has its own after it, and what each
-    scored is what its written merge scores."""
-    loads = []
-    load = in_memory._load
-    monkeypatch.setattr(in_memory, "_load", lambda *args: loads.append(args[1]) or load(*args))
-    flags = save_recipes(here, a=0.2, b=0.9)
-    write_yaml(here / "c.yml", {**RECIPE, "base_model": "./wild", "models": RECIPE["models"][1:]})
-    race_recipes("0", *flags, "c.yml", "--choose_on", "colours")
-    assert capsys.readouterr().out.count(in_memory.IN_MEMORY) == 1
-    entries = json.loads((here / "results_race.json").read_text())["candidates"]
-    rounds = max(loads.count(place) for place in loads)
-    assert rounds == 1, "a model is loaded anew only where the base changes"
-    for name in ("a", "b", "c"):
-        options = ["--recipe", f"{name}.yml", "--save_path", f"m_{name}", "--output_path", f"r_{name}.json"]
-        merge_and_evaluate_7b.main([*options, "--eval_recipe", "eval.yml"])
-        items = json.loads((here / f"r_{name}.json").read_text())["items"]["colours"]
-        kept = entries[name]["items"]["colours"]
-        for at, number in enumerate(kept["number"]):
-            assert kept["doc"][at] == items["doc"][number] and kept["value"][at] == items["value"][number]
-            assert kept["gold"][at] == pytest.approx(items["gold"][number], rel=1e-4)
-
-
 # --- resumed --------------------------------------------------------------------------------------
 
 
@@ -424,12 +155,6 @@ def test_a_race_of_other_models_is_not_taken(here, asked):
 # --- refused --------------------------------------------------------------------------------------
 
 
-def change_task(here, name: str, **settings) -> None:
-    path = here / "tasks" / f"{name}.yaml"
-    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
-
-
-LOSS = {"metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": False}]}
 TEXT = {
     "output_type": "generate_until",
     "doc_to_target": "{{choices[gold]}}",
@@ -542,177 +267,6 @@ def test_dry_run_says_the_cost_and_writes_nothing(here, capsys):
     assert left_over(here) == set()
 
 
-# --- a search -------------------------------------------------------------------------------------
-
-SEARCH = ("--search", "cma", "--choose_on", "colours", "--report_on", "shades")
-
-
-@pytest.fixture
-def tried(monkeypatch) -> list[tuple]:
-    """A stand-in for merging and scoring whose score peaks at weights 1.1 and 0.8, the right answers' probability at
-    0.9 and 1.2; returns the weights it was asked about."""
-    found, weights = [], []
-
-    def model_to_score(making, candidate, name, save_path):
-        weights[:] = [candidate.choice.weights]
-        return candidate.model(name)
-
-    def stand_in(recipe, model, tasks, identity, filled=None):
-        document = whole_document(recipe, model, tasks, identity)
-        if tasks.names == ["colours"]:
-            found.append(weights[0])
-            score = 0.9 - sum((w - p) ** 2 for w, p in zip(weights[0], (1.1, 0.8) * len(weights[0]), strict=False))
-            document["results"]["colours"]["acc,none"] = score
-            gold = math.exp(-sum((w - p) ** 2 for w, p in zip(weights[0], (0.9, 1.2) * len(weights[0]), strict=False)))
-            document["items"] = {"colours": {"doc": ["0", "1"], "value": [score, score], "gold": [gold, gold / 2]}}
-        return document
-
-    monkeypatch.setattr(sweep, "model_to_score", model_to_score)
-    monkeypatch.setattr(scoring, "evaluate", stand_in)
-    return found
-
-
-@pytest.fixture
-def tried_recipes(monkeypatch) -> list[str]:
-    """The same for recipes, whose score is their first model's weight; returns their names."""
-    names, weights = [], []
-
-    def model_to_score(making, candidate, name, save_path):
-        names.append(candidate.choice.recipe)
-        weights[:] = [candidate.merge.recipe.config["models"][0]["parameters"]["weight"]]
-        return candidate.model(name)
-
-    def stand_in(recipe, model, tasks, identity, filled=None):
-        document = whole_document(recipe, model, tasks, identity)
-        for task in tasks.names:
-            document["results"][task]["acc,none"] = weights[0]
-        return document
-
-    monkeypatch.setattr(sweep, "model_to_score", model_to_score)
-    monkeypatch.setattr(scoring, "evaluate", stand_in)
-    return names
-
-
-@pytest.mark.slow
-def test_a_search_climbs_and_records_everything(here, tried, capsys):
-    merge_and_score(*SEARCH, "--evaluations", "25")
-    said = capsys.readouterr().out
-    assert len(tried) == len(set(tried)) == 25 and tried[0] == (1.0, 1.0)
-    best = max(tried, key=lambda w: 0.9 - (w[0] - 1.1) ** 2 - (w[1] - 0.8) ** 2)
-    summary = results(here)["summary"]
-    assert tuple(summary["weights"]) == best and list(summary["tasks"]) == ["shades"]
-    assert [tuple(record["weights"]) for record in summary["chosen"]["candidates"]] == tried
-    assert summary["chosen"]["ended"] == "all 25 evaluations are used" and "the search ends: all 25" in said
-    assert "choosing took 25 merges and 12,000 requests in this job" in said
-    config = json.loads((here / "merged" / "merge_report.json").read_text())["recipe"]
-    assert all(str(weight) in config for weight in best)
-
-
-def stopped_after(count: int, tried: list, evaluate):
-    """A stand-in for scoring that stops the job once so many were tried."""
-
-    def stops(*args, **given):
-        if len(tried) == count:
-            raise KeyboardInterrupt
-        return evaluate(*args, **given)
-
-    return stops
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("by", ["score", "gold"])
-def test_a_search_stopped_anywhere_takes_the_steps_of_an_undisturbed_one(here, tried, monkeypatch, by):
-    """After the start, within and between generations: each weight is scored once, and what is recorded is the same."""
-    flags = (*SEARCH, "--evaluations", "15", "--choose_by", by, "--overwrite")
-    merge_and_score(*flags)
-    whole, summary, evaluate = list(tried), results(here)["summary"], scoring.evaluate
-    assert [record["generation"] for record in summary["chosen"]["candidates"]] == [0, *[1] * 6, *[2] * 6, 3, 3]
-    for count in (1, 5, 7, 14):
-        for path in here.glob("results*.json"):
-            path.unlink()
-        tried.clear()
-        monkeypatch.setattr(scoring, "evaluate", stopped_after(count, tried, evaluate))
-        with pytest.raises(KeyboardInterrupt):
-            merge_and_score(*flags)
-        assert tried == whole[:count]
-        monkeypatch.setattr(scoring, "evaluate", evaluate)
-        merge_and_score(*flags)
-        assert (tried, results(here)["summary"]) == (whole, summary)
-
-
-@pytest.mark.slow
-def test_a_search_that_is_done_is_not_made_again(here, tried):
-    """Nor by another seed, whose steps are others; a longer search takes the trials of the shorter one."""
-    flags = (*SEARCH, "--evaluations", "10")
-    merge_and_score(*flags)
-    first = list(tried)
-    merge_and_score(*flags)
-    assert tried == first
-    with pytest.raises(DataError, match="already there; give --overwrite to replace it"):
-        merge_and_score(*flags, "--seed", "1")
-    merge_and_score(*SEARCH, "--evaluations", "12", "--overwrite")
-    assert tried[:10] == first and len(tried) == 12
-    tried.clear()
-    merge_and_score(*flags, "--seed", "1", "--overwrite")
-    assert tried[0] not in tried[1:] and not set(tried) & set(first[1:])
-
-
-@pytest.mark.slow
-def test_a_search_by_gold_resumes_beside_its_own_models(here, tried):
-    """What lies under an output's name is known by replaying what chose: the model of a winner that is not yet
-    reported is one of this search's own."""
-    flags = (*SEARCH, "--evaluations", "10", "--choose_by", "gold")
-    merge_and_score(*flags)
-    winner = results(here)["summary"]["weights"]
-    assert tried.index(tuple(winner)) > 6, "of a generation that a replay by score would not have proposed"
-    (here / "results.json").unlink()
-    count = len(tried)
-    merge_and_score(*flags)
-    assert len(tried) == count and results(here)["summary"]["weights"] == winner
-
-
-def test_a_weight_for_each_group_of_layers(here, tried):
-    merge_and_score(*SEARCH, "--evaluations", "2", "--layer_groups", "2")
-    assert tried[0] == (1.0,) * 4
-    best = results(here)["summary"]["weights"]
-    import yaml
-
-    recipe = yaml.safe_load(json.loads((here / "merged" / "merge_report.json").read_text())["recipe"])
-    assert [model["parameters"]["weight"] for model in recipe["models"]] == [best[:2], best[2:]]
-    with pytest.raises(DataError, match="3 groups of layers in a model of 2 layers; needed: 1 to 2"):
-        merge_and_score(*SEARCH, "--evaluations", "2", "--layer_groups", "3", "--overwrite")
-
-
-def test_a_loss_can_choose_with_a_note(here, capsys, tried):
-    change_task(here, "colours", **LOSS)
-    merge_and_score(*SEARCH, "--evaluations", "3")
-    assert (
-        "colours: less is better. How well a model predicts a text says little of how it answers"
-        in capsys.readouterr().out
-    )
-
-
-# --- what is compared -----------------------------------------------------------------------------
-
-
-def test_gold_average_counts_rows_alike():
-    """By hand: (log 1/2 + log 1/4)/2 of one row, log 1/8 of the other."""
-    document = {
-        "summary": {"tasks": {"a": {}, "b": {}}},
-        "group_subtasks": {},
-        "items": {"a": {"gold": [0.5, 0.25]}, "b": {"gold": [0.125]}},
-    }
-    assert choosing.gold_average(document, "x") == (pytest.approx(-(1.5 + 3) / 2 * math.log(2)), None)
-    document["items"]["b"]["gold"] = [0.0]
-    assert choosing.gold_average(document, "x")[0] == pytest.approx((-1.5 * math.log(2) + math.log(1e-12)) / 2)
-    document["items"]["b"]["gold"] = [0.5, 0.5, 0.125]  # logs, of base 2: −1 and −2; −1, −1, −3
-    errors = math.hypot(0.5 / 2, math.sqrt(8 / 3 / 2 / 3) / 2)
-    assert choosing.gold_average(document, "x")[1] == pytest.approx(errors * math.log(2))
-    document["items"]["b"]["gold"] = [None]
-    with pytest.raises(DataError, match="task 'b' is not multiple choice"):
-        choosing.gold_average(document, "x")
-
-
 # --- through lm-eval ------------------------------------------------------------------------------
 
 
@@ -763,12 +317,3 @@ def test_a_race_killed_for_real_resumes(here):
             count = len(kept["number"])
             assert {key: found[:count] for key, found in after[weight]["items"][task].items()} == kept
     assert results(here)["summary"]["weights"] in ([0.3], [0.9])
-
-
-@pytest.mark.slow
-def test_a_search_through_lm_eval(here):
-    merge_and_score(*SEARCH, "--evaluations", "3", "--choose_by", "gold")
-    chosen = results(here)["summary"]["chosen"]
-    assert len(chosen["candidates"]) == 3 and chosen["by"] == "gold"
-    values = [record["value"] for record in chosen["candidates"]]
-    assert chosen["weights"] == chosen["candidates"][int(np.argmax(values))]["weights"]
