@@ -155,6 +155,7 @@ def settle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         )
     if len(args.task_vector_paths) != len(args.save_directories):
         parser.error(f"{len(args.task_vector_paths)} task vectors but {len(args.save_directories)} save directories")
+    # None is "not given": argparse's own defaults could not be told from a flag that the method does not use.
     for flag, methods in USED_BY.items():
         if getattr(args, flag) is None:
             setattr(args, flag, DEFAULTS[flag])

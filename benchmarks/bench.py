@@ -319,7 +319,8 @@ def measure_depth(directory: Path, layers: int, pairs: int, wanted) -> list[dict
 def table(results: list[dict]) -> str:
     """The rows of the table in benchmarks/README.md."""
     lines = [
-        "| layers | script | seconds | GB/s | copy, seconds | × copy | peak memory, GB | the usual way: seconds, GB, × ours |",
+        "| layers | script | seconds | GB/s | copy, seconds | × copy | peak memory, GB | the usual way: seconds, GB, "
+        "× ours |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in results:

@@ -196,7 +196,10 @@ HEAD = """\
 
 
 def line(r: dict) -> str:
-    figures = f"{r['kept']:.1%} | {r['same']:.0%} | {r['mean_lost']:.3f} | {r['share']:.2f} | {r['share_p90']:.2f} | {r['merges']:.1f}"
+    figures = (
+        f"{r['kept']:.1%} | {r['same']:.0%} | {r['mean_lost']:.3f} | {r['share']:.2f} | {r['share_p90']:.2f} | "
+        f"{r['merges']:.1f}"
+    )
     return f"| {r['items']:,} | {r['candidates']} | {r['curve']} | {r['disagreement']:.0%} | {figures} |"
 
 

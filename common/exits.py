@@ -99,7 +99,8 @@ def _call(main) -> str | int | None:
         return f"error: {_one_line(error)}"
     except (KeyboardInterrupt, Stopped) as stop:
         print(
-            "\ninterrupted; nothing half-written was published. Run the same command again: it resumes at the last complete shard.",
+            "\ninterrupted; nothing half-written was published. Run the same command again: it resumes at the last "
+            "complete shard.",
             file=sys.stderr,
         )
         return 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)

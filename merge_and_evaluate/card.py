@@ -14,7 +14,9 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 DOCUMENTS = {
     "cabs": "[CABS](https://arxiv.org/abs/2503.01874), conflict-aware n:m sparsification",
     "magnitude": "task arithmetic on task vectors pruned by magnitude",
-    "random": "task arithmetic on task vectors pruned at random ([DARE](https://arxiv.org/abs/2311.03099) with `rescale`)",
+    "random": (
+        "task arithmetic on task vectors pruned at random ([DARE](https://arxiv.org/abs/2311.03099) with `rescale`)"
+    ),
     "task_arithmetic": "[task arithmetic](https://arxiv.org/abs/2212.04089)",
     "ties": "[TIES](https://arxiv.org/abs/2306.01708)",
     "dare_linear": "[DARE](https://arxiv.org/abs/2311.03099)",

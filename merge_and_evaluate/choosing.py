@@ -105,6 +105,6 @@ def gold_average(document: dict, path) -> tuple[float, float | None]:
 def no_gold(path, task: str) -> DataError:
     """What to raise for a task whose questions have no right answer to choose."""
     return DataError(
-        f"{path}: task {task!r} is not multiple choice, so its right answers have no probability; choose on others with "
-        "--choose_on, or --choose_by score"
+        f"{path}: task {task!r} is not multiple choice, so its right answers have no probability; choose on others "
+        "with --choose_on, or --choose_by score"
     )

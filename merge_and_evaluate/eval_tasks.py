@@ -123,8 +123,8 @@ def check_task_code(recipe: EvalRecipe, tasks: Tasks) -> None:
         except ImportError as error:
             reason = " ".join(str(error).split())
             raise DataError(
-                f"{recipe.path}: task {name!r} needs a package that is not installed: {reason:.90}; install it (for tasks of "
-                "lm-eval's own leaderboard: pip install 'lm_eval[math,ifeval]')"
+                f"{recipe.path}: task {name!r} needs a package that is not installed: {reason:.90}; install it (for "
+                "tasks of lm-eval's own leaderboard: pip install 'lm_eval[math,ifeval]')"
             ) from None
 
 

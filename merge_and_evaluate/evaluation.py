@@ -60,6 +60,7 @@ def _simple_evaluate(config, loaded: dict, manager, cache: str | None, lm) -> di
 
 def _settings(config) -> dict:
     """What simple_evaluate takes from an EvaluatorConfig, as `lm_eval run` hands it over."""
+    # One by one: an EvaluatorConfig holds more than simple_evaluate takes.
     requests = config.cache_requests if isinstance(config.cache_requests, dict) else {}
     return {
         "model_args": config.model_args,

@@ -43,8 +43,8 @@ def _check_architecture(model: Checkpoint, is_merged: bool, runs_code: bool) -> 
     brings = ", and needs code of its own (auto_map), which is never run here" if "auto_map" in model.config else ""
     instead = "merge alone with --merge_only, or take" if is_merged else "take"
     raise DataError(
-        f"{model.label}: config.json has the model_type {model_type!r:.60}, which transformers {__version__} does not know{brings}; "
-        f"it cannot be scored: {instead} a version of the model that transformers knows"
+        f"{model.label}: config.json has the model_type {model_type!r:.60}, which transformers {__version__} does not "
+        f"know{brings}; it cannot be scored: {instead} a version of the model that transformers knows"
     )
 
 
@@ -63,6 +63,6 @@ def _check_tokenizer(donor: Checkpoint, whole: Checkpoint, is_merged: bool, runs
         except Exception as error:  # files from anyone, and tokenizers fail in as many ways as there are kinds
             reason = reason_of(error).replace(str(directory), donor.label)
             raise DataError(
-                f"{donor.label}: its tokenizer cannot be loaded, and scoring needs one ({reason:.200}); copy the tokenizer's files "
-                "there again, or give another with --model_args tokenizer=…"
+                f"{donor.label}: its tokenizer cannot be loaded, and scoring needs one ({reason:.200}); copy the "
+                "tokenizer's files there again, or give another with --model_args tokenizer=…"
             ) from None

@@ -117,8 +117,8 @@ def _shared(density, group: TensorGroup) -> float:
     values = list(dict.fromkeys(density.values_for(group.non_base)))
     if len(values) > 1:
         raise DataError(
-            f"tensor {group.metadata.name!r}: density is {values[0]} for one model and {values[1]} for another; through "
-            "mergekit all models share one density: give one, or use --engine stream"
+            f"tensor {group.metadata.name!r}: density is {values[0]} for one model and {values[1]} for another; "
+            "through mergekit all models share one density: give one, or use --engine stream"
         )
     return values[0]
 

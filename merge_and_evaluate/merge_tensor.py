@@ -153,6 +153,7 @@ def merge_tensor(task: Task, worker: Worker, how: TensorMerge | None, found: Fou
     if how.method == "linear":
         return [_merge_linear(how, [worker.reader(tensor) for tensor in task.inputs], writer)]
     prunings = prunings_of(how, task.inputs[0].numel)
+    # What is found in a first pass does not depend on the weights, so a sweep's next merge finds it in `found`.
     readers = [worker.reader(tensor, again=how.reads_twice) for tensor in task.inputs]
     if not prunings:
         return [_merge_differences(how, readers, writer, None, None, found)]
@@ -245,6 +246,6 @@ def refuse_sum(how: TensorMerge, readers: list[Reader], raw: list[np.ndarray]) -
             raise not_finite(reader.tensor)
     tensor: Tensor = readers[0].tensor
     raise DataError(
-        f"tensor {tensor.name!r} of the merge: a sum is beyond the largest {DTYPE_NAMES[how.dtype]}; lower the weights, "
-        "or set out_dtype: bfloat16 or float32 in the recipe"
+        f"tensor {tensor.name!r} of the merge: a sum is beyond the largest {DTYPE_NAMES[how.dtype]}; lower the "
+        "weights, or set out_dtype: bfloat16 or float32 in the recipe"
     )

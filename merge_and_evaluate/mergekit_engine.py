@@ -153,9 +153,9 @@ def check_complete(directory: Path, merge_plan) -> None:
         patterns = Counter(re.sub(r"\d+", "*", name) for name in missing)
         some = ", ".join(f"{pattern} ({count})" for pattern, count in patterns.most_common(4))
         raise DataError(
-            f"{merge_plan.recipe.path}: mergekit left out {len(missing)} of {len(whole.tensors)} tensors of {whole.label}, "
-            f"or changed their shape: {some}{' and more' if len(patterns) > 4 else ''}; it does not know this "
-            "architecture: use a method that streams (--engine stream)"
+            f"{merge_plan.recipe.path}: mergekit left out {len(missing)} of {len(whole.tensors)} tensors of "
+            f"{whole.label}, or changed their shape: {some}{' and more' if len(patterns) > 4 else ''}; it does not "
+            "know this architecture: use a method that streams (--engine stream)"
         )
 
 

@@ -83,8 +83,8 @@ def open_model(recipe: Recipe, path: str) -> Checkpoint:
     chain names the script that makes it."""
     if set(path) & set("+@") and not Path(path).is_dir():
         raise DataError(
-            f"{recipe.path}: {path!r}: mergekit takes '+' and '@' in a path for a LoRA or a revision, and there is no such "
-            "directory; fix the path, or merge the LoRA and download the revision first"
+            f"{recipe.path}: {path!r}: mergekit takes '+' and '@' in a path for a LoRA or a revision, and there is no "
+            "such directory; fix the path, or merge the LoRA and download the revision first"
         )
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or path.startswith("models/")
     if looks_local and not Path(path).is_dir():

@@ -62,6 +62,7 @@ def _by_mergekit(recipe: Recipe, names: list[str]) -> dict[str, Values]:
     method, config = registry.get(recipe.config["merge_method"]), MergeConfiguration.model_validate(recipe.config)
     beside = {str(entry.model): entry.parameters for entry in config.models or []}
     paths = summed_models(recipe.config)
+    # Tensor by tensor: a filter looks at the name, a gradient at how deep its layer is, so no two need have the same.
     depths, found = layer_depths(names), {}
     for name in names:
         resolve = partial(
@@ -96,13 +97,15 @@ def _check(recipe: Recipe, name: str, values: Values) -> None:
     for path, model in zip(summed_models(recipe.config), values.models, strict=True):
         if "n" in model and model["n"] > model["m"]:
             raise DataError(
-                f"{where}: model {path}: n is {model['n']} and m is {model['m']}; cabs keeps n of every m, so n is at most m"
+                f"{where}: model {path}: n is {model['n']} and m is {model['m']}; cabs keeps n of every m, so n is at "
+                "most m"
             )
     if recipe.config["merge_method"] == "linear" and values.shared["normalize"]:
         total = sum(model["weight"] for model in values.models)
         if abs(total) < 1e-30:
             raise DataError(
-                f"{where}: the weights sum to {total:g}, and linear divides by that; change a weight, or set normalize: false"
+                f"{where}: the weights sum to {total:g}, and linear divides by that; change a weight, or set "
+                "normalize: false"
             )
 
 

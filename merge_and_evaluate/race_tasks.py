@@ -75,8 +75,8 @@ def check_choice(recipe: EvalRecipe, loaded: dict, by: str) -> dict[str, str | N
     kinds = {larger_is_better(loaded, leaf, metric) for leaf, metric in found.items() if metric}
     if by == "score" and len(kinds) > 1:
         raise DataError(
-            f"{recipe.path}: of some of {', '.join(found)} less is better, of others more, so no average can choose; name "
-            "tasks of one kind with --choose_on"
+            f"{recipe.path}: of some of {', '.join(found)} less is better, of others more, so no average can choose; "
+            "name tasks of one kind with --choose_on"
         )
     return found
 
@@ -89,8 +89,8 @@ def check_race(recipe: EvalRecipe, loaded: dict, metrics: dict[str, str | None])
         name = metric.partition(",")[0] if metric else None
         if not name or getattr(loaded["tasks"][leaf].aggregation().get(name), "__name__", "mean") != "mean":
             raise DataError(
-                f"{recipe.path}: task {leaf!r}: {name or 'its score'} is no mean over items, and a race needs one; leave out "
-                "--race, or choose on other tasks with --choose_on"
+                f"{recipe.path}: task {leaf!r}: {name or 'its score'} is no mean over items, and a race needs one; "
+                "leave out --race, or choose on other tasks with --choose_on"
             )
 
 
@@ -100,8 +100,8 @@ def loss_note(loaded: dict, metrics: dict[str, str | None]) -> str | None:
     if not losses:
         return None
     return (
-        f"{', '.join(losses)}: less is better. How well a model predicts a text says little of how it answers: tasks like those "
-        "that are reported are the better choice"
+        f"{', '.join(losses)}: less is better. How well a model predicts a text says little of how it answers: tasks "
+        "like those that are reported are the better choice"
     )
 
 
@@ -183,8 +183,8 @@ def score_items(lm, recipe: EvalRecipe, loaded: dict, metrics: dict, samples: di
         record = items_of_task(tasks[leaf], document["samples"][leaf], metrics[leaf])
         if record is None or len(record["value"]) != len(numbers):
             raise DataError(
-                f"{recipe.path}: task {leaf!r}: lm-eval gives its items no {metrics[leaf].partition(',')[0]} of their own, "
-                "and a race needs one; leave out --race, or choose on other tasks with --choose_on"
+                f"{recipe.path}: task {leaf!r}: lm-eval gives its items no {metrics[leaf].partition(',')[0]} of their "
+                "own, and a race needs one; leave out --race, or choose on other tasks with --choose_on"
             )
         found[leaf] = record
     return found

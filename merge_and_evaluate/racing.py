@@ -77,8 +77,8 @@ def read_scored(sweep: Sweep, overwrite: bool) -> dict[str, dict]:
         if entry and entry.get("identity") != _identity(sweep, candidate):
             if not overwrite:
                 raise DataError(
-                    f"{path}: {candidate.choice.said} was scored there with other models, tasks or settings; give --overwrite "
-                    "to score it again, or another --output_path"
+                    f"{path}: {candidate.choice.said} was scored there with other models, tasks or settings; give "
+                    "--overwrite to score it again, or another --output_path"
                 )
             del found[candidate.label]
     return found
@@ -119,6 +119,8 @@ def race(sweep: Sweep, making: Making, field: Field) -> Outcome:
     path, began = race_path(sweep.output_path), time.monotonic()
     entries, merges, requests = read_scored(sweep, making.overwrite), 0, 0
     candidates, told_of = {candidate.label: candidate for candidate in sweep.candidates}, set()
+    # Each turn decides anew from everything that is scored, and carries nothing over: so a race that was stopped
+    # anywhere resumes by the same steps.
     while True:
         scored = {label: values_of(field, entries.get(label, {}), path) for label in candidates}
         step = next_step(field.plan, scored)
@@ -135,6 +137,7 @@ def race(sweep: Sweep, making: Making, field: Field) -> Outcome:
             merges, requests = merges + 1, requests + asked
             entry = entries.setdefault(label, {"identity": _identity(sweep, candidates[label]), "items": {}})
             add_scored(entry, samples, found)
+            # After every batch: what a kill may cost is one candidate's round.
             write_json(path, {"tasks": sweep.choosing.tasks.names, "candidates": entries})
     print(outcome(field.plan, step, UNITS[field.by]))
     print(spent_line(field.plan, scored, merges, requests, time.monotonic() - began), flush=True)
@@ -164,8 +167,8 @@ def spent_line(race_plan: Plan, scored: Mapping, merges: int, requests: int, sec
     every = most(race_plan)
     items = sum(int(np.isfinite(values).sum()) for tasks in scored.values() for values in tasks.values())
     return (
-        f"the race took {items:,} of {every.items:,} items ({items / every.items:.0%}): {merges} merges and {requests:,} requests "
-        f"in this job, {seconds:.0f} s"
+        f"the race took {items:,} of {every.items:,} items ({items / every.items:.0%}): {merges} merges and "
+        f"{requests:,} requests in this job, {seconds:.0f} s"
     )
 
 
@@ -211,6 +214,7 @@ def outcome_of(sweep: Sweep, field: Field, step: Step, entries: dict, scored: Ma
             golds[candidate] = _gold_of(field, summary, entries[candidate.label], race_path(sweep.output_path))
         drop = drops.get(candidate.label)
         record = {**candidate.choice.record, **{key: summary[key] for key in ("average", "average_stderr")}}
+        # NaN: an item that this candidate was not asked, because it dropped out before.
         record["items"] = sum(int(np.isfinite(values).sum()) for values in scored[candidate.label].values())
         if drop:
             record["dropped"] = {

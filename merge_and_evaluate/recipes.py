@@ -102,8 +102,8 @@ def with_models(recipe: Recipe, base_model: str | None, models: list[str] | None
     others = [path for path in others if path != old_base]
     if models is not None and len(models) != len(others):
         raise DataError(
-            f"{recipe.path}: --models names {len(models)} and the recipe has {len(others)} ({', '.join(others)}); name as "
-            "many, in its order"
+            f"{recipe.path}: --models names {len(models)} and the recipe has {len(others)} ({', '.join(others)}); "
+            "name as many, in its order"
         )
     if base_model is not None and old_base is None:
         raise DataError(f"{recipe.path}: has no base_model that --base_model could replace; leave the flag out")
@@ -157,6 +157,7 @@ def check_keys(path: str, config: dict) -> None:
     if isinstance(config.get("tokenizer"), dict):
         _refuse_unknown(path, "tokenizer", config["tokenizer"], TokenizerConfig.model_fields)
     try:
+        # As it is merged: a '+' or '@' in a directory's name would be read as a LoRA or a revision.
         MergeConfiguration.model_validate(with_paths(config, explicit_path))
     except ValidationError as error:
         first = error.errors()[0]

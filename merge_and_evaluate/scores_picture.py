@@ -37,8 +37,9 @@ def draw(rows: list[Row], found: list[Against], reference: Row, path: Path) -> N
 def _legend(with_differences: bool, reference: Row) -> str:
     scores = "score: percent for accuracies, bars one standard error, orange the best of a panel"
     differences = (
-        f"difference: row minus {reference.name} on the same items, points, bars 95 % intervals; green better, red worse, "
-        "grey cannot tell\n(average: corrected for the number of rows; one task: by its own p; hollow: not pair by pair)"
+        f"difference: row minus {reference.name} on the same items, points, bars 95 % intervals; green better, red "
+        "worse, grey cannot tell\n(average: corrected for the number of rows; one task: by its own p; hollow: not pair "
+        "by pair)"
     )
     return f"{scores}\n{differences}" if with_differences else scores
 

@@ -95,12 +95,14 @@ def check_chat_template(recipe: EvalRecipe, models: list[Checkpoint], made_by_re
         return
     having = [model for model in models if has_chat_template(model.path)]
     way = (
-        f"{having[0].label} has one: copy its chat_template.jinja there, or set `chat_template: auto` in the merge recipe"
+        f"{having[0].label} has one: copy its chat_template.jinja there, or set `chat_template: auto` in the merge "
+        "recipe"
         if having
         else "leave apply_chat_template out, or copy a chat_template.jinja there"
     )
     raise DataError(
-        f"{recipe.path}: apply_chat_template is set, but {donor.label}, whose tokenizer is used, has no chat template; {way}"
+        f"{recipe.path}: apply_chat_template is set, but {donor.label}, whose tokenizer is used, has no chat "
+        f"template; {way}"
     )
 
 

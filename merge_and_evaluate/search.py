@@ -86,7 +86,7 @@ def propose(search: Search, trials: Sequence[Trial]) -> Proposal:
             left = search.evaluations - len(values)
             reason = None if left > 0 else f"all {search.evaluations} evaluations are used"
             return Proposal(generation, tuple(missing[: max(left, 0)]), reason)
-        found = [values[weights] for weights in candidates]
+        found = [values[weights] for weights in candidates]  # with repeats: CMA-ES may propose one point twice
         best_so_far.append(max([*best_so_far[-1:], *found]))
         if generation:
             ended = _settled(search, best_so_far, found)
@@ -119,8 +119,8 @@ def _check(search: Search) -> None:
         )
     if not (search.low <= search.start <= search.high and search.low < search.high and search.sigma > 0):
         raise DataError(
-            f"a search from {search.start:g} in steps of {search.sigma:g} does not start in [{search.low:g}, {search.high:g}]: "
-            "give a start inside the range and a step above 0"
+            f"a search from {search.start:g} in steps of {search.sigma:g} does not start in [{search.low:g}, "
+            f"{search.high:g}]: give a start inside the range and a step above 0"
         )
 
 
@@ -159,8 +159,8 @@ def _settled(search: Search, best_so_far: list[float], found: list[float]) -> st
     if min(found) == max(found):
         if generation == 1:
             raise DataError(
-                f"all {len(found)} weights of the search's first generation have the value {found[0]:g}, so none can be "
-                "preferred: choose on more items, by --choose_by gold, or with larger steps"
+                f"all {len(found)} weights of the search's first generation have the value {found[0]:g}, so none can "
+                "be preferred: choose on more items, by --choose_by gold, or with larger steps"
             )
         return f"all weights of generation {generation} have the same value"
     if generation >= search.patience and best_so_far[-1] - best_so_far[-1 - search.patience] < search.tolerance:

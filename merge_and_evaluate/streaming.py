@@ -76,6 +76,7 @@ def plan_streamed(recipe: Recipe, checkpoints: tuple[Checkpoint, ...], save_path
     check_groups(recipe, how)
     written = [(t.name, how[t.name].dtype if t.name in how else t.dtype, t.shape) for t in whole.tensors.values()]
     shards = plan_shards(written, settings.shard_bytes("stream"))
+    # Resolved paths: the same merge under another spelling resumes the same job.
     paths = with_paths(recipe.config, lambda path: str(by_name[path].path) if path in by_name else path)
     parameters = {"recipe": paths, "seed": settings.seed, "max_shard_size": settings.shard_bytes("stream")}
     parameters |= {"skip": settings.skip} if settings.skip else {}

@@ -119,7 +119,8 @@ def cost_line(planned: Planned) -> str:
     """What it may take, in one line: "at most 30 merges and 14,688 requests to choose, then the chosen one's …"."""
     requests = ""
     if planned.requests is not None:
-        requests = f" and {planned.candidates * planned.requests:,} requests ({planned.requests:,} for each of {planned.candidates})"
+        each, count = planned.requests, planned.candidates
+        requests = f" and {count * each:,} requests ({each:,} for each of {count})"
     return f"at most {planned.merges} merges{requests} to choose; then the chosen one is written and reported"
 
 
@@ -190,6 +191,7 @@ def answer(planned: Planned, sweep: Sweep, making: Making) -> None:
     known = sweep.candidates
     if planned.searched:
         known = tried_before(sweep, planned.searched, making.settings)
+    # A finished sweep scores nothing again, so results that are there are its own and not in its way.
     if not (done := already_done(sweep)):
         check_outputs(sweep, known, making.overwrite)
     print(cost_line(planned) + (f"\n{planned.note}" if planned.note else ""), flush=True)

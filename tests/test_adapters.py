@@ -161,13 +161,13 @@ REFUSED = {
     ),
     "PiSSA": (
         {"init_lora_weights": "pissa_niter_4"},
-        "init_lora_weights is 'pissa_niter_4', so it belongs to a base that peft has changed, not to the published one; "
-        + MERGE,
+        "init_lora_weights is 'pissa_niter_4', so it belongs to a base that peft has changed, not to the published "
+        "one; " + MERGE,
     ),
     "a wrong rank": (
         {"r": 5},
-        "module 'model.layers.0.mlp.up_proj' has rank 3 in its tensors but 5 in adapter_config.json; download the adapter "
-        "again",
+        "module 'model.layers.0.mlp.up_proj' has rank 3 in its tensors but 5 in adapter_config.json; download the "
+        "adapter again",
     ),
     "no alpha": (
         {"lora_alpha": None},
@@ -232,8 +232,8 @@ def test_a_copy_of_the_base_that_differs(tmp_path):
         tmp_path / "v",
     )
     assert got == (
-        f"tensor '{name}' in {path}: an adapted tensor's own copy of 'model.embed_tokens.weight', and not the same as in "
-        f"{tmp_path}/base/model.safetensors; {MERGE}"
+        f"tensor '{name}' in {path}: an adapted tensor's own copy of 'model.embed_tokens.weight', and not the same as "
+        f"in {tmp_path}/base/model.safetensors; {MERGE}"
     )
 
 

@@ -315,8 +315,8 @@ def test_a_tied_tensor_that_differs(saved, tmp_path):
         tmp_path / "v",
     )
     assert line == (
-        f"tensor 'encoder.embed_tokens.weight' in {tmp_path}/ft/model.safetensors differs from 'shared.weight', to which "
-        "the base ties it; take a base that has a head of its own, or leave it out with --skip "
+        f"tensor 'encoder.embed_tokens.weight' in {tmp_path}/ft/model.safetensors differs from 'shared.weight', to "
+        "which the base ties it; take a base that has a head of its own, or leave it out with --skip "
         "'encoder.embed_tokens.weight'"
     )
     assert not (tmp_path / "v").exists()

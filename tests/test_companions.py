@@ -189,8 +189,9 @@ def test_code_is_neither_run_nor_named(tmp_path, capsys):
         tokenizer = {"auto_map": {"AutoTokenizer": ["tokenization_x.X", None]}, "model_max_length": 9}
         (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     line = (
-        f"note: {base} brings code of its own: auto_map in config.json (configuration_x.py beside it). It was not run and is "
-        "not copied, and outputs do not name it; to load one with that code, copy the .py files and the auto_map from there"
+        f"note: {base} brings code of its own: auto_map in config.json (configuration_x.py beside it). It was not run "
+        "and is not copied, and outputs do not name it; to load one with that code, copy the .py files and the "
+        "auto_map from there"
     )
     assert code_note(config, base, str(base)) == line.removeprefix("note: ")
     run("convert", "--model_path", base, "--save_path", tmp_path / "out")

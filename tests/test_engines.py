@@ -50,8 +50,8 @@ def pruned(pruning, dtype, vectors, base, arithmetic, block):
             added, kept = np.empty((2, stop - start), BITS[dtype])
             assert arithmetic.add_kept(added, below, dtype, bits[j], dtype, mask, pruning.scale)
             assert arithmetic.keep_vector(kept, bits[j], dtype, mask, pruning.scale)
-            # copied: the next block's mask takes its place
-            out += [added, kept, np.array(mask.cpu() if isinstance(mask, torch.Tensor) else mask)]
+            own = mask.cpu().numpy() if isinstance(mask, torch.Tensor) else mask
+            out += [added, kept, own.copy()]  # or the next block's mask would take its place
     return np.concatenate([part.astype(np.uint64) for part in out]), tallies(counts, numel)
 
 

@@ -66,11 +66,13 @@ HOLDS = {
     "too high": (["sub/model.safetensors"], "no weights in it, but in {m}/sub; point there"),
     "trainer": (
         [f"checkpoint-{i}/model.safetensors.index.json" for i in range(1, 5)],
-        "no weights in it, but in 4 directories below (checkpoint-1, checkpoint-2, checkpoint-3, …); point at one of them",
+        "no weights in it, but in 4 directories below (checkpoint-1, checkpoint-2, checkpoint-3, …); point at one of "
+        "them",
     ),
     "another name": (
         ["mymodel.safetensors", "training_args.bin", "optimizer.bin"],
-        "holds mymodel.safetensors but no model.safetensors; if that is the whole model, rename it to model.safetensors",
+        "holds mymodel.safetensors but no model.safetensors; if that is the whole model, rename it to "
+        "model.safetensors",
     ),
     "Mistral's": (
         ["consolidated.safetensors", "params.json"],
@@ -104,12 +106,13 @@ HOLDS = {
     ),
     "diffusers' LoRA": (
         ["pytorch_lora_weights.safetensors"],
-        "holds what diffusers reads (pytorch_lora_weights.safetensors), for image models; these scripts take transformers' "
-        "models",
+        "holds what diffusers reads (pytorch_lora_weights.safetensors), for image models; these scripts take "
+        "transformers' models",
     ),
     "a variant in shards": (
         ["model.fp16-00001-of-00002.safetensors", "model.safetensors.index.fp16.json"],
-        "holds the weights as a variant (model.safetensors.index.fp16.json); rename that to model.safetensors.index.json, "
+        "holds the weights as a variant (model.safetensors.index.fp16.json); rename that to "
+        "model.safetensors.index.json, "
         "which reads the same files",
     ),
     "adapters below": (
@@ -165,8 +168,8 @@ def test_zero_3_leftovers(tmp_path):
     """Saved without gathering: names and placeholders, which no header check refuses."""
     model = write(tmp_path / "m", dict.fromkeys(state(), torch.empty(0, dtype=torch.float16)) | {"x": torch.ones(2)})
     assert refusal("convert", "--model_path", model, "--save_path", tmp_path / "out") == (
-        f"{model}: 6 of 7 tensors are empty, as DeepSpeed ZeRO-3 leaves them where it does not gather the weights; save with "
-        "stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py on the training checkpoint"
+        f"{model}: 6 of 7 tensors are empty, as DeepSpeed ZeRO-3 leaves them where it does not gather the weights; "
+        "save with stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py on the training checkpoint"
     )
     save_file({"a": torch.empty(0), "b": torch.ones(2)}, model / "model.safetensors")
     run("convert", "--model_path", model, "--save_path", tmp_path / "out")
@@ -210,8 +213,8 @@ def test_links_to_nothing(tmp_path):
     (model / "model.safetensors").unlink()
     (model / "model.safetensors").symlink_to("../../blobs/0123")
     assert refusal("convert", "--model_path", model, "--save_path", tmp_path / "out") == (
-        f"{model}: model.safetensors is a link to ../../blobs/0123, which is not there; copy the file itself, or download it "
-        "again"
+        f"{model}: model.safetensors is a link to ../../blobs/0123, which is not there; copy the file itself, or "
+        "download it again"
     )
 
 
@@ -219,8 +222,8 @@ def test_a_config_alone(tmp_path):
     """Of a model, and in the Hub's cache, where a snapshot begins with it."""
     model = fill(tmp_path / "m", ["config.json", "tokenizer.json"])
     assert refusal("convert", "--model_path", model, "--save_path", tmp_path / "out") == (
-        f"{model}: a config.json but no weights (model.safetensors, pytorch_model.bin, or an index of several); download "
-        "those too"
+        f"{model}: a config.json but no weights (model.safetensors, pytorch_model.bin, or an index of several); "
+        "download those too"
     )
     snapshot = fill(tmp_path / "models--org--a" / "snapshots" / "01", ["config.json"])
     assert refusal("convert", "--model_path", snapshot, "--save_path", tmp_path / "out") == (
@@ -239,7 +242,8 @@ def test_a_web_page_instead_of_weights(tmp_path):
     model = write(tmp_path / "m", state())
     (model / "model.safetensors").write_bytes(b"<!DOCTYPE html><html><body>Access denied</body></html>")
     assert refusal("convert", "--model_path", model, "--save_path", tmp_path / "out") == (
-        f"{model}/model.safetensors: a web page, not the file, as a download without access leaves it; download it again"
+        f"{model}/model.safetensors: a web page, not the file, as a download without access leaves it; download it "
+        "again"
     )
 
 
@@ -248,8 +252,8 @@ def test_a_training_checkpoint_in_a_bin(tmp_path, key):
     """Lightning, DeepSpeed and many a script save it so."""
     model = write(tmp_path / "m", {key: state(), "epoch": 3}, suffix=".bin")
     assert refusal("convert", "--model_path", model, "--save_path", tmp_path / "out") == (
-        f"{model}/pytorch_model.bin: a training checkpoint, whose tensors are one level deeper, under {key!r}; save what is "
-        "there alone, or use a safetensors version of this model"
+        f"{model}/pytorch_model.bin: a training checkpoint, whose tensors are one level deeper, under {key!r}; save "
+        "what is there alone, or use a safetensors version of this model"
     )
 
 

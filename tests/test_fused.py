@@ -80,8 +80,8 @@ def test_a_fused_model_in_a_streamed_merge(saved, tmp_path):
     for name, tensors in (("fused", fused), ("apart", apart)):
         write(tmp_path / name, tensors, config)
         (tmp_path / f"{name}.yml").write_text(
-            f"merge_method: cabs\nbase_model: {folder}/base\ndtype: float32\nout_dtype: float16\nparameters: {{n: 1, m: 4}}\n"
-            f"models: [{{model: {tmp_path}/{name}, parameters: {{weight: 0.7}}}}]\n"
+            f"merge_method: cabs\nbase_model: {folder}/base\ndtype: float32\nout_dtype: float16\nparameters: "
+            f"{{n: 1, m: 4}}\nmodels: [{{model: {tmp_path}/{name}, parameters: {{weight: 0.7}}}}]\n"
         )
         arguments = ["--recipe", f"{tmp_path}/{name}.yml", "--save_path", f"{tmp_path}/m_{name}", "--merge_only"]
         merge_and_evaluate_7b.main(arguments)
@@ -98,9 +98,9 @@ def test_a_fused_base_is_refused_with_what_to_do(saved, tmp_path):
     flags = ["--finetuned_model_path", tmp_path / "ft", "--base_model_path", tmp_path / "base"]
     line = refusal("extract", *flags, "--save_path", tmp_path / "v")
     assert line == (
-        f"tensor 'model.layers.0.mlp.experts.gate_up_proj' of {tmp_path}/base holds the experts of a layer fused, which "
-        f"{tmp_path}/ft stores one by one; load {tmp_path}/ft with transformers 5 and save it with save_pretrained(…, "
-        "save_original_format=False)"
+        f"tensor 'model.layers.0.mlp.experts.gate_up_proj' of {tmp_path}/base holds the experts of a layer fused, "
+        f"which {tmp_path}/ft stores one by one; load {tmp_path}/ft with transformers 5 and save it with "
+        "save_pretrained(…, save_original_format=False)"
     )
     model = transformers.Qwen2MoeForCausalLM.from_pretrained(tmp_path / "ft", dtype=torch.float16)
     model.save_pretrained(tmp_path / "ft2", save_original_format=False)

@@ -173,7 +173,8 @@ UNUSABLE = {
     ),
     "a config alone": (
         ["config.json", "README.md"],
-        "a config.json but no weights (model.safetensors, pytorch_model.bin, or an index of several); download those too",
+        "a config.json but no weights (model.safetensors, pytorch_model.bin, or an index of several); download those "
+        "too",
     ),
     "no config": (
         ["model.safetensors", "README.md"],

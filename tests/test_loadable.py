@@ -85,7 +85,8 @@ def test_a_tokenizer_that_needs_code(here):
     (here / "base" / "qwen.tiktoken").write_text("")
     line = refused("--dry_run")
     assert re.fullmatch(
-        r"(\./)?base: its tokenizer cannot be loaded, and scoring needs one \(.+\); copy the tokenizer's files there again, or "
+        r"(\./)?base: its tokenizer cannot be loaded, and scoring needs one \(.+\); copy the tokenizer's files there "
+        r"again, or "
         r"give another with --model_args tokenizer=…",
         line,
     )

@@ -254,8 +254,8 @@ RECIPE_REFUSALS = [
     ),
     (
         recipe_with(models=models_with(weight=1.0, normalize=True)),
-        "model ./west: 'normalize' holds for the whole merge and is ignored here; move it to the `parameters` at the end "
-        "of the recipe",
+        "model ./west: 'normalize' holds for the whole merge and is ignored here; move it to the `parameters` at the "
+        "end of the recipe",
     ),
     (
         recipe_with(models=[RECIPE["models"][0], {"model": "./pruned_vector_x", "parameters": {"weight": 1}}]),
@@ -264,12 +264,13 @@ RECIPE_REFUSALS = [
     ),
     (
         recipe_with(base_model="./Mistral-7b-v0.1-float16"),
-        "model ./Mistral-7b-v0.1-float16 is not there; run convert_dtype.py first (README, 'Convert dtype'), or fix the path",
+        "model ./Mistral-7b-v0.1-float16 is not there; run convert_dtype.py first (README, 'Convert dtype'), or fix "
+        "the path",
     ),
     (
         recipe_with(models=models_with(weight=1.0) + [{"model": "./a+b", "parameters": {"weight": 1}}]),
-        "'./a+b': mergekit takes '+' and '@' in a path for a LoRA or a revision, and there is no such directory; fix the path, or merge the LoRA "
-        "and download the revision first",
+        "'./a+b': mergekit takes '+' and '@' in a path for a LoRA or a revision, and there is no such directory; fix "
+        "the path, or merge the LoRA and download the revision first",
     ),
     (recipe_with(base_model=None), "merge_method task_arithmetic: Merge method requires a base input; fix the recipe"),
     (recipe_with(models=RECIPE["models"] * 2), "merge_method task_arithmetic: Duplicate merge inputs; fix the recipe"),

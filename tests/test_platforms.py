@@ -170,8 +170,8 @@ def test_no_locks(tmp_path, monkeypatch, capsys, code):
     run("convert", "--model_path", tmp_path / "m", "--save_path", tmp_path / "out")
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert warnings == [
-        f"warning: {tmp_path}/out.part/.run/lock: this file system has no locks ({os.strerror(code)}), so nothing keeps a "
-        "second job from writing there; run one at a time"
+        f"warning: {tmp_path}/out.part/.run/lock: this file system has no locks ({os.strerror(code)}), so nothing "
+        "keeps a second job from writing there; run one at a time"
     ]
     assert (tmp_path / "out" / "model.safetensors").is_file()
 

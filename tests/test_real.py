@@ -276,7 +276,8 @@ def test_a_seed_without_the_rows_to_compare_with_is_refused(two_seeds):
 def test_costs_count_what_was_written_and_the_last_run_of_a_step(tmp_path, capsys):
     script = tmp_path / "write.py"
     script.write_text(
-        "import sys, pathlib\np = pathlib.Path(sys.argv[2]); p.mkdir(exist_ok=True)\n(p / 'x').write_bytes(bytes(3_000_000))"
+        "import sys, pathlib\np = pathlib.Path(sys.argv[2]); p.mkdir(exist_ok=True)\n(p / "
+        "'x').write_bytes(bytes(3_000_000))"
     )
     command = [str(script), "--save_path", str(tmp_path / "model")]
     status, figures = measure.measured(command)

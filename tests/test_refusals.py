@@ -91,8 +91,8 @@ CASES = {
         together(replace("a", HEAD, torch.ones(13, 7)), replace("a", EMBED, torch.ones(13, 7))),
         ["extract"],
         f"tensor '{HEAD}' is [13, 7] in {{d}}/a but [11, 7] in {{d}}/base; the vocabularies differ: extract with "
-        "--vocabulary common, which subtracts the rows of the tokens that both have and keeps {d}/base's tokenizer, or take "
-        "a fine-tuned model with {d}/base's own",
+        "--vocabulary common, which subtracts the rows of the tokens that both have and keeps {d}/base's tokenizer, "
+        "or take a fine-tuned model with {d}/base's own",
     ),
     "shape": (
         replace("a", Q, torch.ones(7, 8)),
@@ -349,7 +349,8 @@ def test_vectors_of_different_bases(chained):
     shutil.rmtree(chained / "vb")
     extract(chained / "b", chained / "base", chained / "vb")
     assert refusal("prune", *prune_arguments(chained)) == (
-        f"tensor '{Q}': {chained}/va and {chained}/vb were extracted from different bases; extract both from the same one"
+        f"tensor '{Q}': {chained}/va and {chained}/vb were extracted from different bases; extract both from the same "
+        "one"
     )
 
 

@@ -16,7 +16,10 @@ from safetensors.torch import save_file
 from common.shards import headers
 from common.shards.headers import DTYPE_BYTES
 
-NOT_READ = f"is none of those read here ({', '.join(DTYPE_BYTES)}); take a version of the model in float16, bfloat16 or float32"
+NOT_READ = (
+    f"is none of those read here ({', '.join(DTYPE_BYTES)}); take a version of the model in float16, bfloat16 or "
+    "float32"
+)
 AGAIN = "download it again"
 CUT = "it is truncated or damaged, download it again"
 SAFE = "use a safetensors version of this model"
@@ -67,7 +70,8 @@ HEADERS = {
     "twice inside": (safetensors_bytes(b'{"a":{"dtype":1,"dtype":2}}'), f"the name 'dtype' occurs twice; {BAD_JSON}"),
     "half a surrogate": (
         safetensors_bytes(b'{"\\ud800":{"dtype":"F16","shape":[1],"data_offsets":[0,2]}}'),
-        f"not valid JSON ('utf-8' codec can't encode character '\\ud800' in position 2: surrogates not allowed); {BAD_JSON}",
+        "not valid JSON ('utf-8' codec can't encode character '\\ud800' in position 2: surrogates not allowed); "
+        f"{BAD_JSON}",
     ),
     "metadata": (
         safetensors_bytes({"__metadata__": 3, "a": entry()}),
@@ -200,8 +204,8 @@ INDEXES = {
     "a number": ({"lm_head.weight": 3}, f"{INDEX}: tensor 'lm_head.weight' is mapped to 3, {PLAIN}"),
     "no such file": (
         {"lm_head.weight": "x.safetensors"},
-        "{m}/x.safetensors: missing, though model.safetensors.index.json names it (2 of 3 files are there); download the "
-        "rest",
+        "{m}/x.safetensors: missing, though model.safetensors.index.json names it (2 of 3 files are there); download "
+        "the rest",
     ),
     "another file": (
         {"lm_head.weight": TWO},
@@ -271,8 +275,8 @@ def test_single_file_and_an_index_of_it(tmp_path):
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     line = refusal("convert", "--model_path", model, "--save_path", tmp_path / "out2")
     assert line == (
-        f"tensor 'model.norm.weight' of {model / 'model.safetensors'} is not in model.safetensors.index.json; download the "
-        "checkpoint again"
+        f"tensor 'model.norm.weight' of {model / 'model.safetensors'} is not in model.safetensors.index.json; "
+        "download the checkpoint again"
     )
 
 
@@ -415,7 +419,8 @@ BINS = {
     "a list": (saved([torch.ones(2)]), f"{BIN}: holds a list, needed is a state dict of tensors; {SAFE}"),
     "nested": (
         saved({"model": {}}),
-        f"{BIN}: a training checkpoint, whose tensors are one level deeper, under 'model'; save what is there alone, or {SAFE}",
+        f"{BIN}: a training checkpoint, whose tensors are one level deeper, under 'model'; save what is there alone, "
+        f"or {SAFE}",
     ),
     "a dict among tensors": (
         saved({"a": torch.ones(2), "b": {}}),

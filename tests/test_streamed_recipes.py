@@ -185,9 +185,8 @@ def test_a_plain_recipe_imports_neither_torch_nor_mergekit(tmp_path):
     path.write_text(yaml.safe_dump(config_of("cabs", consensus="sign")))
     code = (
         "import sys; from merge_and_evaluate.recipes import *; from merge_and_evaluate.parameters import *;"
-        "import merge_and_evaluate.sums;"
-        f"r = read_recipe({str(path)!r}); parameters_of(r, ['x']); with_weights(r, (0.5,));"
-        "print([m for m in ('torch', 'transformers', 'mergekit', 'pydantic') if m in sys.modules])"
+        f"import merge_and_evaluate.sums;r = read_recipe({str(path)!r}); parameters_of(r, ['x']); with_weights(r, "
+        "(0.5,));print([m for m in ('torch', 'transformers', 'mergekit', 'pydantic') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -53,8 +53,8 @@ USAGE = {
     ),
     "nothing": (
         [],
-        "give the vectors and where the results go: --task_vector_path1/2 and --save_directory1/2, or --task_vector_paths "
-        "and --save_directories",
+        "give the vectors and where the results go: --task_vector_path1/2 and --save_directory1/2, or "
+        "--task_vector_paths and --save_directories",
     ),
 }
 

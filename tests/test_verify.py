@@ -212,8 +212,8 @@ def test_what_is_not_known_of_inputs(written, tmp_path, capsys):
     ]
     run("prune", "--verify", written / "va")
     assert capsys.readouterr().out.splitlines()[1:] == [
-        f"{written / 'va'}: not known: whether its inputs are as they were: {written / 'base'} (by its hashes none of those "
-        f"verified here), {written / 'a'}"
+        f"{written / 'va'}: not known: whether its inputs are as they were: {written / 'base'} (by its hashes none of "
+        f"those verified here), {written / 'a'}"
     ]
 
 

@@ -27,8 +27,8 @@ def _check_copy(copy: Tensor, theirs: np.ndarray, base: Tensor, own: np.ndarray,
     differs, _ = kernels.subtract(theirs, copy.dtype, own, base.dtype, scratch, dtype)
     if differs:
         raise DataError(
-            f"tensor {copy.name!r} in {copy.path}: an adapted tensor's own copy of {base.name!r}, and not the same as in "
-            f"{base.path}; {MERGE}"
+            f"tensor {copy.name!r} in {copy.path}: an adapted tensor's own copy of {base.name!r}, and not the same as "
+            f"in {base.path}; {MERGE}"
         )
 
 

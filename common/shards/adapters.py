@@ -127,7 +127,8 @@ def _scale(label: str, config: dict, module: str, rank: int) -> float:
     alpha = _pattern_value(label, config, "alpha_pattern", inner, config.get("lora_alpha"))
     if said != rank or rank < 1:
         raise DataError(
-            f"{label}: module {inner!r} has rank {rank} in its tensors but {said!r:.40} in {CONFIG}; download the adapter again"
+            f"{label}: module {inner!r} has rank {rank} in its tensors but {said!r:.40} in {CONFIG}; download the "
+            "adapter again"
         )
     if isinstance(alpha, bool) or not isinstance(alpha, int | float):
         raise DataError(f"{label}: lora_alpha of {inner!r} is {alpha!r:.40}, not a number; download the adapter again")
@@ -142,8 +143,8 @@ def _is_transposed(label: str, base: Tensor, a: Tensor, b: Tensor, by_config: bo
     fits = len(a.shape) > 1 and b.numel == rows * a.shape[0] and b.shape[1:2] == a.shape[:1]
     if not fits or not (plain or turned):
         raise DataError(
-            f"tensor {base.name!r} is {list(base.shape)} in the base, and A {list(a.shape)} and B {list(b.shape)} of {label} "
-            "do not fit it; is it an adapter of this base?"
+            f"tensor {base.name!r} is {list(base.shape)} in the base, and A {list(a.shape)} and B {list(b.shape)} of "
+            f"{label} do not fit it; is it an adapter of this base?"
         )
     return turned and (by_config or not plain)
 
@@ -181,7 +182,8 @@ def _checked_copy(copy: Tensor | None, own: Tensor, adapter: Checkpoint, base: C
     """The adapter's own copy of an adapted tensor. Raises DataError if that has another shape: a resized vocabulary."""
     if copy and copy.shape != own.shape:
         raise DataError(
-            f"tensor {own.name!r} is {list(copy.shape)} in {adapter.label} but {list(own.shape)} in {base.label}; {MERGE}"
+            f"tensor {own.name!r} is {list(copy.shape)} in {adapter.label} but {list(own.shape)} in {base.label}; "
+            f"{MERGE}"
         )
     return copy
 
@@ -199,8 +201,8 @@ def open_adapter(label: str, directory: Path, base: Checkpoint, free_rows: bool 
     lost = [name for name in [*factors, *whole] if name not in place]
     if lost:
         raise DataError(
-            f"{len(lost)} of the {len(factors) + len(whole)} tensors that {label} changes are not in {base.label}, the first "
-            f"{lost[0]!r:.200}; is it an adapter of this base? Otherwise {MERGE}"
+            f"{len(lost)} of the {len(factors) + len(whole)} tensors that {label} changes are not in {base.label}, "
+            f"the first {lost[0]!r:.200}; is it an adapter of this base? Otherwise {MERGE}"
         )
     found = Checkpoint(label, directory.resolve(), {tensor.name: tensor for tensor in tensors}, base.config)
     # A tensor that is adapted and stored whole, too, is what peft saves beside adapted embeddings: a copy of the

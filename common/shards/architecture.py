@@ -183,6 +183,7 @@ def _architecture(text: str) -> Architecture | None:
     mapping = get_model_conversion_mapping(model)
     renamings = tuple(t for t in mapping if isinstance(t, WeightRenaming))
     loads, ties = frozenset(model.state_dict()), _ties(model, json.loads(text))
+    # With duplicates: one buffer that two modules share has two names, and a file may hold either.
     buffers = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
     ignored = "|".join(f"(?:{pattern})" for pattern in sorted(model._keys_to_ignore_on_load_unexpected or ()))
     return Architecture(

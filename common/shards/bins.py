@@ -94,8 +94,8 @@ def _state_dict(path: Path) -> dict:
     inner = [key for key, value in state.items() if isinstance(value, dict)] if isinstance(state, dict) else []
     if inner and not any(isinstance(value, torch.Tensor) for value in state.values()):
         raise DataError(
-            f"{path}: a training checkpoint, whose tensors are one level deeper, under {inner[0]!r:.60}; save what is there "
-            f"alone, or {_TAKE_ANOTHER}"
+            f"{path}: a training checkpoint, whose tensors are one level deeper, under {inner[0]!r:.60}; save what is "
+            f"there alone, or {_TAKE_ANOTHER}"
         )
     if not isinstance(state, dict):
         raise DataError(f"{path}: holds a {type(state).__name__}, needed is a state dict of tensors; {_TAKE_ANOTHER}")

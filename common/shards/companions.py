@@ -109,8 +109,8 @@ def code_note(config: dict, directory: Path, label: str) -> str | None:
     files = sorted(path.name for path in directory.glob("*.py"))
     beside = f" ({', '.join(files[:4])}{', …' if len(files) > 4 else ''} beside it)" if files else ""
     return (
-        f"{label} brings code of its own: auto_map in config.json{beside}. It was not run and is not copied, and outputs do "
-        "not name it; to load one with that code, copy the .py files and the auto_map from there"
+        f"{label} brings code of its own: auto_map in config.json{beside}. It was not run and is not copied, and "
+        "outputs do not name it; to load one with that code, copy the .py files and the auto_map from there"
     )
 
 

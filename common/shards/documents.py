@@ -69,8 +69,8 @@ def read_json(path: Path, strict: bool = True) -> dict:
     refuse_lfs_pointer(path)
     if path.stat().st_size > MAX_HEADER_BYTES:
         raise DataError(
-            f"{path}: {path.stat().st_size} bytes, more than the {MAX_HEADER_BYTES} a JSON file here may have; get the checkpoint from "
-            "a source you trust"
+            f"{path}: {path.stat().st_size} bytes, more than the {MAX_HEADER_BYTES} a JSON file here may have; get "
+            "the checkpoint from a source you trust"
         )
     value = parse_json(path.read_bytes(), str(path), strict)
     if not isinstance(value, dict):

@@ -29,8 +29,8 @@ def check_floats(checkpoint: Checkpoint) -> None:
         )
     if checkpoint.config.get("quantization_config"):  # null and {} say that there is none
         raise DataError(
-            f"{checkpoint.label}: config.json has a quantization_config, but no weight is quantised; if it is left over, "
-            "remove it from config.json, or else take an unquantised version of the model"
+            f"{checkpoint.label}: config.json has a quantization_config, but no weight is quantised; if it is left "
+            "over, remove it from config.json, or else take an unquantised version of the model"
         )
 
 

@@ -67,6 +67,8 @@ def what_is_there(directory: Path) -> str:
 
     what_is_there(Path("adapter")) -> "holds a LoRA adapter (adapter_config.json), not a model; …"
     """
+    # The first that finds something speaks: what is certain (files of ours, of PEFT, of DeepSpeed) before guesses from
+    # names, and a directory further down only where nothing here says what it is.
     looks = (
         _job,
         _dangling,
@@ -90,7 +92,10 @@ def what_is_there(directory: Path) -> str:
     if not any(directory.iterdir()):
         return "an empty directory; point at the one that holds the weights"
     if (directory / "config.json").is_file():
-        return "a config.json but no weights (model.safetensors, pytorch_model.bin, or an index of several); download those too"
+        return (
+            "a config.json but no weights (model.safetensors, pytorch_model.bin, or an index of several); download "
+            "those too"
+        )
     return (
         "no model.safetensors, no model.safetensors.index.json, no pytorch_model.bin in it; "
         "point at the directory that holds the weights"
@@ -128,7 +133,8 @@ def _dangling(directory: Path) -> Iterator[str]:
     for name in _WEIGHTS:
         path = directory / name
         if path.is_symlink() and not path.exists():
-            yield f"{name} is a link to {os.readlink(path)}, which is not there; copy the file itself, or download it again"
+            target = os.readlink(path)
+            yield f"{name} is a link to {target}, which is not there; copy the file itself, or download it again"
 
 
 def _adapter(directory: Path) -> Iterator[str]:
@@ -223,7 +229,8 @@ def _other(directory: Path) -> Iterator[str]:
     for pattern, what in _OTHERS.items():
         files = _glob(directory, pattern)
         if files:
-            yield f"holds {what} ({_names(files)}); take the version of the model that transformers reads, in safetensors"
+            found = f"{what} ({_names(files)})"
+            yield f"holds {found}; take the version of the model that transformers reads, in safetensors"
 
 
 def what_file(path: Path) -> str:
@@ -242,6 +249,7 @@ def not_gathered(tensors: list[Tensor]) -> str | None:
     if 2 * len(empty) <= len(tensors):
         return None
     return (
-        f"{len(empty)} of {len(tensors)} tensors are empty, as DeepSpeed ZeRO-3 leaves them where it does not gather the "
-        "weights; save with stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py on the training checkpoint"
+        f"{len(empty)} of {len(tensors)} tensors are empty, as DeepSpeed ZeRO-3 leaves them where it does not gather "
+        "the weights; save with stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py on the training "
+        "checkpoint"
     )

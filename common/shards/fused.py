@@ -78,6 +78,7 @@ def refuse_fused_base(base, other, known: tuple[Fused, ...]) -> None:
         apart = any(before in name and name.endswith(after) for name in other.tensors)
         if mine and apart and not any(name.endswith(one.ending) for name in other.tensors):
             raise DataError(
-                f"tensor {mine!r} of {base.label} holds the experts of a layer fused, which {other.label} stores one by one; "
-                f"load {other.label} with transformers 5 and save it with save_pretrained(…, save_original_format=False)"
+                f"tensor {mine!r} of {base.label} holds the experts of a layer fused, which {other.label} stores one "
+                f"by one; load {other.label} with transformers 5 and save it with save_pretrained(…, "
+                "save_original_format=False)"
             )

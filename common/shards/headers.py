@@ -85,7 +85,8 @@ def _check_entry(path: Path, name: str, entry, data_bytes: int) -> tuple[str, tu
     """(dtype, shape, begin, end) of one header entry, every number of it checked."""
     if len(name) > MAX_NAME:
         raise DataError(
-            f"{path}: a tensor's name of {len(name)} characters, at most {MAX_NAME} are accepted; get the checkpoint from a source you trust"
+            f"{path}: a tensor's name of {len(name)} characters, at most {MAX_NAME} are accepted; get the checkpoint "
+            "from a source you trust"
         )
     where = f"tensor {name!r} in {path}"
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
@@ -93,14 +94,14 @@ def _check_entry(path: Path, name: str, entry, data_bytes: int) -> tuple[str, tu
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise DataError(
-            f"{where}: its dtype {dtype!r:.40} is none of those read here ({', '.join(DTYPE_BYTES)}); take a version of the "
-            "model in float16, bfloat16 or float32"
+            f"{where}: its dtype {dtype!r:.40} is none of those read here ({', '.join(DTYPE_BYTES)}); take a version "
+            "of the model in float16, bfloat16 or float32"
         )
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
         raise DataError(f"{where}: {shape!r:.60} is not a shape; download the file again")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         raise DataError(f"{where}: {offsets!r:.60} are not data_offsets; download the file again")
-    begin, end = offsets
+    begin, end = offsets  # of any size: Python's integers do not wrap, so the comparisons hold for malicious ones too
     if begin > end or end > data_bytes:
         raise DataError(
             f"{where}: data_offsets {offsets} lie outside the file's {data_bytes} bytes of data; "
@@ -130,7 +131,8 @@ def _header_bytes(path: Path) -> tuple[bytes, int]:
             )
         if length > MAX_HEADER_BYTES:
             raise DataError(
-                f"{path}: a header of {length} bytes, at most {MAX_HEADER_BYTES} are accepted; get it from a source you trust"
+                f"{path}: a header of {length} bytes, at most {MAX_HEADER_BYTES} are accepted; get it from a source "
+                "you trust"
             )
         return file.read(length), size
 
@@ -149,7 +151,7 @@ def read_file_header(path: Path) -> list[Tensor]:
         raise DataError(f"{path}: __metadata__ in the header is not a JSON object; download the file again")
     start = 8 + len(text)
     entries = [(name, *_check_entry(path, name, entry, size - start)) for name, entry in header.items()]
-    entries.sort(key=lambda entry: (entry[3], entry[4]))
+    entries.sort(key=lambda entry: (entry[3], entry[4]))  # by the end, too: an empty tensor begins where the next does
     position = 0
     for name, _, _, begin, end in entries:
         if begin != position:
@@ -218,7 +220,8 @@ def shard_paths(index: Path, weight_map: dict[str, str]) -> list[Path]:
         if not path.is_file():
             there = sum(other.is_file() for other in paths)
             raise DataError(
-                f"{path}: missing, though {index.name} names it ({there} of {len(paths)} files are there); download the rest"
+                f"{path}: missing, though {index.name} names it ({there} of {len(paths)} files are there); download "
+                "the rest"
             )
     return paths
 

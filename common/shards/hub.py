@@ -62,6 +62,7 @@ def download(hub_id: str) -> Path:
         folder = Path(
             snapshot_download(hub_id, allow_patterns=[*WEIGHTS, *CONFIGS_AND_TOKENIZER], ignore_patterns=[*NEVER])
         )
+        # In a second step: a repository that has both would otherwise be downloaded twice over.
         if not any(folder.glob("*.safetensors")):
             wanted = {"allow_patterns": [*PICKLED_WEIGHTS], "ignore_patterns": [*NEVER]}
             files = snapshot_download(hub_id, dry_run=True, **wanted)

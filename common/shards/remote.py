@@ -33,8 +33,8 @@ def _remote_tensors(hub_id: str, revision: str, path: Path) -> list[Tensor]:
         sizes = all(type(size) is int and size >= 0 for size in shape)
         if info.dtype not in DTYPE_BYTES or not sizes:
             raise DataError(
-                f"tensor {name!r:.200} in {hub_id}/{path.name}: {info.dtype!r:.40} {shape!r:.60} is not read here; take a "
-                "version of the model in float16, bfloat16 or float32"
+                f"tensor {name!r:.200} in {hub_id}/{path.name}: {info.dtype!r:.40} {shape!r:.60} is not read here; "
+                "take a version of the model in float16, bfloat16 or float32"
             )
         tensors.append(Tensor(name, info.dtype, shape, path, info.data_offsets[0], tensor_bytes(info.dtype, shape)))
     return sorted(tensors, key=lambda tensor: tensor.offset)

@@ -42,6 +42,7 @@ def resolve(base: Checkpoint, other: Checkpoint) -> Names:
     if known and known.fused:
         refuse_fused_base(base, other, known.fused)
         stored = taken_apart(other.tensors, known.fused, base.tensors)
+    # The other first, against the base's own names: what wraps the base is taken off only to compare, outputs keep it.
     theirs, wrapper = unwrapped(stored, key, set(keys.values()))
     if wrapper:
         notes.append(f"{other.label}: {wrapper!r} was taken off its tensors' names")

@@ -46,8 +46,8 @@ def make_durable(descriptor: int, path: Path) -> None:
         _warn(
             "fsync",
             descriptor,
-            f"{path}: this file system does not confirm that files are on disk ({error.strerror}); after a power cut, check "
-            "the output with --verify",
+            f"{path}: this file system does not confirm that files are on disk ({error.strerror}); after a power cut, "
+            "check the output with --verify",
         )
 
 
@@ -68,8 +68,8 @@ def try_lock(descriptor: int, path: Path) -> bool:
         _warn(
             "flock",
             descriptor,
-            f"{path}: this file system has no locks ({error.strerror}), so nothing keeps a second job from writing there; "
-            "run one at a time",
+            f"{path}: this file system has no locks ({error.strerror}), so nothing keeps a second job from writing "
+            "there; run one at a time",
         )
     return True
 

@@ -80,8 +80,8 @@ def open_vectors(paths: list[str], skip: tuple[str, ...] = ()) -> list[TaskVecto
         for name, hashes in first.hashes.items():
             if hashes["base"] != other.hashes.get(name, hashes)["base"]:
                 raise DataError(
-                    f"tensor {name!r}: {first.checkpoint.label} and {other.checkpoint.label} were extracted from different "
-                    "bases; extract both from the same one"
+                    f"tensor {name!r}: {first.checkpoint.label} and {other.checkpoint.label} were extracted from "
+                    "different bases; extract both from the same one"
                 )
     return vectors
 

@@ -36,8 +36,8 @@ def tokens_of(checkpoint: Checkpoint) -> dict[str, int]:
     except Exception as error:  # files from anyone, and tokenizers fail in as many ways as there are kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"{checkpoint.label}: its tokenizer cannot be read ({reason:.100}); --vocabulary common compares the tokenizers "
-            "of both models, so put its files beside the weights"
+            f"{checkpoint.label}: its tokenizer cannot be read ({reason:.100}); --vocabulary common compares the "
+            "tokenizers of both models, so put its files beside the weights"
         ) from None
 
 

@@ -92,7 +92,8 @@ def main(argv=None) -> None:
     models = parse_args(argv).models
     cosine, apart = between(*(models / f"task_vector_{topic}" for topic in VECTORS))
     print(
-        f"cosine of the two task vectors {cosine:.3f}; of the positions that both change, {apart:.1%} in opposite ways\n"
+        f"cosine of the two task vectors {cosine:.3f}; of the positions that both change, {apart:.1%} in opposite "
+        "ways\n"
     )
     print(table(chains(models) + one_pass(models)))
 

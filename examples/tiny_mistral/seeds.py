@@ -80,7 +80,8 @@ def saved(runs: list[list[Row]]) -> str:
     shares = [row.share for run in runs for row in run if row.share is not None]
     if not shares:
         return "no λ was chosen by a race"
-    return f"The races scored {math.fsum(shares) / len(shares):.0%} of the items that scoring every λ on every question takes."
+    share = math.fsum(shares) / len(shares)
+    return f"The races scored {share:.0%} of the items that scoring every λ on every question takes."
 
 
 def parse_args(argv=None) -> argparse.Namespace:

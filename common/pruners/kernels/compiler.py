@@ -27,8 +27,8 @@ def _warn() -> None:
     if not _said.acquire(blocking=False):
         return
     tqdm.write(  # a line of its own, though a progress bar may be there already
-        "warning: no place for compiled kernels (neither here nor in the home directory may be written to), so they are "
-        "compiled anew at each start; set NUMBA_CACHE_DIR to a directory that can be written to",
+        "warning: no place for compiled kernels (neither here nor in the home directory may be written to), so they "
+        "are compiled anew at each start; set NUMBA_CACHE_DIR to a directory that can be written to",
         file=sys.stderr,
     )
 
