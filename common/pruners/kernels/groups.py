@@ -39,7 +39,7 @@ def _how_many_reach(context, keys, start, threshold):
     return types.int64(keys, types.intp, keys.dtype), codegen
 
 
-@njit(nogil=True, inline="always")
+@njit(nogil=True)
 def _count(keys, size, threshold):
     """How many of keys[:size] reach `threshold`, which is at least 1; those behind, up to a whole word, are 0."""
     least, count = keys.dtype.type(threshold), np.int64(0)
@@ -140,27 +140,53 @@ def _keep_largest(keys, bits, taken, size, k, levels, magnitude, top, guess, slo
     return found, slope
 
 
+def _start(magnitude_bits):
+    """(a guess at the first group's threshold, the distance between neighbours in rank): any will do, both adapt to the
+    data in a few groups.
+    """
+    return np.int64(1 << magnitude_bits - 2), np.float32(8.0)
+
+
 @cache
 def nm_kernel(key_dtype, magnitude_bits, levels, m):
-    """The kernel for this m: nm(bits, taken, n, mask). `levels` 0: `taken` is not read; else: it ranks first.
+    """The kernel for whole groups of this m: nm(bits, taken, n, mask). `levels` 0: `taken` is not read; else: it ranks
+    first.
 
     m is a constant of the kernel: with a loop length that it knows, LLVM unrolls and leaves no remainder.
     """
     as_key = np.dtype(key_dtype).type
     magnitude, top = np.uint32((1 << magnitude_bits) - 1), 1 << magnitude_bits
+    first, step = _start(magnitude_bits)
 
     @njit(nogil=True, cache=True)
     def nm(bits, taken, n, mask):
         keys = np.zeros((m + _LANES - 1) // _LANES * _LANES, as_key)  # what is behind m stays 0: out of the question
-        guess, slope = np.int64(top >> 2), np.float32(8.0)  # any will do: both adapt to the data in a few groups
-        full = bits.size // m * m
-        for start in range(0, full, m):
+        guess, slope = first, step
+        for start in range(0, bits.size, m):
             group, earlier, kept = bits[start : start + m], taken[start : start + m], mask[start : start + m]
             guess, slope = _keep_largest(keys, group, earlier, m, n, levels, magnitude, top, guess, slope, kept)
-        rest = bits.size - full
-        if rest:
-            keys[:] = 0
-            k, group, earlier, kept = (n * rest + m - 1) // m, bits[full:], taken[full:], mask[full:]
-            _keep_largest(keys, group, earlier, rest, k, levels, magnitude, top, guess, slope, kept)
 
     return nm
+
+
+@cache
+def rest_kernel(key_dtype, magnitude_bits, levels):
+    """The same for what is left behind whole spans, of any m: rest(bits, taken, n, m, mask). The last group of r
+    elements, if it is shorter, keeps ceil(n*r/m).
+    """
+    as_key = np.dtype(key_dtype).type
+    magnitude, top = np.uint32((1 << magnitude_bits) - 1), 1 << magnitude_bits
+    first, step = _start(magnitude_bits)
+
+    @njit(nogil=True, cache=True)
+    def rest(bits, taken, n, m, mask):
+        keys = np.zeros((m + _LANES - 1) // _LANES * _LANES, as_key)
+        guess, slope = first, step
+        for start in range(0, bits.size, m):
+            group, earlier, kept = bits[start : start + m], taken[start : start + m], mask[start : start + m]
+            size = group.size
+            keys[size:] = 0
+            k = (n * size + m - 1) // m
+            guess, slope = _keep_largest(keys, group, earlier, size, k, levels, magnitude, top, guess, slope, kept)
+
+    return rest

@@ -14,7 +14,7 @@ from functools import cache
 import numpy as np
 
 from common.pruners.kernels.compiler import njit
-from common.pruners.kernels.groups import nm_kernel
+from common.pruners.kernels.groups import nm_kernel, rest_kernel
 
 _CHUNK = 4096  # keys; as 16-bit keys and their bytes of mask they take 12 kB of a first-level cache of 32 to 48 kB
 MAGNITUDE_BITS = {"F16": 15, "BF16": 15, "F32": 31}
@@ -128,14 +128,17 @@ def nm_mask(mask, bits, dtype, taken, levels, n, m) -> None:
     n 2, m 4: [4, -3, 2, 1] -> [1, 1, 0, 0]; [0, -3, 0, 0] -> [0, 1, 0, 0], not two.
     """
     taken = taken if levels else mask  # at level 0 any array of the right length: it is not read
-    done = 0
+    narrow = "uint16" if MAGNITUDE_BITS[dtype] == 15 else "uint32"
     if m <= _SMALL_M:
-        done = bits.size // (m * _SIDE_BY_SIDE) * (m * _SIDE_BY_SIDE)
         kernel = _small_nm_kernel(_key_dtype(dtype, levels), MAGNITUDE_BITS[dtype], levels, m)
-        kernel(bits[:done], taken[:done], n, mask[:done])
-    if done < bits.size:  # a large m; of a small one what does not fill the last span of groups
-        key_dtype = "uint16" if MAGNITUDE_BITS[dtype] == 15 else "uint32"
-        nm_kernel(key_dtype, MAGNITUDE_BITS[dtype], min(levels, 1), m)(bits[done:], taken[done:], n, mask[done:])
+        span = m * _SIDE_BY_SIDE
+    else:
+        kernel, span = nm_kernel(narrow, MAGNITUDE_BITS[dtype], min(levels, 1), m), m
+    done = bits.size // span * span
+    kernel(bits[:done], taken[:done], n, mask[:done])
+    if done < bits.size:  # a kernel of its own: compiled once for every m, and only where something is left
+        rest = rest_kernel(narrow, MAGNITUDE_BITS[dtype], min(levels, 1))
+        rest(bits[done:], taken[done:], n, m, mask[done:])
 
 
 # --- ranking in scopes larger than a block: count keys, then compare with a threshold -------------
