@@ -129,14 +129,15 @@ def nm_mask(mask, bits, dtype, taken, levels, n, m) -> None:
     """
     taken = taken if levels else mask  # at level 0 any array of the right length: it is not read
     narrow = "uint16" if MAGNITUDE_BITS[dtype] == 15 else "uint32"
-    if m <= _SMALL_M:
-        kernel = _small_nm_kernel(_key_dtype(dtype, levels), MAGNITUDE_BITS[dtype], levels, m)
-        span = m * _SIDE_BY_SIDE
-    else:
-        kernel, span = nm_kernel(narrow, MAGNITUDE_BITS[dtype], min(levels, 1), m), m
+    span = m * _SIDE_BY_SIDE if m <= _SMALL_M else m
     done = bits.size // span * span
-    kernel(bits[:done], taken[:done], n, mask[:done])
-    if done < bits.size:  # a kernel of its own: compiled once for every m, and only where something is left
+    if done:
+        if m <= _SMALL_M:
+            kernel = _small_nm_kernel(_key_dtype(dtype, levels), MAGNITUDE_BITS[dtype], levels, m)
+        else:
+            kernel = nm_kernel(narrow, MAGNITUDE_BITS[dtype], min(levels, 1), m)
+        kernel(bits[:done], taken[:done], n, mask[:done])
+    if done < bits.size:  # a kernel of its own, compiled once for every m
         rest = rest_kernel(narrow, MAGNITUDE_BITS[dtype], min(levels, 1))
         rest(bits[done:], taken[done:], n, m, mask[done:])
 
