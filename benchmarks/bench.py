@@ -151,6 +151,8 @@ def measure(row: dict, pairs: int) -> dict:
     moved = sum(size.values()) + sum(size[path] for path in inputs if path.parent in row["copies"])
     fits = sum(size.values()) < MEMORY / 2
     warm, rows = ["cat", *inputs] if fits else ["true"], []
+    # Pair 0 is not counted: kernels are compiled in it. For a large model it would take minutes, and its kernels are
+    # there already if a smaller one was measured before.
     for number in range(0 if fits else 1, pairs + 1):
         figures = []
         for command in ([sys.executable, *row["command"]], copy_command(row)):
@@ -198,6 +200,7 @@ def measure_mergekit(directory: Path) -> tuple[float, float] | None:
 
 def measure_kernels() -> dict[str, float]:
     """ns per element and vector of nm 64:256 for two vectors on all cores: ours, and topk + scatter."""
+    # Imported here and last of all: what this process holds would count as the memory of the scripts that it starts.
     from concurrent.futures import ThreadPoolExecutor
 
     import numpy as np
@@ -260,6 +263,7 @@ def measure_gpu() -> dict[str, float]:
     }
 
     def nanoseconds(call) -> float:
+        # A call only queues the work, so the clock is read when the card is idle; the first calls load and allocate.
         for _ in range(3):
             call()
         torch.cuda.synchronize()
@@ -305,6 +309,7 @@ def measure_depth(directory: Path, layers: int, pairs: int, wanted) -> list[dict
     if wanted("merge task_arithmetic") and (found := measure_mergekit(directory)):
         row = next(row for row in results if row["script"] == "merge task_arithmetic")
         row["obvious_seconds"], row["obvious_GB"] = found
+    # Last, and each fine-tuned model is removed once its vector is there: five models are on disk at most.
     for number in (1, 2):
         timed([sys.executable, *extract(directory, number)["command"]])
         remove([directory / f"finetuned{number}"])

@@ -3,6 +3,7 @@
 save_long_tasks   the three tasks of TASKS, hundreds of items
 without_models    a race without models; an item is right by a score that peaks at weight 0.9
 whole_document    what stands in for lm-eval where a whole model is scored
+stopping_after    a race that is interrupted after so many batches
 
 conftest.py has the fixtures: long_tasks, asked.
 """
@@ -87,6 +88,19 @@ def whole_document(recipe, model, tasks, identity, filled=None) -> dict:
     scores = {name: {"acc,none": 0.5, "acc_stderr,none": 0.01} for name in tasks.names}
     empty = ("group_subtasks", "n-shot", "n-samples", "higher_is_better", "versions", "configs")
     return {"results": scores, **{key: {} for key in empty}}
+
+
+def stopping_after(batches: int, score_items):
+    """score_items that is interrupted, as by Ctrl-C, once it has scored so many batches."""
+    scored = []
+
+    def stops(*args):
+        if len(scored) == batches:
+            raise KeyboardInterrupt
+        scored.append(score_items(*args))
+        return scored[-1]
+
+    return stops
 
 
 def race(*flags: str) -> None:

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT
-from long_tasks import EVAL, LOSS, TASKS, change_task, race, results
+from long_tasks import EVAL, LOSS, TASKS, change_task, race, results, stopping_after
 from recipes_and_models import RECIPE, left_over, merge_and_score, write_yaml
 
 import merge_and_evaluate_7b
@@ -111,15 +111,8 @@ def test_a_stopped_race_resumes(here, asked, monkeypatch, stop_after):
     for path in (here / "results.json", here / "results_race.json"):
         path.unlink()
     asked.clear()
-    stand_in, batches = racing.score_items, []
-
-    def stops(*args):
-        if len(batches) == stop_after:
-            raise KeyboardInterrupt
-        batches.append(1)
-        return stand_in(*args)
-
-    monkeypatch.setattr(racing, "score_items", stops)
+    stand_in = racing.score_items
+    monkeypatch.setattr(racing, "score_items", stopping_after(stop_after, stand_in))
     with pytest.raises(KeyboardInterrupt):
         race(*RACE, "--overwrite")
     assert 0 < len(asked) < len(whole)

@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from long_tasks import results, whole_document
+from long_tasks import results, stopping_after, whole_document
 from recipes_and_models import RECIPE, left_over, write_yaml
 
 import merge_and_evaluate_7b
@@ -104,15 +104,8 @@ def test_a_stopped_race_of_recipes_resumes(here, asked, monkeypatch, stop_after)
     race_recipes("0.1", *flags, *ON, "--output_path", "whole.json")
     whole = list(asked)
     asked.clear()
-    stand_in, batches = racing.score_items, []
-
-    def stops(*args):
-        if len(batches) == stop_after:
-            raise KeyboardInterrupt
-        batches.append(1)
-        return stand_in(*args)
-
-    monkeypatch.setattr(racing, "score_items", stops)
+    stand_in = racing.score_items
+    monkeypatch.setattr(racing, "score_items", stopping_after(stop_after, stand_in))
     with pytest.raises(KeyboardInterrupt):
         race_recipes("0.1", *flags, *ON, "--overwrite")
     assert 0 < len(asked) < len(whole)

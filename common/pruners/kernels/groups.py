@@ -140,9 +140,9 @@ def _keep_largest(keys, bits, taken, size, k, levels, magnitude, top, guess, slo
     return found, slope
 
 
-def _start(magnitude_bits):
-    """(a guess at the first group's threshold, the distance between neighbours in rank): any will do, both adapt to the
-    data in a few groups.
+def _first_guess(magnitude_bits):
+    """(the first group's threshold, the distance in keys between neighbours in rank): any guess gives the same masks,
+    and both adapt to the data in a few groups.
     """
     return np.int64(1 << magnitude_bits - 2), np.float32(8.0)
 
@@ -156,7 +156,7 @@ def nm_kernel(key_dtype, magnitude_bits, levels, m):
     """
     as_key = np.dtype(key_dtype).type
     magnitude, top = np.uint32((1 << magnitude_bits) - 1), 1 << magnitude_bits
-    first, step = _start(magnitude_bits)
+    first, step = _first_guess(magnitude_bits)
 
     @njit(nogil=True, cache=True)
     def nm(bits, taken, n, mask):
@@ -171,12 +171,12 @@ def nm_kernel(key_dtype, magnitude_bits, levels, m):
 
 @cache
 def rest_kernel(key_dtype, magnitude_bits, levels):
-    """The same for what is left behind whole spans, of any m: rest(bits, taken, n, m, mask). The last group of r
-    elements, if it is shorter, keeps ceil(n*r/m).
+    """The same for what is left behind them, of any m: rest(bits, taken, n, m, mask). A last group of r elements, if it
+    is shorter, keeps ceil(n*r/m). In a kernel of its own, because inside each nm kernel it doubled what is compiled.
     """
     as_key = np.dtype(key_dtype).type
     magnitude, top = np.uint32((1 << magnitude_bits) - 1), 1 << magnitude_bits
-    first, step = _start(magnitude_bits)
+    first, step = _first_guess(magnitude_bits)
 
     @njit(nogil=True, cache=True)
     def rest(bits, taken, n, m, mask):
