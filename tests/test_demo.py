@@ -3,9 +3,12 @@
 import csv
 import json
 import re
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -86,6 +89,27 @@ def test_models_are_sharded_checkpoints_that_share_names_shapes_and_tokenizer(tm
         index = json.loads((tmp_path / name / "model.safetensors.index.json").read_text())
         assert len(set(index["weight_map"].values())) > 1
         assert AutoTokenizer.from_pretrained(tmp_path / name)("The capital")["input_ids"][0] == 0
+
+
+@pytest.mark.slow
+def test_killed_training_leaves_no_process_behind(tmp_path):
+    """However it is killed: its workers, which wait for the base, watch for that and end."""
+    command = [sys.executable, str(DEMO / "make_models.py"), "--save_path", str(tmp_path)]
+    training = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    family = []
+    try:
+        until = time.monotonic() + 60
+        while time.monotonic() < until and len(family) < len(TOPICS):
+            time.sleep(0.1)
+            family = [child for child in psutil.Process(training.pid).children() if "spawn_main" in child.cmdline()[-2]]
+    finally:
+        training.kill()
+        training.wait()
+    assert len(family) == len(TOPICS)
+    gone, alive = psutil.wait_procs(family, timeout=60)
+    for process in alive:
+        process.kill()
+    assert not alive
 
 
 def test_seeds_are_averaged_and_rows_compared_seed_by_seed(tmp_path):

@@ -9,10 +9,12 @@ with a real tokenizer: about a minute on 2 CPU cores. The same seed on one machi
 """
 
 import argparse
+import os
 import random
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import torch
@@ -112,18 +114,37 @@ def one_quiet_thread() -> None:
     disable_progress_bar()
 
 
+def leave_with_parent() -> None:
+    """End this process when the one that started it ends, however that comes about: a pool's workers would stay."""
+
+    def watch() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def start_worker() -> None:
+    """What each process of the pool does first."""
+    leave_with_parent()
+    one_quiet_thread()
+
+
 def make_models(folder: Path, seed: int, base_epochs: int = 12, epochs: int = 16) -> None:
     """The base, then at once, each in a process of its own, the models of the two topics."""
     sentences = {topic: [fact.sentence for fact in read_facts(topic)] for topic in RELATIONS}
     base = folder / "base"
     began = time.monotonic()
-    with ProcessPoolExecutor(len(RELATIONS), get_context("spawn"), one_quiet_thread) as pool:
-        pool.submit(make_base, base, sum(sentences.values(), []), base_epochs, seed).result()
+    with ProcessPoolExecutor(len(RELATIONS), get_context("spawn"), start_worker) as pool:
+        # Asked for nothing yet, they start and import torch while the base trains here, on the other core.
+        ready = [pool.submit(os.getpid) for _ in RELATIONS]
+        make_base(base, sum(sentences.values(), []), base_epochs, seed)
         print(f"{base}: trained on both topics, after {time.monotonic() - began:.0f} s", flush=True)
-        for training in [
+        trainings = [
             pool.submit(fine_tune, base, folder / topic, sentences[topic], epochs, seed) for topic in RELATIONS
-        ]:
-            training.result()
+        ]
+        for result in ready + trainings:
+            result.result()
     for topic in RELATIONS:
         print(f"{folder / topic}: the base, trained further on {topic}, after {time.monotonic() - began:.0f} s")
 
@@ -142,6 +163,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> None:
     args = parse_args(argv)
+    one_quiet_thread()
     write_tasks(args.save_path / "tasks")
     make_models(args.save_path, args.seed)
 

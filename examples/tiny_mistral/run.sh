@@ -57,35 +57,35 @@ run examples/tiny_mistral/make_models.py --save_path $TINY --seed "${SEED:-0}"
 say "1. Convert dtype"
 run convert_dtype.py --model_path $TINY/base --save_path $TINY/base-float16
 
-# What needs no pruned model runs meanwhile on the second core; what it prints is shown when it is done.
+say "2. Extract the task vectors"
+extract countries
+extract elements
+
+# Half of the rows are made meanwhile on the second core; what that prints is shown when it is done.
 meanwhile() {
     score "base" base-float16
-    score "fine-tuned on countries" countries
-    score "fine-tuned on elements" elements
     merge "task arithmetic" task_arithmetic results_task_arithmetic
     merge "TIES" ties results_ties
+    prune magnitude --sparsity_level 0.75 --pruning_method magnitude
+    merge "TA + magnitude" magnitude results_magnitude
 }
 meanwhile >demo/meanwhile.txt 2>&1 &
 OTHER=$!
 # Stopped or failed: the other core's command first, whose shell then ends by itself.
 trap 'pkill -P $OTHER || true; kill $OTHER 2>/dev/null || true' EXIT
 
-say "2. Extract the task vectors"
-extract countries
-extract elements
-
-say "3. Prune them to a quarter: CABS, by magnitude, at random and rescaled (DARE)"
+say "3. Prune them to a quarter: CABS, and at random and rescaled (DARE)"
 prune cabs --n 64 --m 256 --pruning_method nm
-prune magnitude --sparsity_level 0.75 --pruning_method magnitude
 prune dare --sparsity_level 0.75 --pruning_method random --rescale --seed 0
 
 say "4. Merge and evaluate: each method's λ by a race on the validation questions, scored on the test questions"
-merge "TA + magnitude" magnitude results_magnitude
+score "fine-tuned on countries" countries
+score "fine-tuned on elements" elements
 merge "TA + DARE" dare results_dare
 merge "TIES + DARE" ties_dare results_ties_dare
 merge "CABS" cabs results
 
-say "Meanwhile: the rows that need no pruned model"
+say "Meanwhile: the other rows"
 status=0
 wait $OTHER || status=$?
 trap - EXIT
