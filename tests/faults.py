@@ -21,7 +21,6 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 
 COUNTED = [
     (os, "pwrite"),
-    (os, "pwritev"),
     (os, "ftruncate"),
     (os, "fsync"),
     (os, "rename"),
@@ -67,8 +66,6 @@ class Faults:
         if self.kind and self.kind.startswith("SIG"):
             if name == "pwrite":  # half of a write
                 real(arguments[0], memoryview(arguments[1])[: len(arguments[1]) // 2], arguments[2])
-            if name == "pwritev":
-                real(arguments[0], [memoryview(arguments[1][0])[: len(arguments[1][0]) // 2]], *arguments[2:])
             os.kill(os.getpid(), getattr(signal, self.kind))
 
 

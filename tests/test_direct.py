@@ -14,10 +14,11 @@ from checkpoints import files, run, write
 from hypothesis import given, settings
 
 from common.pruners import kernels
-from common.shards import buffers, stream
+from common.shards import buffers, page_cache, stream
 from common.shards.blocks import Reader
 from common.shards.buffers import InputBuffer, OutputBuffer
 from common.shards.direct import PAGE, File, aligned
+from common.shards.page_cache import PageCache
 
 SIZES = st.lists(st.integers(0, 5 * PAGE), min_size=1, max_size=8)
 
@@ -100,7 +101,6 @@ def test_whole_pages_go_past_the_cache(tmp_path, monkeypatch):
         calls.append((bool(flags & os.O_DIRECT), offset, len(data)))
         return real(descriptor, data, offset)
 
-    OddKernel("no RWF_DONTCACHE", monkeypatch)
     monkeypatch.setattr(os, "pwrite", counted)
     staged(tmp_path / "x", random_bytes(10 * PAGE), 100, [1000] * 40 + [960])
     assert [call for call in calls if not call[0]] == [(False, 100, PAGE - 100), (False, 10 * PAGE, 100)]
@@ -151,20 +151,50 @@ def test_what_is_cached_is_not_read_from_disk(tmp_path, monkeypatch):
         assert reads == ([] if cached else [0, 3 * PAGE, 6 * PAGE, 9 * PAGE])
 
 
+def other_kernel(kind: str, monkeypatch) -> None:
+    """What older kernels, sandboxes and macOS say where cachestat is asked for, and mincore."""
+    if kind != "cachestat":
+        monkeypatch.setattr(page_cache, "_CACHESTAT", 9999)  # ENOSYS
+    if kind == "neither":
+        monkeypatch.setattr(page_cache, "_MINCORE", None)
+
+
+@pytest.mark.parametrize("kind", ["cachestat", "mincore", "neither"])
+def test_what_the_page_cache_holds(tmp_path, monkeypatch, kind):
+    """All of a range or not: read, forgotten, read in part, and behind the end; False where nobody can say."""
+    path, size = tmp_path / "x", 9 * PAGE + 100
+    path.write_bytes(random_bytes(size).tobytes())
+    other_kernel(kind, monkeypatch)
+    spans = [(0, size), (0, PAGE), (4 * PAGE, 9 * PAGE), (8 * PAGE, size), (0, 1)]
+
+    def held() -> list[bool]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            cache = PageCache(descriptor)
+            return [cache.holds(*span) for span in spans] + [cache.holds(9 * PAGE, 10 * PAGE + 1)]
+        finally:
+            os.close(descriptor)
+
+    os.sync()
+    assert held() == [kind != "neither"] * 5 + [False]
+    evict(path)
+    assert held() == [False] * 6
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        os.pread(file.fileno(), 100, 0)
+    assert held() == [False, kind != "neither", False, False, kind != "neither", False]
+    path.write_bytes(b"")  # emptied since
+    assert held() == [False] * 6
+
+
 class OddKernel:
-    """os.open, os.pwrite, os.pwritev and os.preadv of a system that lacks what we would like, notices late, or does
-    only part of a call."""
+    """os.open, os.pwrite and os.preadv of a system that lacks what we would like, notices late, or does only part of a
+    call."""
 
     def __init__(self, kind: str, monkeypatch):
-        self.kind, self.open, self.pwrite, self.pwritev, self.preadv = (
-            kind,
-            os.open,
-            os.pwrite,
-            os.pwritev,
-            os.preadv,
-        )
+        self.kind, self.open, self.pwrite, self.preadv = kind, os.open, os.pwrite, os.preadv
         self.direct = set()
-        for name in ("open", "pwrite", "pwritev", "preadv"):
+        for name in ("open", "pwrite", "preadv"):
             monkeypatch.setattr(os, name, getattr(self, f"odd_{name}"))
 
     def odd_open(self, path, flags, *mode):
@@ -183,19 +213,14 @@ class OddKernel:
         self.check(descriptor)
         return self.pwrite(descriptor, data[:777] if self.kind == "short" and len(data) > 777 else data, offset)
 
-    def odd_pwritev(self, descriptor, buffers, offset, flags):
-        if self.kind != "short and RWF_DONTCACHE":
-            raise OSError(errno.EOPNOTSUPP, "no RWF_DONTCACHE")
-        return self.pwritev(descriptor, [buffer[:777] for buffer in buffers], offset, flags)
-
     def odd_preadv(self, descriptor, buffers, offset):
         self.check(descriptor)
-        if self.kind.startswith("short") and descriptor not in self.direct:
+        if self.kind == "short" and descriptor not in self.direct:
             buffers = [buffer[:777] for buffer in buffers]
         return self.preadv(descriptor, buffers, offset)
 
 
-@pytest.mark.parametrize("kind", ["no direct I/O", "larger pages", "short", "short and RWF_DONTCACHE"])
+@pytest.mark.parametrize("kind", ["no direct I/O", "larger pages", "short"])
 def test_on_odd_systems(tmp_path, monkeypatch, kind):
     """The same bytes, written and read."""
     data = random_bytes(9 * PAGE + 1234)
@@ -217,7 +242,6 @@ def test_disk_errors_are_not_taken_for_missing_direct_io(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "broken")
 
     monkeypatch.setattr(os, "pwrite", broken)
-    monkeypatch.setattr(os, "pwritev", broken)
     with pytest.raises(OSError, match="broken"):
         staged(tmp_path / "x", random_bytes(3 * PAGE), 0, [3 * PAGE])
 

@@ -27,7 +27,7 @@ class Libc:
     def __init__(self, name, *rest, real=ctypes.CDLL, **more):
         self.real = real(name, *rest, **more)
     def __getattr__(self, name):
-        if name == "mincore":
+        if name in ("mincore", "syscall"):
             raise AttributeError(name)
         return getattr(self.real, name)
 ctypes.CDLL = Libc
@@ -35,11 +35,8 @@ ctypes.CDLL = Libc
 NO_FCNTL = "import sys; sys.modules['fcntl'] = None\n"
 SYSTEMS = {
     "macOS": MACOS.format(missing=LACKS),
-    "macOS before 11": MACOS.format(missing=LACKS + " preadv pwritev"),
+    "macOS before 11": MACOS.format(missing=LACKS + " preadv"),
     "no mincore, no fcntl": MACOS.format(missing=LACKS) + NO_MINCORE + NO_FCNTL,
-    "no flags for pwritev": MACOS.format(missing=" ".join(n for n in LACKS.split() if n.startswith("RWF_")))
-    + "real = os.pwritev\ndef pwritev(fd, buffers, offset, flags=0):\n    if flags: raise NotImplementedError('flags')\n"
-    "    return real(fd, buffers, offset)\nos.pwritev = pwritev\n",
 }
 START = (
     "\nimport runpy, sys\nscript = sys.argv.pop(1)\nsys.argv[0] = script\nrunpy.run_path(script, run_name='__main__')\n"
