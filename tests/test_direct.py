@@ -4,6 +4,8 @@ interrupted.
 
 import errno
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -20,6 +22,7 @@ from common.shards.buffers import InputBuffer, OutputBuffer
 from common.shards.direct import PAGE, File, aligned
 from common.shards.page_cache import PageCache
 
+IO = ThreadPoolExecutor(4)  # what reads ahead and writes behind
 SIZES = st.lists(st.integers(0, 5 * PAGE), min_size=1, max_size=8)
 
 
@@ -36,7 +39,7 @@ def random_bytes(nbytes: int, seed: int = 0) -> np.ndarray:
 
 def staged(path, data: np.ndarray, lead: int, sizes: list[int]) -> None:
     """Write `data` from offset `lead` on, in rooms of these sizes."""
-    file, stage, at = File(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), OutputBuffer(), 0
+    file, stage, at = File(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), OutputBuffer(IO), 0
     file.prepare(lead + data.size)
     for size in sizes:
         stage.room(file, lead + at, size)[:] = data[at : at + size]
@@ -66,7 +69,7 @@ def test_a_stage_writes_what_was_put_in_it(tmp_path_factory, lead, sizes):
 def test_stages_share_a_file(tmp_path):
     """Neighbours that meet within a page, written alternately: both whole."""
     data, cut = random_bytes(20 * PAGE), 7 * PAGE + 123
-    file, left, right = File(tmp_path / "x", os.O_WRONLY | os.O_CREAT), OutputBuffer(), OutputBuffer()
+    file, left, right = File(tmp_path / "x", os.O_WRONLY | os.O_CREAT), OutputBuffer(IO), OutputBuffer(IO)
     file.prepare(data.size)
     for i in range(0, cut, 1000):
         left.room(file, i, min(1000, cut - i))[:] = data[i : min(i + 1000, cut)]
@@ -84,11 +87,12 @@ def test_stages_share_a_file(tmp_path):
 
 def test_a_stage_holds_no_more_than_a_request(tmp_path):
     """Its memory does not grow with what passes through it."""
-    file, stage = File(tmp_path / "x", os.O_WRONLY | os.O_CREAT), OutputBuffer()
+    file, stage = File(tmp_path / "x", os.O_WRONLY | os.O_CREAT), OutputBuffer(IO)
     file.prepare(1 << 20)
     for at in range(0, 1 << 20, 1000):
         stage.room(file, at, min(1000, (1 << 20) - at))[:] = 1
-        assert stage._memory.nbytes <= buffers.WRITE + 2 * PAGE
+        assert max(stage._memory.nbytes, stage._spare.nbytes) <= buffers.WRITE + 2 * PAGE
+    stage.flush()
     file.close()
 
 
@@ -124,7 +128,7 @@ def test_a_window_reads_what_is_there(tmp_path_factory, sizes, state, begin):
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             os.pread(file.fileno(), 100, data.size // 2)
-    file, window, spans, at = File(path, os.O_RDONLY), InputBuffer(), [], begin
+    file, window, spans, at = File(path, os.O_RDONLY), InputBuffer(IO), [], begin
     for size in sizes:
         spans.append((at, at + size))
         at += size
@@ -144,11 +148,76 @@ def test_what_is_cached_is_not_read_from_disk(tmp_path, monkeypatch):
     for cached in (True, False):
         if not cached:
             evict(path)
-        file, window = File(path, os.O_RDONLY), InputBuffer()
+        file, window = File(path, os.O_RDONLY), InputBuffer(IO)
         for start in range(0, data.size, PAGE):
             assert np.array_equal(window.read(file, start, start + PAGE, data.size), data[start : start + PAGE])
         file.close()
         assert reads == ([] if cached else [0, 3 * PAGE, 6 * PAGE, 9 * PAGE])
+
+
+@pytest.mark.parametrize("lead", [0, 100])
+def test_no_block_is_read_twice(tmp_path, monkeypatch, lead):
+    """Requests begin where the block begins that is not in memory as a whole, on a page or within one."""
+    path, data = tmp_path / "x", random_bytes(lead + 12 * PAGE)
+    path.write_bytes(data.tobytes())
+    evict(path)
+    reads, real = [], File.read
+    monkeypatch.setattr(File, "read", lambda self, *a: (reads.append(a[1]), real(self, *a))[1])
+    file, window = File(path, os.O_RDONLY), InputBuffer(IO)
+    for start in range(lead, data.size, PAGE):
+        assert np.array_equal(window.read(file, start, start + PAGE, data.size), data[start : start + PAGE])
+    file.close()
+    assert reads == [0, 3 * PAGE, 6 * PAGE, 9 * PAGE]
+
+
+def test_what_is_read_ahead_and_not_asked_for_is_forgotten(tmp_path):
+    """A block elsewhere, another file, and back: never the bytes of what was under way."""
+    files, window = [], InputBuffer(IO)
+    for number in range(2):
+        path, data = tmp_path / str(number), random_bytes(40 * PAGE, number)
+        path.write_bytes(data.tobytes())
+        evict(path)
+        files.append((File(path, os.O_RDONLY), data))
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        (file, data), start = files[random.integers(2)], int(random.integers(38 * PAGE))
+        for at in range(start, start + int(random.integers(1, 3)) * PAGE, PAGE // 2):
+            assert np.array_equal(window.read(file, at, at + PAGE // 2, data.size), data[at : at + PAGE // 2])
+    window.settle()
+    for file, _ in files:
+        file.close()
+
+
+def test_the_next_request_is_read_and_the_last_one_written_meanwhile(tmp_path, monkeypatch):
+    """While a thread works on a block, another reads; while it fills the next request, another writes."""
+    path, data = tmp_path / "x", random_bytes(12 * PAGE)
+    path.write_bytes(data.tobytes())
+    evict(path)
+    here, under_way = threading.current_thread(), {"read": threading.Event(), "write": threading.Event()}
+
+    def noticing(event: threading.Event, real):
+        def call(self, *arguments):
+            if threading.current_thread() is not here:
+                event.set()
+            return real(self, *arguments)
+
+        return call
+
+    for name, event in under_way.items():
+        monkeypatch.setattr(File, name, noticing(event, getattr(File, name)))
+    file, window = File(path, os.O_RDONLY), InputBuffer(IO)
+    assert not under_way["read"].is_set() and np.array_equal(window.read(file, 0, PAGE, data.size), data[:PAGE])
+    assert under_way["read"].wait(10)
+    window.settle()
+    file.close()
+    file, stage = File(tmp_path / "y", os.O_WRONLY | os.O_CREAT), OutputBuffer(IO)
+    file.prepare(data.size)
+    for at in range(0, 8 * PAGE, PAGE):
+        stage.room(file, at, PAGE)[:] = data[at : at + PAGE]
+    assert under_way["write"].wait(10)
+    stage.flush()
+    file.close()
+    assert (tmp_path / "y").read_bytes() == data[: 8 * PAGE].tobytes() + bytes(4 * PAGE)
 
 
 def other_kernel(kind: str, monkeypatch) -> None:
@@ -228,7 +297,7 @@ def test_on_odd_systems(tmp_path, monkeypatch, kind):
     staged(tmp_path / "x", data, 333, [5000] * 7 + [data.size - 35000])
     assert (tmp_path / "x").read_bytes() == bytes(333) + data.tobytes()
     evict(tmp_path / "x")
-    file, window = File(tmp_path / "x", os.O_RDONLY), InputBuffer()
+    file, window = File(tmp_path / "x", os.O_RDONLY), InputBuffer(IO)
     for start in range(0, data.size, 5000):
         stop = min(start + 5000, data.size)
         assert np.array_equal(window.read(file, 333 + start, 333 + stop, 333 + data.size), data[start:stop])
@@ -242,8 +311,9 @@ def test_disk_errors_are_not_taken_for_missing_direct_io(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "broken")
 
     monkeypatch.setattr(os, "pwrite", broken)
-    with pytest.raises(OSError, match="broken"):
-        staged(tmp_path / "x", random_bytes(3 * PAGE), 0, [3 * PAGE])
+    for rooms in (1, 2, 5):  # written at the end; behind, and noticed then; behind, and noticed before
+        with pytest.raises(OSError, match="broken"):
+            staged(tmp_path / "x", random_bytes(rooms * 3 * PAGE), 0, [3 * PAGE] * rooms)
 
 
 def test_aligned_memory():

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from common.errors import DataError
 from common.shards import publish, stream
-from common.shards.buffers import READ, WRITE
+from common.shards.buffers import HELD_FOR, READ, WRITE
 from common.shards.checkpoint import Checkpoint
 from common.shards.layout import Output
 from common.shards.places import check_disk, existing_parent, is_empty, refuse_existing, whole_path
@@ -82,8 +82,8 @@ def describe(job: Job, inputs: list[Checkpoint]) -> str:
 
 
 def memory_needed(job: Job, workers: int) -> int:
-    """Bytes, a little more than measured: libraries, a request for every file per thread, what is read again."""
-    streams = [READ * len(task.inputs) + WRITE * len(task.slots) for task in job.tasks]
+    """Bytes, a little more than measured: libraries, requests for every file per thread, what is read again."""
+    streams = [HELD_FOR * (READ * len(task.inputs) + WRITE * len(task.slots)) for task in job.tasks]
     return 250 * 10**6 + workers * max(streams, default=0) + (SHELVES if job.passes > 1 else 0)
 
 

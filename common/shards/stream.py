@@ -1,14 +1,14 @@
 """Tensors through worker threads: read, compute, write.
 
 Each worker takes the next tensor and moves it block by block: read into a buffer it reuses, compute while the block is
-in its core's cache, write to the block's place in the output. While one worker waits for the disk the others compute.
-Memory is a few blocks per worker, regardless of the size of model, shard or tensor.
+in its core's cache, write to the block's place in the output. Other threads read ahead and write behind for it, so a
+worker for each core is enough. Memory is a few blocks per worker, regardless of the size of model, shard or tensor.
 """
 
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,8 +52,8 @@ class Halted(Exception):
 class Worker:
     """What one thread holds from task to task: open inputs, buffers, the way to the sink (None: nothing is written)."""
 
-    def __init__(self, sink, halt: threading.Event, moved: Callable[[int], None], shelf: Shelf):
-        self._sink, self._halt, self._moved, self._shelf = sink, halt, moved, shelf
+    def __init__(self, sink, halt: threading.Event, moved: Callable[[int], None], shelf: Shelf, io: Executor):
+        self._sink, self._halt, self._moved, self._shelf, self._io = sink, halt, moved, shelf, io
         self._files: dict[Path, File] = {}
         self._buffers: list[InputBuffer] = []
         self._out_buffers: list[OutputBuffer] = []
@@ -77,13 +77,13 @@ class Worker:
             self._files[tensor.path] = File(tensor.path, os.O_RDONLY)
         # Each reader of a task has a buffer of its own: two that are read in turn would overwrite each other's block.
         if self._readers == len(self._buffers):
-            self._buffers.append(InputBuffer())
+            self._buffers.append(InputBuffer(self._io))
         buffer, self._readers = self._buffers[self._readers], self._readers + 1
         return Reader(tensor, self._files[tensor.path], buffer, self._advance, self._shelf if again else None)
 
     def writers(self, task: Task) -> list[Writer]:
         """A writer for the task's slot in each output."""
-        self._out_buffers += [OutputBuffer() for _ in task.slots[len(self._out_buffers) :]]
+        self._out_buffers += [OutputBuffer(self._io) for _ in task.slots[len(self._out_buffers) :]]
         self._writers = self._sink.writers(task, self._out_buffers, self._advance)
         return self._writers
 
@@ -98,7 +98,9 @@ class Worker:
             self._sink.finish_tensor(task.shard, task.name, records)
 
     def close(self) -> None:
-        """Close the inputs."""
+        """Close the inputs; nothing of this thread is under way any more when this returns."""
+        for buffer in self._buffers + self._out_buffers:
+            buffer.settle()
         for file in self._files.values():
             file.close()
 
@@ -165,7 +167,7 @@ def run(tasks: list[Task], do: Callable[[Task, Worker], list], moved: Callable, 
             return task
 
     def work() -> None:
-        worker = Worker(sink, halt, moved, Shelf(SHELVES // workers))
+        worker = Worker(sink, halt, moved, Shelf(SHELVES // workers), io)
         try:
             while task := next_task():
                 found[task.name] = do(task, worker)
@@ -181,7 +183,7 @@ def run(tasks: list[Task], do: Callable[[Task, Worker], list], moved: Callable, 
                 busy.discard(threading.get_ident())
                 idle.notify_all()
 
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(4 * workers) as io, ThreadPoolExecutor(workers) as pool:
         try:
             futures = [pool.submit(work) for _ in range(workers)]
             wait(futures)
@@ -195,5 +197,5 @@ def run(tasks: list[Task], do: Callable[[Task, Worker], list], moved: Callable, 
 
 
 def worker_count() -> int:
-    """Threads to use: two more than the cores this process may run on, for when some wait for the disk; at most 10."""
-    return min(cores(), 8) + 2
+    """Threads that compute: one for each core this process may run on, at most 8; more would only take turns."""
+    return min(cores(), 8)
