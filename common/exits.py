@@ -114,8 +114,8 @@ def run(main) -> None:
     A closed stdout stops nothing: main() gets to its end, and then the exit status is 1. argparse itself exits with 2
     on a usage error.
     """
-    # Importing torch and transformers makes half a million objects, none of them garbage; at Python's usual 700 new
-    # ones a search, looking for it takes a fifth of the time of importing them.
+    # Importing torch and transformers makes 400,000 objects, none of them garbage. With Python's own threshold, some
+    # hundred new ones, looking for it takes a fifth of the time of importing them.
     gc.set_threshold(100_000, 50, 50)
     signal.signal(signal.SIGTERM, _on_signal)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it, and that must stay so

@@ -208,6 +208,8 @@ def check_combination(parser: argparse.ArgumentParser, given: set[str], recipes:
     """Usage error for flags that contradict or do not use one another. recipes: how many --recipe names."""
     sweep = SWEEPS | {"choose_on", "report_on", "choose_by", "keep_models", "race", "evaluations", "layer_groups"}
     scoring = {"dtype", "limit", "model_args"}
+    # Tables of (flag, what contradicts it) and (flag, what it needs one of), because `given` are the flags that were
+    # typed: argparse itself cannot tell those from defaults.
     refusals = [
         ("verify", given - {"verify"}),
         ("compare", given - {"compare", "plot_path", "against"}),

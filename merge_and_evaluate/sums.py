@@ -389,6 +389,8 @@ def _vector_kernel():
             for j in range(vectors):
                 row, mask = rows[j][:stop], _mask(masks[j], start, stop)
                 _widen(addresses[j], kinds[j], start, row)
+                # Who agrees is known once all are summed, so consensus keeps a row for each; else each is added at
+                # once, and the base's own bits stay where no mask keeps.
                 if consensus:
                     _weigh(row, mask, weights[j], total)
                 else:

@@ -16,11 +16,10 @@ from checkpoints import files, run, write
 from hypothesis import given, settings
 
 from common.pruners import kernels
-from common.shards import buffers, page_cache, stream
+from common.shards import buffers, direct, stream
 from common.shards.blocks import Reader
 from common.shards.buffers import InputBuffer, OutputBuffer
-from common.shards.direct import PAGE, File, aligned
-from common.shards.page_cache import PageCache
+from common.shards.direct import PAGE, File, PageCache, aligned
 
 IO = ThreadPoolExecutor(4)  # what reads ahead and writes behind
 SIZES = st.lists(st.integers(0, 5 * PAGE), min_size=1, max_size=8)
@@ -91,7 +90,7 @@ def test_a_stage_holds_no_more_than_a_request(tmp_path):
     file.prepare(1 << 20)
     for at in range(0, 1 << 20, 1000):
         stage.room(file, at, min(1000, (1 << 20) - at))[:] = 1
-        assert max(stage._memory.nbytes, stage._spare.nbytes) <= buffers.WRITE + 2 * PAGE
+        assert stage._memory.nbytes + stage._spare.nbytes <= buffers.HELD_FOR * (buffers.WRITE + 2 * PAGE)
     stage.flush()
     file.close()
 
@@ -223,9 +222,9 @@ def test_the_next_request_is_read_and_the_last_one_written_meanwhile(tmp_path, m
 def other_kernel(kind: str, monkeypatch) -> None:
     """What older kernels, sandboxes and macOS say where cachestat is asked for, and mincore."""
     if kind != "cachestat":
-        monkeypatch.setattr(page_cache, "_CACHESTAT", 9999)  # ENOSYS
+        monkeypatch.setattr(direct, "_CACHESTAT", 9999)  # ENOSYS
     if kind == "neither":
-        monkeypatch.setattr(page_cache, "_MINCORE", None)
+        monkeypatch.setattr(direct, "_MINCORE", None)
 
 
 @pytest.mark.parametrize("kind", ["cachestat", "mincore", "neither"])

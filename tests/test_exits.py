@@ -149,7 +149,7 @@ def test_a_stream_remembers_its_failure():
 
 
 def test_nothing_is_searched_for_garbage_on_leaving():
-    """What was imported, half a million objects after torch and transformers, is in no generation that is searched."""
+    """What was imported, 400,000 objects after torch and transformers, is in no generation that is searched."""
     program = "import atexit, gc\nfrom common.exits import run\natexit.register(lambda: print(len(gc.get_objects())))\n"
     found = subprocess.run(
         [sys.executable, "-c", program + "run(lambda: None)"], capture_output=True, text=True, cwd=ROOT, check=True

@@ -102,7 +102,10 @@ def call(hub, tmp_path: Path, script: str, *arguments, free: int | None = None) 
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_XET": "1",
     }
-    little = f"import shutil, runpy, sys; del sys.argv[0]; shutil.disk_usage = lambda p: shutil._ntuple_diskusage(9, 9, {free}); "
+    little = (
+        "import shutil, runpy, sys; del sys.argv[0]; "
+        f"shutil.disk_usage = lambda p: shutil._ntuple_diskusage(9, 9, {free}); "
+    )
     as_script = (
         [ROOT / script]
         if free is None

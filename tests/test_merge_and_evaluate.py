@@ -154,7 +154,8 @@ def test_dry_run_writes_nothing(here, capsys):
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys, merge_and_evaluate_7b; print(sorted({'torch', 'mergekit', 'lm_eval', 'matplotlib'} & set(sys.modules)))"
+    heavy = "{'torch', 'mergekit', 'lm_eval', 'matplotlib'}"
+    code = f"import sys, merge_and_evaluate_7b; print(sorted({heavy} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 

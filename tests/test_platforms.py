@@ -35,7 +35,7 @@ ctypes.CDLL = Libc
 NO_FCNTL = "import sys; sys.modules['fcntl'] = None\n"
 SYSTEMS = {
     "macOS": MACOS.format(missing=LACKS),
-    "macOS before 11": MACOS.format(missing=LACKS + " preadv"),
+    "macOS before 11": MACOS.format(missing=LACKS + " preadv pwritev"),
     "no mincore, no fcntl": MACOS.format(missing=LACKS) + NO_MINCORE + NO_FCNTL,
 }
 START = (

@@ -12,7 +12,9 @@ README = (ROOT / "README.md").read_text()
 # The leaderboard's data sets and the Hub are out of reach here; everything else runs as it stands on the page.
 LOCAL = {
     "recipes/open_llm_leaderboard.yml": "local_eval.yml",
-    "--choose_on arc_challenge winogrande --report_on hellaswag mmlu truthfulqa_mc2 gsm8k": "--choose_on colours --report_on hues --eval_recipe local_eval.yml",
+    "--choose_on arc_challenge winogrande --report_on hellaswag mmlu truthfulqa_mc2 gsm8k": (
+        "--choose_on colours --report_on hues --eval_recipe local_eval.yml"
+    ),
 }
 
 

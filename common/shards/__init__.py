@@ -28,7 +28,6 @@ stream.py        tensors through worker threads
 blocks.py        a reader for each input tensor, a writer for each output slot
 buffers.py       what a thread holds of its files, in memory it reuses
 direct.py        between memory and disk, past the page cache
-page_cache.py    what the page cache holds
 sink.py          shard files while they are written
 memory.py        the same into a model in memory
 staging.py       files and directories that appear complete or not at all

@@ -6,6 +6,7 @@ are cores, and none of them waits for a disk that keeps up.
 """
 
 from concurrent.futures import Executor, Future, wait
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,11 +35,18 @@ def _at_least(memory: np.ndarray, nbytes: int) -> np.ndarray:
     return memory if memory.size >= nbytes else aligned(nbytes)
 
 
+class _Ahead(NamedTuple):
+    """A request that is under way into a buffer's spare memory."""
+
+    request: tuple[File, int, int]  # pages base:last of a file
+    reading: Future  # of _read()
+
+
 class InputBuffer:
     """The part of an input that is in memory: a block from the page cache, or a request's worth from the disk."""
 
     def __init__(self, io: Executor):
-        self._io, self._ahead = io, None  # ((file, pages), the future of reading them into the spare memory)
+        self._io, self._ahead = io, None
         self._memory, self._spare = np.empty(0, np.uint8), np.empty(0, np.uint8)
         self._file, self._begin, self._end = None, 0, 0  # bytes begin:end are in memory from begin % PAGE on
         self._cached_end = 0  # up to here, from where we are, the page cache has the file
@@ -74,29 +82,29 @@ class InputBuffer:
             self._read_ahead(end - begin, limit)
 
     def _requested(self, file: File, base: int, last: int, limit: int) -> int | None:
-        """_read(), unless it is under way."""
-        (wanted, reading), self._ahead = self._ahead or (None, None), None
-        if wanted == (file, base, last):
+        """_read() into this buffer's memory, or its result if that was read ahead."""
+        ahead, self._ahead = self._ahead, None
+        if ahead and ahead.request == (file, base, last):
             self._memory, self._spare = self._spare, self._memory
-            return reading.result()
-        if reading:
-            wait([reading])
+            return ahead.reading.result()
+        if ahead:
+            wait([ahead.reading])  # until then the spare memory is not free; whether it failed is nobody's concern
         self._memory = _at_least(self._memory, last - base)
         return _read(file, self._memory, base, last, limit)
 
     def _read_ahead(self, block: int, limit: int) -> None:
-        """Begin to read what the first of the blocks that follow will ask for which is not in memory as a whole."""
+        """Begin to read on from the first block to come that is not in memory as a whole."""
         begin = self._begin + max((self._end - self._begin) // block, 1) * block
         if begin < limit:
             base, last = _span(begin, min(begin + block, limit), limit)
             self._spare = _at_least(self._spare, last - base)
             reading = self._io.submit(_read, self._file, self._spare, base, last, limit)
-            self._ahead = (self._file, base, last), reading
+            self._ahead = _Ahead((self._file, base, last), reading)
 
     def settle(self) -> None:
         """Return when nothing is under way."""
         if self._ahead:
-            wait([self._ahead[1]])
+            wait([self._ahead.reading])
 
 
 class Shelf:

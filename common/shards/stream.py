@@ -27,6 +27,7 @@ from common.shards.systems import cores
 
 _COPY_BLOCK = 1 << 18  # elements
 _TELL = 16 << 20  # bytes between two reports of a thread to the progress bar
+_FILES = 4  # requests that are under way for a worker at once: most tasks read two or three files and write one
 SHELVES = 512 << 20  # bytes that all workers together keep of what a task reads from disk more than once
 
 
@@ -183,7 +184,7 @@ def run(tasks: list[Task], do: Callable[[Task, Worker], list], moved: Callable, 
                 busy.discard(threading.get_ident())
                 idle.notify_all()
 
-    with ThreadPoolExecutor(4 * workers) as io, ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(_FILES * workers) as io, ThreadPoolExecutor(workers) as pool:
         try:
             futures = [pool.submit(work) for _ in range(workers)]
             wait(futures)
