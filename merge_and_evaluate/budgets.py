@@ -4,7 +4,8 @@ from functools import cache
 
 import numpy as np
 
-from common.pruners.kernels.compiler import njit
+from common.pruners.kernels.bits import array
+from common.pruners.kernels.compiler import Step, in_steps, kernel, njit
 
 _EXPONENTS = 256 + 32  # those of float32, and what sums of them reach
 
@@ -49,23 +50,26 @@ def _sums_above(words, mask, lowest):
 
 @cache
 def _norm_kernel():
-    @njit(nogil=True, cache=True)
-    def add_norms(sums, delta, mask):
-        for start in range(0, delta.size, _CHUNK):
+    @kernel()
+    def add_norms(args, size):
+        sums = array(args[0], 2 * _EXPONENTS, np.int64)  # two rows, one after the other
+        delta, mask = array(args[1], size, np.uint32), array(args[2], size, np.uint8)
+        for start in range(0, size, _CHUNK):
             words, kept = delta[start : start + _CHUNK], mask[start : start + _CHUNK]
             lowest = _lowest(words)
             if lowest:
                 for which, found in enumerate(_sums_above(words, kept, np.uint64(lowest))):
                     # In halves, the upper as digits of 32 exponents more: whole, the second chunk could overflow 64
                     # bits.
-                    sums[which, lowest] += found & 0xFFFFFFFF
-                    sums[which, lowest + 32] += found >> 32
+                    sums[which * _EXPONENTS + lowest] += found & 0xFFFFFFFF
+                    sums[which * _EXPONENTS + lowest + 32] += found >> 32
                 continue
             for i in range(words.size):
                 exponent = (words[i] >> np.uint32(23)) & np.uint32(0xFF)
                 digits = np.int64(words[i] & np.uint32(0x7FFFFF)) + (np.int64(1 << 23) if exponent else np.int64(0))
-                sums[0, exponent] += digits
-                sums[1, exponent] += digits if kept[i] else np.int64(0)
+                sums[exponent] += digits
+                sums[_EXPONENTS + exponent] += digits if kept[i] else np.int64(0)
+        return 0
 
     return add_norms
 
@@ -75,6 +79,7 @@ def empty_norms() -> np.ndarray:
     return np.zeros((2, _EXPONENTS), np.int64)
 
 
+@in_steps
 def add_norms(sums: np.ndarray, delta: np.ndarray, mask: np.ndarray) -> None:
     """Add |delta| of a block to sums[0], and of what mask keeps to sums[1].
 
@@ -83,9 +88,7 @@ def add_norms(sums: np.ndarray, delta: np.ndarray, mask: np.ndarray) -> None:
     added as integers, so no order, block size or number of threads changes a bit of their sum, and parts counted apart
     may be added up. Good for 2**39 elements a tensor.
     """
-    if delta.size != mask.size:
-        raise ValueError(f"a mask of {mask.size} for {delta.size} elements")
-    _norm_kernel()(sums, delta, mask)
+    return [Step(_norm_kernel(), (delta, mask), (sums,))]
 
 
 def rescale_factor(sums: np.ndarray) -> np.float32:

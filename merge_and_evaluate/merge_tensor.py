@@ -11,11 +11,12 @@ import numpy as np
 
 from common.errors import DataError
 from common.pruners import kernels
+from common.pruners.kernels.program import Program
 from common.pruners.masks import Masks
 from common.pruners.pruning import Pruning
 from common.pruners.tally import new_counts, tallies, to_record
 from common.shards.blocks import Reader, Writer, blocks
-from common.shards.headers import DTYPE_CODES, DTYPE_NAMES, Tensor
+from common.shards.headers import DTYPE_CODES, DTYPE_NAMES
 from common.shards.stream import Task, Worker, copy_tensor, new_hash, not_finite
 from merge_and_evaluate.budgets import add_norms, empty_norms, rescale_factor, ties_budget
 from merge_and_evaluate.streamed_methods import Values
@@ -112,11 +113,7 @@ class Differences:
         for tensor, bits in ((self._base.tensor, base), (self._models[j].tensor, model)):
             if not kernels.all_finite(bits, tensor.dtype):
                 raise not_finite(tensor)
-        tensor = self._models[j].tensor
-        raise DataError(
-            f"tensor {tensor.name!r} of {tensor.path.parent}: its difference from the base is beyond the largest "
-            f"{DTYPE_NAMES[self._dtype]}; set vector_dtype: bfloat16 or float32 under the recipe's `parameters`"
-        )
+        refuse_difference([base, model], [self._base, self._models[j]], self._dtype)
 
     def read(self, j: int, start: int, stop: int) -> np.ndarray:
         """Bits of elements start:stop of model j's difference, valid until the next read of this j."""
@@ -156,7 +153,7 @@ def merge_tensor(task: Task, worker: Worker, how: TensorMerge | None, found: Fou
     # What is found in a first pass does not depend on the weights, so a sweep's next merge finds it in `found`.
     readers = [worker.reader(tensor, again=how.reads_twice) for tensor in task.inputs]
     if not prunings:
-        return [_merge_differences(how, readers, writer, None, None, found)]
+        return [_merge_differences(how, readers, writer, None, found)]
     dtype = vector_dtype_of(how)
     masks = Masks(prunings, how.mask_name, [dtype] * len(prunings), task.inputs[0].numel, kernels)
     differences = Differences(readers[0], readers[1:], dtype, masks.block)
@@ -168,8 +165,8 @@ def merge_tensor(task: Task, worker: Worker, how: TensorMerge | None, found: Fou
     if how.method.startswith("dare") and how.reads_twice and found.scales is None:
         found.scales = find_scales(how, masks, differences)
     if how.method in OURS:
-        return [_merge_vectors(how, readers, writer, (prunings, masks, differences))]
-    return [_merge_differences(how, readers, writer, masks, differences, found)]
+        return [_merge_vectors(how, readers, writer, masks, prunings)]
+    return [_merge_differences(how, readers, writer, masks, found)]
 
 
 class _Hashes:
@@ -190,62 +187,96 @@ def _merge_linear(how: TensorMerge, readers: list[Reader], writer: Writer) -> di
     hashes, normalize = _Hashes(readers), how.values.shared["normalize"]
     for start, stop in blocks(readers[0].numel, kernels.BLOCK):
         raw, out = [reader.read(start, stop) for reader in readers], writer.room(start, stop)
-        models = [Block(bits, reader.dtype) for bits, reader in zip(raw, readers, strict=True)]
-        if not linear(Block(out, how.dtype), models, how.weights, normalize):
+        if not linear(Block(out, how.dtype), _as_blocks(raw, readers), how.weights, normalize):
             refuse_sum(how, readers, raw)
         hashes.update(raw, out)
     return hashes.record()
 
 
-def _merge_differences(how: TensorMerge, readers, writer: Writer, masks, differences, found: Found) -> dict:
+def _as_blocks(bits: list[np.ndarray], readers: list[Reader]) -> list[Block]:
+    return [Block(each, reader.dtype) for each, reader in zip(bits, readers, strict=True)]
+
+
+def _merge_differences(how: TensorMerge, readers: list[Reader], writer: Writer, masks, found: Found) -> dict:
     """task_arithmetic, ties, dare_linear, dare_ties."""
     hashes, shared, numel = _Hashes(readers), how.values.shared, readers[0].numel
     elect = how.method in ("ties", "dare_ties")
     rule = Rule(how.weights, shared["normalize"], shared["lambda"], elect, found.scales)
+
+    def note(engine, start: int, arrays: list) -> None:
+        out, *bits = arrays
+        base, *models = _as_blocks(bits, readers)
+        if masks is None:
+            kept = None
+        elif how.method == "ties":
+            kept = masks.by(engine).of(start, _differences(engine, bits, readers, vector_dtype_of(how)))
+        else:
+            kept = masks.by(engine).drawn(start, out.size)
+            for block in models:  # what is dropped, too
+                engine.all_finite(block.bits, block.dtype)
+        engine.add(delta_sum.steps, Block(out, how.dtype), base, models, rule, (start, numel), kept)
+
+    program = Program(note, masks.unit if masks else 1)
     for start, stop in masks.blocks() if masks else blocks(numel, kernels.BLOCK):
         raw, out = [reader.read(start, stop) for reader in readers], writer.room(start, stop)
-        base, *models = (Block(bits, reader.dtype) for bits, reader in zip(raw, readers, strict=True))
-        if how.method == "ties" and masks:
-            kept = masks.of(start, [differences.of(j, model, raw[0]) for j, model in enumerate(raw[1:])])
-        elif masks:
-            kept = masks.drawn(start, stop - start)
-            if not all(kernels.all_finite(block.bits, block.dtype) for block in models):  # what is dropped, too
-                refuse_sum(how, readers, raw)
-        else:
-            kept = None
-        if not delta_sum(Block(out, how.dtype), base, models, rule, (start, numel), kept):
+        if not program.run(start, [out, *raw]):
             refuse_sum(how, readers, raw)
         hashes.update(raw, out)
     return hashes.record()
 
 
-def _merge_vectors(how: TensorMerge, readers, writer: Writer, kept_by: tuple) -> dict:
+def _merge_vectors(how: TensorMerge, readers: list[Reader], writer: Writer, masks: Masks, prunings: list) -> dict:
     """cabs, magnitude, random: base + Σ weight · pruned task vector, the masks of prune_task_vector_7b.py."""
-    prunings, masks, differences = kept_by
     hashes, counts = _Hashes(readers), new_counts(len(prunings))
     weights = tuple(weight * pruning.scale for weight, pruning in zip(how.weights, prunings, strict=True))
     dtype, consensus = vector_dtype_of(how), how.values.shared["consensus"] == "sign"
+
+    def note(engine, start: int, arrays: list) -> None:
+        out, *bits = arrays
+        vectors = _differences(engine, bits, readers, dtype)
+        kept = masks.by(engine).of(start, vectors)
+        for j, pruning in enumerate(prunings):
+            engine.tally(vectors[j], dtype, kept, j, start, pruning.m, counts)
+        base, added = Block(bits[0], readers[0].dtype), [Block(vector, dtype) for vector in vectors]
+        engine.add(vector_sum.steps, Block(out, how.dtype), base, added, kept, weights, consensus)
+
+    program = Program(note, masks.unit)
     for start, stop in masks.blocks():
         raw, out = [reader.read(start, stop) for reader in readers], writer.room(start, stop)
-        vectors = [differences.of(j, model, raw[0]) for j, model in enumerate(raw[1:])]
-        kept = masks.of(start, vectors)
-        for j, pruning in enumerate(prunings):
-            kernels.tally(vectors[j], dtype, kept, j, start, pruning.m, counts)
-        added = [Block(vector, dtype) for vector in vectors]
-        base = Block(raw[0], readers[0].dtype)
-        if not vector_sum(Block(out, how.dtype), base, added, kept, weights, consensus):
+        if not program.run(start, [out, *raw], masks.scope_of(start)):
             refuse_sum(how, readers, raw)
         hashes.update(raw, out)
     return hashes.record() | {"tallies": [to_record(tally) for tally in tallies(counts, readers[0].numel)]}
 
 
+def _differences(engine, bits: list[np.ndarray], readers: list[Reader], dtype: str) -> list[np.ndarray]:
+    """Each model minus the base, in an engine's scratch memory, rounded as extract_task_vector_7b.py rounds."""
+    vectors = [engine.scratch(dtype) for _ in bits[1:]]
+    for vector, model, reader in zip(vectors, bits[1:], readers[1:], strict=True):
+        engine.subtract(model, reader.dtype, bits[0], readers[0].dtype, vector, dtype)
+    return vectors
+
+
 def refuse_sum(how: TensorMerge, readers: list[Reader], raw: list[np.ndarray]) -> None:
-    """Raise DataError for a sum that is not finite: an input is not, or the sum is too large."""
+    """Raise DataError for a block that is not finite: an input is not, or a difference or the sum is too large."""
     for reader, bits in zip(readers, raw, strict=True):
         if not kernels.all_finite(bits, reader.dtype):
             raise not_finite(reader.tensor)
-    tensor: Tensor = readers[0].tensor
+    if prunings_of(how, readers[0].numel):
+        refuse_difference(raw, readers, vector_dtype_of(how))
     raise DataError(
-        f"tensor {tensor.name!r} of the merge: a sum is beyond the largest {DTYPE_NAMES[how.dtype]}; lower the "
-        "weights, or set out_dtype: bfloat16 or float32 in the recipe"
+        f"tensor {readers[0].tensor.name!r} of the merge: a sum is beyond the largest {DTYPE_NAMES[how.dtype]}; lower "
+        "the weights, or set out_dtype: bfloat16 or float32 in the recipe"
     )
+
+
+def refuse_difference(raw: list[np.ndarray], readers: list[Reader], dtype: str) -> None:
+    """Raise DataError for a difference of finite values that is too large for `dtype`, if there is one."""
+    for model, reader in zip(raw[1:], readers[1:], strict=True):
+        room = np.empty(model.size, kernels.BITS_DTYPE[dtype])
+        if not kernels.subtract(model, reader.dtype, raw[0], readers[0].dtype, room, dtype)[1]:
+            raise DataError(
+                f"tensor {reader.tensor.name!r} of {reader.tensor.path.parent}: its difference from the base is beyond "
+                f"the largest {DTYPE_NAMES[dtype]}; set vector_dtype: bfloat16 or float32 under the recipe's "
+                "`parameters`"
+            )

@@ -9,26 +9,12 @@ F16, BF16 = 0, 1
 _KIND = {"F16": F16, "BF16": BF16, "F32": 2}
 
 
-def _address(array: np.ndarray, size: int) -> int:
-    """Where `size` elements begin; the kernels check no bounds."""
-    if array.size != size or not array.flags.c_contiguous:
-        raise ValueError(f"contiguous blocks of one size, got {array.size} elements beside {size}")
-    return array.__array_interface__["data"][0]
-
-
 @dataclass(frozen=True)
 class Block:
     """Some consecutive elements of a tensor: flat bits, and the dtype that they are bits of ("F16", "BF16", "F32")."""
 
     bits: np.ndarray
     dtype: str
-
-    def place(self, size: int) -> tuple[int, int]:
-        """(address, kind) for the kernels: compiled once for any number and any dtypes of a recipe's models.
-
-        Raises ValueError unless the block has `size` elements.
-        """
-        return _address(self.bits, size), _KIND[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -51,15 +37,9 @@ def _kinds(dtypes: tuple[str, ...]) -> np.ndarray:
     return np.array([_KIND[dtype] for dtype in dtypes], np.int64)
 
 
-def terms_of(blocks: list[Block], masks, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(addresses, kinds, addresses of the masks) of the models or vectors that are summed, int64 [blocks or masks].
-
-    Raises ValueError unless each has `size` elements.
-    """
-    places = [_address(block.bits, size) for block in blocks]
-    kept = [_address(mask, size) for mask in masks]
-    kinds = _kinds(tuple([block.dtype for block in blocks]))
-    return np.array(places, np.int64), kinds, np.array(kept, np.int64)
+def kinds_of(*blocks: Block) -> np.ndarray:
+    """What the kernels know dtypes by, int64 [blocks]: compiled once for any number and any dtypes of models."""
+    return _kinds(tuple([block.dtype for block in blocks]))
 
 
 def in_order(numel: int) -> int:

@@ -1,4 +1,4 @@
-"""Sums of one block: what streamed merges compute, in one compiled call a block.
+"""Sums of one block: what streamed merges compute.
 
     linear      Σ wᵢ·xᵢ / Σ wᵢ                        mergekit's `linear`
     delta_sum   base + lambda · Σ wᵢ·(xᵢ − base) / d   mergekit's task_arithmetic, ties, dare_linear, dare_ties
@@ -20,14 +20,16 @@ from functools import cache, partial
 
 import numpy as np
 
-from common.pruners.kernels.bits import bits_of_float32, float32_of_bits, float32_of_half, half_of_float32
-from common.pruners.kernels.compiler import carray, intrinsic, njit, types
-from merge_and_evaluate.sum_inputs import BF16, F16, Block, Rule, in_order, sum_of_weights, terms_of
+from common.pruners.kernels import compiler
+from common.pruners.kernels.bits import array, bits_of_float32, float32_of_bits, float32_of_half, half_of_float32
+from common.pruners.kernels.compiler import Step, in_steps, intrinsic, njit, types
+from merge_and_evaluate.sum_inputs import BF16, F16, Block, Rule, in_order, kinds_of, sum_of_weights
 
 _CHUNK = 1024  # elements: float32 rows of two models and what is beside them, 24 kB, stay in a core's first-level cache
 # Division as in numpy: x / 0 is infinite, which is reported as not finite. Python's would raise, and does not
 # vectorise.
 _njit = partial(njit, nogil=True, error_model="numpy")
+_kernel = partial(compiler.kernel, error_model="numpy")
 
 
 # --- bits to values and back ----------------------------------------------------------------------
@@ -41,35 +43,19 @@ def _fused(context, factor, other, addend):
     return types.float32(types.float32, types.float32, types.float32), codegen
 
 
-# One pointer a type, and bits of single values above: an array's view(), and a slice set to another array, take numba
-# half a second each to compile, which was most of what a first merge on a machine waited for.
-def _pointer_to(number):
-    @intrinsic
-    def pointer(context, address):
-        def codegen(context, builder, _, args):
-            return builder.inttoptr(args[0], context.get_value_type(types.CPointer(number)))
-
-        return types.CPointer(number)(types.int64), codegen
-
-    return pointer
-
-
-_bytes_at, _halves_at, _floats_at = (_pointer_to(number) for number in (types.uint8, types.uint16, types.float32))
-
-
 @_njit()
 def _widen(address, kind, start, values):
     """values, float32 = elements start, start + 1, … of what is at the address, exactly."""
     if kind == F16:
-        halves = carray(_halves_at(address + 2 * start), values.size)
+        halves = array(address + 2 * start, values.size, np.uint16)
         for i in range(values.size):
             values[i] = float32_of_half(halves[i])
     elif kind == BF16:
-        halves = carray(_halves_at(address + 2 * start), values.size)
+        halves = array(address + 2 * start, values.size, np.uint16)
         for i in range(values.size):
             values[i] = float32_of_bits(np.uint32(halves[i]) << np.uint32(16))
     else:
-        floats = carray(_floats_at(address + 4 * start), values.size)
+        floats = array(address + 4 * start, values.size, np.float32)
         for i in range(values.size):
             values[i] = floats[i]
 
@@ -83,11 +69,11 @@ def _all_finite(values):
 
 
 @_njit()
-def _store(values, place, start):
+def _store(values, address, kind, start):
     """Elements from `start` on = values, rounded to nearest even -> whether all of them are finite."""
-    size, most, address, kind = values.size, np.uint16(0), place[0], place[1]
+    size, most = values.size, np.uint16(0)
     if kind == F16:
-        halves = carray(_halves_at(address + 2 * start), size)
+        halves = array(address + 2 * start, size, np.uint16)
         for i in range(size):
             halves[i] = half_of_float32(values[i])
         for i in range(size):
@@ -95,7 +81,7 @@ def _store(values, place, start):
         return most < np.uint16(0x7C00)
     if kind == BF16:
         # A NaN may become an infinity here or a zero: either way it was refused, since values are looked at first.
-        halves, finite = carray(_halves_at(address + 2 * start), size), _all_finite(values)
+        halves, finite = array(address + 2 * start, size, np.uint16), _all_finite(values)
         for i in range(size):
             word = bits_of_float32(values[i])
             even = (word >> np.uint32(16)) & np.uint32(1)
@@ -103,7 +89,7 @@ def _store(values, place, start):
         for i in range(size):
             most = max(most, np.uint16(halves[i] & np.uint16(0x7FFF)))
         return finite and most < np.uint16(0x7F80)
-    floats = carray(_floats_at(address + 4 * start), size)
+    floats = array(address + 4 * start, size, np.float32)
     for i in range(size):
         floats[i] = values[i]
     return _all_finite(values)
@@ -138,44 +124,42 @@ def _sum_last(rows, in_order, total):
 
 @cache
 def _linear_kernel():
-    @_njit(cache=True)
-    def linear(out, size, models, weights, divisor):
-        addresses, kinds, _ = models
+    @_kernel()
+    def linear(args, size):
+        models, kinds = args[0], array(args[1], args[0] + 1, np.int64)
+        weights, divisor = array(args[2], models, np.float32), array(args[3], 1, np.float32)[0]
         finite = True
         sums, scratch = np.empty(_CHUNK, np.float32), np.empty(_CHUNK, np.float32)
         for start in range(0, size, _CHUNK):
             total, values = sums[: min(_CHUNK, size - start)], scratch[: min(_CHUNK, size - start)]
             total[:] = 0
-            for j in range(addresses.size):
-                _widen(addresses[j], kinds[j], start, values)
+            for j in range(models):
+                _widen(args[5 + j], kinds[1 + j], start, values)
                 weight = weights[j]
                 for i in range(total.size):
                     total[i] = _fused(values[i], weight, total[i])
             for i in range(total.size):
                 total[i] /= divisor
-            finite &= _store(total, out, start)
-        return finite
+            finite &= _store(total, args[4], kinds[0], start)
+        return not finite
 
     return linear
 
 
+@in_steps
 def linear(out: Block, models: list[Block], weights: tuple[float, ...], normalize: bool = True) -> bool:
     """out = Σ weight·model, divided by the sum of the weights if `normalize` -> whether all of it is finite.
 
     mergekit's `linear`, bit for bit: weight times value is added with one rounding (torch's addcmul is a fused
     multiply-add), in the recipe's order, from +0.0 on. Weights that sum to zero make a result that is not finite.
     """
-    size, divisor = out.bits.size, sum_of_weights(weights) if normalize else np.float32(1)
-    numbers = np.array(weights, np.float32)
-    return bool(_linear_kernel()(out.place(size), size, terms_of(models, (), size), numbers, divisor))
+    divisor = sum_of_weights(weights) if normalize else np.float32(1)
+    numbers = np.array(weights, np.float32), np.array([divisor], np.float32)
+    elements = [block.bits for block in (out, *models)]
+    return [Step(_linear_kernel(), elements, (len(models), kinds_of(out, *models), *numbers))]
 
 
 # --- mergekit's sums of differences ---------------------------------------------------------------
-
-
-@_njit()
-def _mask(address, start, size):
-    return carray(_bytes_at(address + start), size)
 
 
 # Values are chosen by their bits: `a if mask[i] else b` on bytes and floats side by side does not vectorise without
@@ -201,16 +185,18 @@ def _flipped(value, sign):
 
 
 @_njit()
-def _add_differences(terms, scales, weights, start, below, rows, total):
-    """total = Σ rows[j], in order; rows[j] = (model j − base) · scale j · weight j, +0.0 where its mask drops."""
-    addresses, kinds, masks = terms
+def _add_differences(args, at, masks, kinds, scales, weights, start, below, rows, total):
+    """total = Σ rows[j], in order; rows[j] = (model j − base) · scale j · weight j, +0.0 where its mask drops.
+
+    args[at + j]: where model j is; args[masks + j], unless masks is 0: its mask.
+    """
     size = below.size
     total[:] = 0
-    for j in range(addresses.size):
+    for j in range(rows.shape[0]):
         row, scale, weight = rows[j][:size], scales[j], weights[j]
-        _widen(addresses[j], kinds[j], start, row)
-        if masks.size:
-            mask = _mask(masks[j], start, size)
+        _widen(args[at + j], kinds[j], start, row)
+        if masks:
+            mask = array(args[masks + j] + start, size, np.uint8)
             for i in range(size):
                 row[i] -= below[i]
             for i in range(size):
@@ -283,19 +269,21 @@ def _scale_sum(total, divisor, scale):
 
 @cache
 def _delta_kernel():
-    @_njit(cache=True)
-    def delta_sum(out, base, terms, rule, extent):
-        scales, weights, elect, by_votes, divisor, scale = rule
-        size, in_order = extent
+    @_kernel()
+    def delta_sum(args, size):
+        models, masks, elect, by_votes = args[0], args[1], args[2], args[3]
+        in_order, kinds = args[4] - args[8], array(args[5], models + 2, np.int64)
+        scales, weights = array(args[6], models, np.float32), array(args[7], models + 2, np.float32)
+        divisor, scale, out, base = weights[models], weights[models + 1], args[9], args[10]
         finite, scratch, room = True, np.empty((3, _CHUNK), np.float32), np.empty(_CHUNK, np.uint32)
-        rows = np.empty((terms[0].size, _CHUNK), np.float32)
+        rows = np.empty((models, _CHUNK), np.float32)
         for start in range(0, size, _CHUNK):
             stop = min(_CHUNK, size - start)
             below, total, votes = scratch[0][:stop], scratch[1][:stop], scratch[2][:stop]
             signs = room[:stop]
             plain = min(max(in_order - start, 0), stop)
-            _widen(base[0], base[1], start, below)
-            _add_differences(terms, scales, weights, start, below, rows, total)
+            _widen(base, kinds[1], start, below)
+            _add_differences(args, 11, masks, kinds[2:], scales, weights, start, below, rows, total)
             _sum_last(rows, plain, total)
             if elect:
                 finite &= _all_finite(total)  # a NaN agrees with nobody: it would be lost in what follows
@@ -307,12 +295,13 @@ def _delta_kernel():
                 change, own = total[i], below[i]
                 # A change of zero must not touch the base: −0.0 + 0.0 is +0.0.
                 total[i] = own if change == np.float32(0) else own + change
-            finite &= _store(total, out, start)
-        return finite
+            finite &= _store(total, out, kinds[0], start)
+        return not finite
 
     return delta_sum
 
 
+@in_steps
 def delta_sum(out: Block, base: Block, models: list[Block], rule: Rule, place: tuple[int, int], masks=None) -> bool:
     """out = base + lambda · Σ wᵢ·(modelᵢ − base) / divisor -> whether the result is finite, and so all that went in.
 
@@ -325,16 +314,18 @@ def delta_sum(out: Block, base: Block, models: list[Block], rule: Rule, place: t
 
     Rule((0.5, 0.5), elect=True): differences 0.2 and −0.1 -> sum 0.05, sign + -> base + 0.1.
     """
-    size, (at, numel) = out.bits.size, place
+    at, numel = place
     shared = rule.normalize and not rule.elect
     divisor = sum_of_weights(rule.weights) if shared else np.float32(1)
     if abs(divisor) < np.float32(1e-8):
         divisor = np.float32(1)
+    masks = [] if masks is None else list(masks)
     scales = np.array(rule.scales or [1.0] * len(models), np.float32)
-    numbers = (scales, np.array(rule.weights, np.float32), rule.elect, rule.elect and rule.normalize)
-    terms = terms_of(models, () if masks is None else masks, size)
-    how = (*numbers, divisor, np.float32(rule.scale))
-    return bool(_delta_kernel()(out.place(size), base.place(size), terms, how, (size, in_order(numel) - at)))
+    weights = np.array([*rule.weights, divisor, rule.scale], np.float32)
+    elements = (at, *(block.bits for block in (out, base, *models)), *masks)
+    numbers = (len(models), 11 + len(models) if masks else 0, int(rule.elect), int(rule.elect and rule.normalize))
+    others = (*numbers, in_order(numel), kinds_of(out, base, *models), scales, weights)
+    return [Step(_delta_kernel(), elements, others)]
 
 
 # --- our sums of pruned vectors -------------------------------------------------------------------
@@ -373,22 +364,21 @@ def _add_agreed(below, rows, ones, signs, total, count):
 
 @cache
 def _vector_kernel():
-    @_njit(cache=True)
-    def vector_sum(out, base, terms, size, how):
-        addresses, kinds, masks = terms
-        weights, consensus = how
-        vectors, finite = addresses.size, True
+    @_kernel()
+    def vector_sum(args, size):
+        vectors, consensus, kinds = args[0], args[1], array(args[2], args[0] + 2, np.int64)
+        weights, out, base, finite = array(args[3], vectors, np.float32), args[4], args[5], True
         scratch, rows = np.empty((3, _CHUNK), np.float32), np.empty((vectors, _CHUNK), np.float32)
         signs = np.empty(_CHUNK, np.uint32)
         ones = np.ones(vectors, np.float32)
         for start in range(0, size, _CHUNK):
             stop = min(_CHUNK, size - start)
             below, total, count = scratch[0][:stop], scratch[1][:stop], scratch[2][:stop]
-            _widen(base[0], base[1], start, below)
+            _widen(base, kinds[1], start, below)
             total[:] = 0
             for j in range(vectors):
-                row, mask = rows[j][:stop], _mask(masks[j], start, stop)
-                _widen(addresses[j], kinds[j], start, row)
+                row, mask = rows[j][:stop], array(args[6 + vectors + j] + start, stop, np.uint8)
+                _widen(args[6 + j], kinds[2 + j], start, row)
                 # Who agrees is known once all are summed, so consensus keeps a row for each; else each is added at
                 # once, and the base's own bits stay where no mask keeps.
                 if consensus:
@@ -397,12 +387,13 @@ def _vector_kernel():
                     _add_kept(below, row, mask, weights[j])
             if consensus:
                 _add_agreed(below, rows, ones, signs[:stop], total, count)
-            finite &= _store(below, out, start)
-        return finite
+            finite &= _store(below, out, kinds[0], start)
+        return not finite
 
     return vector_sum
 
 
+@in_steps
 def vector_sum(
     out: Block, base: Block, vectors: list[Block], masks, weights: tuple[float, ...], consensus: bool = False
 ) -> bool:
@@ -415,5 +406,6 @@ def vector_sum(
     counts as +), out = base + Σ{cᵢ of sign s} / how many those are; no cᵢ of sign s: the base's bits. A position that
     one vector alone keeps gets its w·v, as without. 0.3, 0.1 and −0.2 kept by three -> base + 0.2.
     """
-    size, how = out.bits.size, (np.array(weights, np.float32), consensus)
-    return bool(_vector_kernel()(out.place(size), base.place(size), terms_of(vectors, masks, size), size, how))
+    elements = (*(block.bits for block in (out, base, *vectors)), *masks)
+    others = (len(vectors), int(consensus), kinds_of(out, base, *vectors), np.array(weights, np.float32))
+    return [Step(_vector_kernel(), elements, others)]

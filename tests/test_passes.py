@@ -125,7 +125,8 @@ def test_counting_many_and_few():
         assert np.array_equal(keys, np.abs(tensor_of(bits, "F16").numpy()).view(np.uint16))
         for low, high, shift in ((0, 1 << 15, 0), (6300, 6340, 0), (6300, 6340, 2), (6320, 6321, 0)):
             counts = np.zeros((2, 1 << (high - low - 1 >> shift).bit_length()), np.int64)
-            above = kernels.count_keys(counts, bits, "F16", None, 0, low, high, shift)
+            above = np.zeros(1, np.int64)
+            kernels.count_keys(counts, above, bits, "F16", None, 0, low, high, shift)
             want, more = counter(keys)[0](low, high, shift)
             assert above == more
             assert counts.sum(axis=0)[: len(want)].tolist() == want.tolist()

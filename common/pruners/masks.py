@@ -4,11 +4,15 @@ Nothing here knows files or devices: bits come from the caller, arithmetic from 
 """
 
 import math
+from copy import copy
 from collections.abc import Callable, Iterator
 
 from common.pruners.pruning import Pruning, in_passes, random_key, random_limits, scopes
 from common.pruners.thresholds import Scope, Threshold, in_order
 from common.shards.blocks import blocks
+
+
+_GROUPS, _SMALL = 128, 1 << 14  # small groups of m are ranked so many at a time: units of up to so many elements
 
 
 class Masks:
@@ -30,8 +34,10 @@ class Masks:
         ms = {pruning.m for pruning in prunings}
         self.in_passes = len(ms) == 1 and in_passes(self._first, block)
         # A block is whole groups, so that nm ranks each without the others; of random numbers four come at a time.
-        unit = math.lcm(*ms) if self._first.method == "nm" else 4
-        self._step = block if self.in_passes else max(block // unit, 1) * unit
+        self.unit = math.lcm(*ms) if self._first.method == "nm" and not self.in_passes else 4
+        if self.unit * _GROUPS <= _SMALL:
+            self.unit *= _GROUPS
+        self._step = block if self.in_passes else max(block // self.unit, 1) * self.unit
         self._numel, self.block = numel, min(self._step, numel)  # elements of the largest block
         self._room = engine.empty_masks(len(prunings), self.block)
         self._limits = random_limits([pruning.density for pruning in prunings], self._first.conflict_aware)
@@ -68,18 +74,28 @@ class Masks:
             return blocks(self._numel, self._step)
         return (span for scope in self._scopes for span in blocks(scope.stop, self._step, scope.start))
 
+    def scope_of(self, start: int) -> int:
+        """The number of the scope that a block begins in."""
+        return next((i for i, scope in enumerate(self._scopes) if start < scope.stop), 0)
+
+    def by(self, engine) -> "Masks":
+        """These masks, made by another engine in blocks of its own length."""
+        other = copy(self)
+        other._engine, other._room = engine, engine.empty_masks(len(self._prunings), engine.BLOCK)
+        return other
+
     def of(self, start: int, vectors: list) -> list:
         """The masks (uint8, 1 = keep) of the block at `start`, one a vector; valid until the next call."""
         found = [mask[: len(vectors[0])] for mask in self._room]
         if self.in_passes:
-            next(scope for scope in self._scopes if start < scope.stop).fill(found, vectors)
+            self._scopes[self.scope_of(start)].fill(found, vectors, self._engine)
         elif self._first.method == "random":
             self.drawn(start, len(vectors[0]))
             # After the last draw: draws depend on no value, and conflicts are among draws.
             for mask, bits, dtype in zip(found, vectors, self._dtypes, strict=True):
                 self._engine.drop_zeros(mask, bits, dtype)
         else:
-            for j, mask, taken, levels in in_order(found, self._first.conflict_aware):
+            for j, mask, taken, levels in in_order(found, self._first.conflict_aware, self._engine):
                 n, m = self._prunings[j].n, self._prunings[j].m
                 self._engine.nm_mask(mask, vectors[j], self._dtypes[j], taken, levels, n, m)
         return found
@@ -90,6 +106,6 @@ class Masks:
         They need no values, and in a sum a zero is nothing.
         """
         found = [mask[:size] for mask in self._room]
-        for j, mask, taken, _ in in_order(found, self._first.conflict_aware):
+        for j, mask, taken, _ in in_order(found, self._first.conflict_aware, self._engine):
             self._engine.random_mask(mask, start, self._keys[j], taken, self._limits[j])
         return found

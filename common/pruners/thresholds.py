@@ -62,16 +62,19 @@ def find_threshold(count: Callable, k: int, low: int, high: int, top: int, bins:
             low, high = low + (number << shift), min(low + (number + 1 << shift), high)
 
 
-def in_order(masks: list, conflict_aware: bool) -> Iterator[tuple]:
+def in_order(masks: list, conflict_aware: bool, engine) -> Iterator[tuple]:
     """(j, vector j's mask to fill, how many earlier vectors kept each position, how many those are), vector by vector.
 
     The counts (uint8, None for the first vector) are formed from masks that the caller has filled in the meantime.
     """
-    taken = None
+    taken, room = None, None
     for j, mask in enumerate(masks):
         yield j, mask, taken, j if conflict_aware else 0
         if conflict_aware and j + 1 < len(masks):
-            taken = mask if taken is None else taken + mask
+            if taken is not None:
+                room = engine.empty_masks(1, len(mask))[0] if room is None else room
+                engine.count_taken(room, taken, mask)
+            taken = mask if taken is None else room
 
 
 class Scope:
@@ -84,7 +87,8 @@ class Scope:
         self.start, self.stop, self._ks = start, stop, ks
         self._dtypes, self._conflict_aware, self._engine = dtypes, conflict_aware, engine
         self.thresholds: list[Threshold] = []
-        self._ties: list[int] = []  # of each vector, how many positions equal to its threshold are still to be kept
+        # Of each vector, int64 [1], how many positions equal to its threshold are still to be kept.
+        self._ties: list[np.ndarray] = []
 
     def find(self, read: Callable, peek: Callable, masks, step: int) -> None:
         """Find every vector's threshold, in blocks of `step` elements.
@@ -98,23 +102,28 @@ class Scope:
 
     def rewind(self) -> None:
         """Before the first block again: all ties are still to be kept."""
-        self._ties = [threshold.ties for threshold in self.thresholds]
+        self._ties = [np.array([threshold.ties]) for threshold in self.thresholds]
 
-    def fill(self, masks: list, vectors: list) -> None:
+    def fill(self, masks: list, vectors: list, engine) -> None:
         """The masks of the next block of as many vectors as are given."""
-        for j, mask, taken, levels in in_order(masks, self._conflict_aware):
-            dtype, least = self._dtypes[j], self.thresholds[j].least
-            used = self._engine.threshold_mask(mask, vectors[j], dtype, taken, levels, least, self._ties[j])
-            self._ties[j] -= used
+        for j, mask, taken, levels in in_order(masks, self._conflict_aware, engine):
+            self._keep(j, mask, vectors[j], taken, levels, engine)
+
+    def _keep(self, j: int, mask, bits, taken, levels: int, engine) -> None:
+        least, ties = self.thresholds[j].least, self._ties[j]
+        engine.threshold_mask(mask, bits, self._dtypes[j], taken, levels, least, ties)
 
     def _ranked(self, j: int, spans: Iterable[tuple[int, int]], read: Callable, masks) -> Iterator[tuple]:
         """What ranks vector j's elements, span by span: (bits, dtype, taken, levels), as the engine takes them."""
-        levels = j if self._conflict_aware else 0
+        first = 0 if self._conflict_aware else j  # without regard to conflicts earlier vectors do not matter
         self.rewind()
         for start, stop in spans:
-            earlier = [mask[: stop - start] for mask in masks[:levels]]
-            self.fill(earlier, [read(i, start, stop) for i in range(levels)])
-            yield read(j, start, stop), self._dtypes[j], sum(earlier) if levels else None, levels
+            room = [mask[: stop - start] for mask in masks[: j + 1 - first]]
+            for i, mask, taken, levels in in_order(room, self._conflict_aware, self._engine):
+                bits = read(first + i, start, stop)
+                if first + i < j:
+                    self._keep(first + i, mask, bits, taken, levels, self._engine)
+            yield bits, self._dtypes[j], taken, levels
 
     def _sample(self, j: int, peek: Callable, masks, size: int) -> np.ndarray:
         """Keys [pieces, size] of vector j, from all over the scope."""
@@ -129,10 +138,10 @@ class Scope:
         top = 1 << self._engine.MAGNITUDE_BITS[self._dtypes[j]] + levels.bit_length()
 
         def count(low, high, shift):
-            counts, above = np.zeros((2, 1 << (high - low - 1 >> shift).bit_length()), np.int64), 0
+            counts, above = np.zeros((2, 1 << (high - low - 1 >> shift).bit_length()), np.int64), np.zeros(1, np.int64)
             for ranked in self._ranked(j, blocks(self.stop, step, self.start), read, masks):
-                above += self._engine.count_keys(counts, *ranked, low, high, shift)
-            return counts.sum(axis=0), above
+                self._engine.count_keys(counts, above, *ranked, low, high, shift)
+            return counts.sum(axis=0), int(above[0])
 
         guess = 0, top
         if k and size > 16 * _PIECES * _PIECE:  # large enough for a sample to be cheap

@@ -32,7 +32,15 @@ from common.pruners.kernels.arithmetic import (
     tally,
 )
 from common.pruners.kernels.philox import random_mask
-from common.pruners.kernels.ranking import MAGNITUDE_BITS, count_keys, drop_zeros, keys_of, nm_mask, threshold_mask
+from common.pruners.kernels.ranking import (
+    MAGNITUDE_BITS,
+    count_keys,
+    count_taken,
+    drop_zeros,
+    keys_of,
+    nm_mask,
+    threshold_mask,
+)
 
 # Elements: a block's inputs, masks and outputs stay in the cores' L2 and L3 caches from the first pass to the last.
 # Eight times as many nearly halve the speed, and far fewer cost as much in handing blocks over (measured).
@@ -54,6 +62,7 @@ _FUNCTIONS = (
     add_kept,
     all_finite,
     count_keys,
+    count_taken,
     drop_zeros,
     empty_masks,
     keep_vector,

@@ -9,11 +9,12 @@ from functools import cache
 
 import numpy as np
 
-from common.pruners.kernels.bits import bits_of_float32, float32_of_bits, float32_of_half, half_of_float32
-from common.pruners.kernels.compiler import njit
+from common.pruners.kernels.bits import array, bits_of_float32, float32_of_bits, float32_of_half, half_of_float32
+from common.pruners.kernels.compiler import Step, in_steps, kernel, njit, run
 
 F16, BF16, F32 = 0, 1, 2
 _KIND = {"F16": F16, "BF16": BF16, "F32": F32}
+_WORD = (np.uint16, np.uint16, np.uint32)  # by kind
 BITS_DTYPE = {"F16": np.uint16, "BF16": np.uint16, "F32": np.uint32}
 # All bits below the sign; the least bits that are not finite; by kind. As uint32, because numba widens Python's
 # integers to 64 bits, which halves the lanes.
@@ -55,8 +56,7 @@ def _bits(value, kind):
 
 # --- blocks and chunks ----------------------------------------------------------------------------
 # A caller passes a block. A kernel goes through it in chunks that stay in the first-level cache, and over each chunk
-# several times: loops so simple that each vectorises. One call a block matters as well: threads take turns between
-# calls.
+# several times: loops so simple that each vectorises.
 
 
 @njit(nogil=True, inline="always")
@@ -83,16 +83,19 @@ def _largest_and_nonzero(bits, kind):
 
 @cache
 def _all_finite_kernel(kind):
-    @njit(nogil=True, cache=True)
-    def all_finite(bits):
-        return _largest(bits, kind) < _INFINITY[kind]
+    word = _WORD[kind]
+
+    @kernel()
+    def all_finite(args, size):
+        return _largest(array(args[0], size, word), kind) >= _INFINITY[kind]
 
     return all_finite
 
 
+@in_steps
 def all_finite(bits, dtype) -> bool:
     """Whether there is no NaN and no infinity among values of `dtype`."""
-    return _all_finite_kernel(_KIND[dtype])(bits)
+    return [Step(_all_finite_kernel(_KIND[dtype]), (bits,))]
 
 
 # --- convert and extract ------------------------------------------------------------------------
@@ -118,15 +121,20 @@ def _changes_in_chunk(bits, source, out, target):
 
 @cache
 def _convert_kernel(source, target):
-    @njit(nogil=True, cache=True)
-    def convert(bits, out):
-        changed, zeroed, most = 0, 0, np.uint32(0)
-        for start in range(0, bits.size, _CHUNK):
+    read, written = _WORD[source], _WORD[target]
+
+    @kernel()
+    def convert(args, size):
+        counts, bits, out = array(args[0], 2, np.int64), array(args[1], size, read), array(args[2], size, written)
+        most = np.uint32(0)
+        for start in range(0, size, _CHUNK):
             part, result = bits[start : start + _CHUNK], out[start : start + _CHUNK]
             _round_chunk(part, source, result, target)
-            c, z = _changes_in_chunk(part, source, result, target)
-            changed, zeroed, most = changed + c, zeroed + z, max(most, _largest(result, target))
-        return changed, zeroed, most < _INFINITY[target]
+            changed, zeroed = _changes_in_chunk(part, source, result, target)
+            counts[0] += changed
+            counts[1] += zeroed
+            most = max(most, _largest(result, target))
+        return most >= _INFINITY[target]
 
     return convert
 
@@ -136,7 +144,9 @@ def convert(bits, source, out, target) -> tuple[int, int, bool]:
 
     Returns (how many values changed, how many of those became zero, whether all of `out` is finite).
     """
-    return _convert_kernel(_KIND[source], _KIND[target])(bits, out)
+    counts = np.zeros(2, np.int64)
+    finite = run([Step(_convert_kernel(_KIND[source], _KIND[target]), (bits, out), (counts,))], bits.size)
+    return *counts.tolist(), finite
 
 
 def clamp(bits, dtype) -> None:
@@ -159,17 +169,28 @@ def _subtract_chunk(left, left_kind, right, right_kind, out, kind):
 
 @cache
 def _subtract_kernel(left_kind, right_kind, kind):
-    @njit(nogil=True, cache=True)
-    def subtract(left, right, out):
-        differs, most = 0, np.uint32(0)
-        for start in range(0, left.size, _CHUNK):
+    read, other, written = _WORD[left_kind], _WORD[right_kind], _WORD[kind]
+
+    @kernel()
+    def subtract(args, size):
+        differs, most = array(args[0], 1, np.int64), np.uint32(0)
+        left, right, out = array(args[1], size, read), array(args[2], size, other), array(args[3], size, written)
+        for start in range(0, size, _CHUNK):
             part = slice(start, start + _CHUNK)
             _subtract_chunk(left[part], left_kind, right[part], right_kind, out[part], kind)
             largest, nonzero = _largest_and_nonzero(out[part], kind)
-            differs, most = differs + nonzero, max(most, largest)
-        return differs, most < _INFINITY[kind]
+            differs[0] += nonzero
+            most = max(most, largest)
+        return most >= _INFINITY[kind]
 
     return subtract
+
+
+def subtract_steps(left, left_dtype, right, right_dtype, out, dtype, differs=None) -> list[Step]:
+    """subtract() as one of several steps; differs, int64 [1], is added to."""
+    differs = np.zeros(1, np.int64) if differs is None else differs
+    differing = _subtract_kernel(_KIND[left_dtype], _KIND[right_dtype], _KIND[dtype])
+    return [Step(differing, (left, right, out), (differs,))]
 
 
 def subtract(left, left_dtype, right, right_dtype, out, dtype) -> tuple[int, bool]:
@@ -177,7 +198,9 @@ def subtract(left, left_dtype, right, right_dtype, out, dtype) -> tuple[int, boo
 
     Returns (how many differences are not zero, whether all of `out` is finite, and so the inputs).
     """
-    return _subtract_kernel(_KIND[left_dtype], _KIND[right_dtype], _KIND[dtype])(left, right, out)
+    differs = np.zeros(1, np.int64)
+    finite = run(subtract_steps(left, left_dtype, right, right_dtype, out, dtype, differs), left.size)
+    return int(differs[0]), finite
 
 
 # --- what the masks are applied to --------------------------------------------------------------
@@ -193,24 +216,30 @@ def _add_chunk(base, base_kind, vector, vector_kind, mask, scale, out):
 
 @cache
 def _add_kernel(base_kind, vector_kind):
-    @njit(nogil=True, cache=True)
-    def add(base, vector, mask, scale, out):
-        most = np.uint32(0)
-        for start in range(0, base.size, _CHUNK):
+    word, other = _WORD[base_kind], _WORD[vector_kind]
+
+    @kernel()
+    def add(args, size):
+        scale, most = array(args[0], 1, np.float32)[0], np.uint32(0)
+        out, base, vector = array(args[1], size, word), array(args[2], size, word), array(args[3], size, other)
+        mask = array(args[4], size, np.uint8)
+        for start in range(0, size, _CHUNK):
             part = slice(start, start + _CHUNK)
             _add_chunk(base[part], base_kind, vector[part], vector_kind, mask[part], scale, out[part])
             most = max(most, _largest(out[part], base_kind))
-        return most < _INFINITY[base_kind]
+        return most >= _INFINITY[base_kind]
 
     return add
 
 
+@in_steps
 def add_kept(out, base, base_dtype, vector, vector_dtype, mask, scale) -> bool:
     """out = round(base + scale * vector) where mask keeps, in float32, rounded once; elsewhere base's own bits.
 
     Returns whether all of it is finite, and so all of base.
     """
-    return _add_kernel(_KIND[base_dtype], _KIND[vector_dtype])(base, vector, mask, np.float32(scale), out)
+    adding = _add_kernel(_KIND[base_dtype], _KIND[vector_dtype])
+    return [Step(adding, (out, base, vector, mask), (np.array([scale], np.float32),))]
 
 
 @njit(nogil=True, inline="always")
@@ -222,21 +251,25 @@ def _keep_chunk(vector, kind, mask, scale, out):
 
 @cache
 def _keep_kernel(kind):
-    @njit(nogil=True, cache=True)
-    def keep(vector, mask, scale, out):
-        most = np.uint32(0)
-        for start in range(0, vector.size, _CHUNK):
+    word = _WORD[kind]
+
+    @kernel()
+    def keep(args, size):
+        scale, most = array(args[0], 1, np.float32)[0], np.uint32(0)
+        out, vector, mask = array(args[1], size, word), array(args[2], size, word), array(args[3], size, np.uint8)
+        for start in range(0, size, _CHUNK):
             part = slice(start, start + _CHUNK)
             _keep_chunk(vector[part], kind, mask[part], scale, out[part])
             most = max(most, _largest(out[part], kind))
-        return most < _INFINITY[kind]
+        return most >= _INFINITY[kind]
 
     return keep
 
 
+@in_steps
 def keep_vector(out, vector, dtype, mask, scale) -> bool:
     """out = round(scale * vector) where mask keeps, +0.0 elsewhere -> whether all of it is finite."""
-    return _keep_kernel(_KIND[dtype])(vector, mask, np.float32(scale), out)
+    return [Step(_keep_kernel(_KIND[dtype]), (out, vector, mask), (np.array([scale], np.float32),))]
 
 
 # --- what the report measures -------------------------------------------------------------------
@@ -287,33 +320,37 @@ def _tally_groups(mask, at, m, counts):
 
 
 @cache
-def _tally_kernel(kind):
+def _tally_kernel(kind, fields):
     # Squares of float16 values stay far from float32's limits; each chunk's sums are added to a float64.
-    as_sum = np.float32 if kind == F16 else np.float64
+    as_sum, word = np.float32 if kind == F16 else np.float64, _WORD[kind]
 
-    @njit(nogil=True, cache=True, fastmath=_REGROUP)
-    def tally(vector, masks, j, at, m, all_counts):
-        counts, most = all_counts[j], np.uint32(0)
-        for start in range(0, vector.size, _CHUNK):
-            part, mask = vector[start : start + _CHUNK], masks[j][start : start + _CHUNK]
+    @kernel(fastmath=_REGROUP)
+    def tally(args, size):
+        j, m, counts = args[0], args[1], array(args[2], 1, fields)[0]
+        at, vector, most = args[3], array(args[4], size, word), np.uint32(0)
+        for start in range(0, size, _CHUNK):
+            part = vector[start : start + _CHUNK]
+            mask = array(args[5 + j] + start, part.size, np.uint8)
             kept, every = _chunk_energy(part, mask, kind, as_sum)
             counts.energy_kept += kept
             counts.energy += every
             for i in range(j):
-                counts.both[i] += _count_both(masks[i][start : start + _CHUNK], mask)
+                counts.both[i] += _count_both(array(args[5 + i] + start, part.size, np.uint8), mask)
             _tally_groups(mask, at + start, m, counts)
             largest, nonzero = _largest_and_nonzero(part, kind)
             counts.nonzero += nonzero
             most = max(most, largest)
-        return most < _INFINITY[kind]
+        return most >= _INFINITY[kind]
 
     return tally
 
 
+@in_steps
 def tally(vector, dtype, masks, j, at, m, counts) -> bool:
     """Add one block of vector number j and its mask to counts[j] -> whether all of the vector is finite.
 
     masks: of every vector, uint8 [elements]. The block begins at element `at` of its tensor.
     counts: structured array [vectors] (see common.pruners.tally); of `both` only the pairs i < j are filled.
     """
-    return _tally_kernel(_KIND[dtype])(vector, tuple(masks), j, at, m, counts)
+    counted = _tally_kernel(_KIND[dtype], counts.dtype)
+    return [Step(counted, (at, vector, *masks[: j + 1]), (j, m, counts[j : j + 1]))]

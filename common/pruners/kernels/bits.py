@@ -1,4 +1,4 @@
-"""Values and their bits, one by one: what numba lacks, each of them one instruction.
+"""Values and their bits, one by one, and arrays at addresses: what numba lacks, each of them one instruction.
 
 The kernels of two rooms are built on these. numba's cache does not notice a change in this file, so nothing here may
 change its meaning: it would need another name.
@@ -6,7 +6,7 @@ change its meaning: it would need another name.
 
 from llvmlite import ir
 
-from common.pruners.kernels.compiler import intrinsic, types
+from common.pruners.kernels.compiler import carray, intrinsic, njit, types
 
 
 @intrinsic
@@ -47,3 +47,17 @@ def bits_of_float32(context, value):
         return builder.bitcast(args[0], ir.IntType(32))
 
     return types.uint32(types.float32), codegen
+
+
+@intrinsic
+def _pointer(context, address, number):
+    def codegen(context, builder, _, args):
+        return builder.inttoptr(args[0], context.get_value_type(types.CPointer(number.dtype)))
+
+    return types.CPointer(number.dtype)(types.int64, number), codegen
+
+
+@njit(inline="always")
+def array(address, size, number):
+    """The array of so many elements, of numpy's type `number`, that begins at an address."""
+    return carray(_pointer(address, number), size)

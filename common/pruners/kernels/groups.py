@@ -10,7 +10,8 @@ from functools import cache
 import numpy as np
 from llvmlite import ir
 
-from common.pruners.kernels.compiler import intrinsic, njit, types
+from common.pruners.kernels.bits import array
+from common.pruners.kernels.compiler import intrinsic, kernel, njit, types
 
 _LANES = 32  # keys compared at a time: an AVX-512 register of 16-bit keys, two of AVX2
 _ZERO = 1  # the key of a zero
@@ -148,45 +149,50 @@ def _first_guess(magnitude_bits):
 
 
 @cache
-def nm_kernel(key_dtype, magnitude_bits, levels, m):
-    """The kernel for whole groups of this m: nm(bits, taken, n, mask). `levels` 0: `taken` is not read; else: it ranks
-    first.
+def nm_kernel(as_key, magnitude_bits, levels, m):
+    """The kernel for whole groups of this m; args: n, mask, bits, taken. `levels` 0: `taken` is not read; else: it
+    ranks first. as_key: the bits' type.
 
     m is a constant of the kernel: with a loop length that it knows, LLVM unrolls and leaves no remainder.
     """
-    as_key = np.dtype(key_dtype).type
     magnitude, top = np.uint32((1 << magnitude_bits) - 1), 1 << magnitude_bits
     first, step = _first_guess(magnitude_bits)
 
-    @njit(nogil=True, cache=True)
-    def nm(bits, taken, n, mask):
+    @kernel()
+    def nm(args, size):
+        n, mask, bits = args[0], array(args[1], size, np.uint8), array(args[2], size, as_key)
+        taken = array(args[3], size, np.uint8)
         keys = np.zeros((m + _LANES - 1) // _LANES * _LANES, as_key)  # what is behind m stays 0: out of the question
         guess, slope = first, step
-        for start in range(0, bits.size, m):
+        for start in range(0, size // m * m, m):
             group, earlier, kept = bits[start : start + m], taken[start : start + m], mask[start : start + m]
             guess, slope = _keep_largest(keys, group, earlier, m, n, levels, magnitude, top, guess, slope, kept)
+        return 0
 
     return nm
 
 
 @cache
-def rest_kernel(key_dtype, magnitude_bits, levels):
-    """The same for what is left behind them, of any m: rest(bits, taken, n, m, mask). A last group of r elements, if it
-    is shorter, keeps ceil(n*r/m). In a kernel of its own, because inside each nm kernel it doubled what is compiled.
+def rest_kernel(as_key, magnitude_bits, levels):
+    """The same for what is left behind whole spans, of any m; args: n, m, span, mask, bits, taken. A last group of r
+    elements, if it is shorter, keeps ceil(n*r/m). In a kernel of its own, because inside each nm kernel it doubled what
+    is compiled.
     """
-    as_key = np.dtype(key_dtype).type
     magnitude, top = np.uint32((1 << magnitude_bits) - 1), 1 << magnitude_bits
     first, step = _first_guess(magnitude_bits)
 
-    @njit(nogil=True, cache=True)
-    def rest(bits, taken, n, m, mask):
+    @kernel()
+    def rest(args, size):
+        n, m, span = args[0], args[1], args[2]
+        mask, bits, taken = array(args[3], size, np.uint8), array(args[4], size, as_key), array(args[5], size, np.uint8)
         keys = np.zeros((m + _LANES - 1) // _LANES * _LANES, as_key)
         guess, slope = first, step
-        for start in range(0, bits.size, m):
+        for start in range(size // span * span, size, m):
             group, earlier, kept = bits[start : start + m], taken[start : start + m], mask[start : start + m]
-            size = group.size
-            keys[size:] = 0
-            k = (n * size + m - 1) // m
-            guess, slope = _keep_largest(keys, group, earlier, size, k, levels, magnitude, top, guess, slope, kept)
+            many = group.size
+            keys[many:] = 0
+            k = (n * many + m - 1) // m
+            guess, slope = _keep_largest(keys, group, earlier, many, k, levels, magnitude, top, guess, slope, kept)
+        return 0
 
     return rest

@@ -8,7 +8,8 @@ from functools import cache
 
 import numpy as np
 
-from common.pruners.kernels.compiler import njit
+from common.pruners.kernels.bits import array
+from common.pruners.kernels.compiler import Step, in_steps, kernel, njit
 
 _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 
@@ -67,29 +68,34 @@ def _take(mask, below, some, taken, level, is_one_of_several):
 
 @cache
 def _random_kernel(levels):
-    @njit(nogil=True, cache=True)
-    def keep(first, key0, key1, taken, last, some, mask):
+    @kernel()
+    def keep(args, size):
+        key0, key1, first = np.uint64(args[0]), np.uint64(args[1]), np.uint64(args[4] // 4)
+        last, some = array(args[2], levels, np.uint32), array(args[3], levels, np.uint8)
+        mask, taken = array(args[5], size, np.uint8), array(args[6], size, np.uint8)
         word0, word1, word2, word3 = np.empty((4, _CHUNK), np.uint32)
         packed = np.empty(_CHUNK, np.uint32)
         below = packed.view(np.uint8)
-        for start in range(0, mask.size, 4 * _CHUNK):
+        for start in range(0, size, 4 * _CHUNK):
             part, earlier = mask[start : start + 4 * _CHUNK], taken[start : start + 4 * _CHUNK]
             _philox(np.uint64(first + np.uint64(start // 4)), key0, key1, word0, word1, word2, word3)
             for level in range(levels):
                 _below(word0, word1, word2, word3, last[level], packed)
                 _take(part, below, some[level], earlier, np.uint8(level), levels > 1)
+        return 0
 
     return keep
 
 
+@in_steps
 def random_mask(mask, start, key, taken, limits) -> None:
     """mask[i], uint8 = whether the draw of position start + i is below limits[taken[i]] (of 2**32).
 
     With one limit `taken` is not read; else it counts earlier *draws*, so that masks depend on no value. Zeros are
     left out of the masks afterwards, by drop_zeros. `start` % 4 is 0.
     """
-    words = np.uint64(start // 4), np.uint64(key & 0xFFFFFFFF), np.uint64(key >> 32)
     # The limits 0 to 2**32 are one more than a word has: "at most last", and a switch for the limit 0.
     last = np.array([max(limit, 1) - 1 for limit in limits], np.uint32)
     some = np.array([limit > 0 for limit in limits], np.uint8)
-    _random_kernel(len(limits))(*words, taken if len(limits) > 1 else mask, last, some, mask)
+    taken = taken if len(limits) > 1 else mask
+    return [Step(_random_kernel(len(limits)), (start, mask, taken), (key & 0xFFFFFFFF, key >> 32, last, some))]

@@ -13,11 +13,13 @@ from functools import cache
 
 import numpy as np
 
-from common.pruners.kernels.compiler import njit
+from common.pruners.kernels.bits import array
+from common.pruners.kernels.compiler import Step, in_steps, kernel, njit
 from common.pruners.kernels.groups import nm_kernel, rest_kernel
 
 _CHUNK = 4096  # keys; as 16-bit keys and their bytes of mask they take 12 kB of a first-level cache of 32 to 48 kB
 MAGNITUDE_BITS = {"F16": 15, "BF16": 15, "F32": 31}
+_WORD = {15: np.uint16, 31: np.uint32}  # what bits are held in, by how many of them are a magnitude
 
 
 # --- keys -----------------------------------------------------------------------------------------
@@ -91,16 +93,18 @@ def _keep_largest_of_each(keys, k, key_bits, magnitude, thresholds, counts, mask
 
 @cache
 def _small_nm_kernel(key_dtype, magnitude_bits, levels, m):
-    as_key = np.dtype(key_dtype).type
+    as_key, word = np.dtype(key_dtype).type, _WORD[magnitude_bits]
     magnitude = as_key((1 << magnitude_bits) - 1)
     key_bits = magnitude_bits + levels.bit_length()
     span = m * _SIDE_BY_SIDE
 
-    @njit(nogil=True, cache=True)
-    def nm(bits, taken, n, mask):
+    @kernel()
+    def nm(args, size):
+        n, mask, bits = args[0], array(args[1], size, np.uint8), array(args[2], size, word)
+        taken = array(args[3], size, np.uint8)
         keys, columns = np.empty((m, _SIDE_BY_SIDE), as_key), np.empty((m, _SIDE_BY_SIDE), np.uint8)
         thresholds, counts = np.empty(_SIDE_BY_SIDE, as_key), np.empty(_SIDE_BY_SIDE, as_key)
-        for start in range(0, bits.size, span):
+        for start in range(0, size // span * span, span):
             groups, earlier = bits[start : start + span], taken[start : start + span]
             # Transposed on the way in and out, so that a group is a column and a register holds one key of each.
             for r in range(_SIDE_BY_SIDE):
@@ -111,6 +115,7 @@ def _small_nm_kernel(key_dtype, magnitude_bits, levels, m):
             for r in range(_SIDE_BY_SIDE):
                 for i in range(m):
                     kept[r * m + i] = columns[i, r]
+        return 0
 
     return nm
 
@@ -118,6 +123,7 @@ def _small_nm_kernel(key_dtype, magnitude_bits, levels, m):
 _SMALL_M = 48  # up to here ranking groups side by side is faster than one after the other (measured)
 
 
+@in_steps
 def nm_mask(mask, bits, dtype, taken, levels, n, m) -> None:
     """mask, uint8 = those of n of every m consecutive elements that are not zero; a last group of r has ceil(n*r/m).
 
@@ -128,18 +134,18 @@ def nm_mask(mask, bits, dtype, taken, levels, n, m) -> None:
     n 2, m 4: [4, -3, 2, 1] -> [1, 1, 0, 0]; [0, -3, 0, 0] -> [0, 1, 0, 0], not two.
     """
     taken = taken if levels else mask  # at level 0 any array of the right length: it is not read
-    narrow = "uint16" if MAGNITUDE_BITS[dtype] == 15 else "uint32"
-    span = m * _SIDE_BY_SIDE if m <= _SMALL_M else m
-    done = bits.size // span * span
-    if done:
+    word, magnitude_bits = _WORD[MAGNITUDE_BITS[dtype]], MAGNITUDE_BITS[dtype]
+    span, steps = m * _SIDE_BY_SIDE if m <= _SMALL_M else m, []
+    if bits.size >= span:
         if m <= _SMALL_M:
-            kernel = _small_nm_kernel(_key_dtype(dtype, levels), MAGNITUDE_BITS[dtype], levels, m)
+            ranking = _small_nm_kernel(_key_dtype(dtype, levels), magnitude_bits, levels, m)
         else:
-            kernel = nm_kernel(narrow, MAGNITUDE_BITS[dtype], min(levels, 1), m)
-        kernel(bits[:done], taken[:done], n, mask[:done])
-    if done < bits.size:  # a kernel of its own, compiled once for every m
-        rest = rest_kernel(narrow, MAGNITUDE_BITS[dtype], min(levels, 1))
-        rest(bits[done:], taken[done:], n, m, mask[done:])
+            ranking = nm_kernel(word, magnitude_bits, min(levels, 1), m)
+        steps.append(Step(ranking, (mask, bits, taken), (n,)))
+    if bits.size % span:  # a kernel of its own, compiled once for every m
+        rest = rest_kernel(word, magnitude_bits, min(levels, 1))
+        steps.append(Step(rest, (mask, bits, taken), (n, m, span)))
+    return steps
 
 
 # --- ranking in scopes larger than a block: count keys, then compare with a threshold -------------
@@ -170,47 +176,50 @@ def _mark(keys, low, last, near):
 
 @cache
 def _count_kernel(key_dtype, magnitude_bits, levels):
-    as_key = np.dtype(key_dtype).type
+    as_key, word = np.dtype(key_dtype).type, _WORD[magnitude_bits]
     magnitude = np.uint32((1 << magnitude_bits) - 1)
 
-    @njit(nogil=True, cache=True)
-    def count(bits, taken, low, last, shift, counts):
-        scratch, near, above = np.zeros(_CHUNK, as_key), np.zeros(_CHUNK, np.uint8), np.int64(0)
-        eights, which = near.view(np.uint64), np.int64(counts.shape[1] - 1)
-        for start in range(0, bits.size, _CHUNK):
+    @kernel()
+    def count(args, size):
+        low, last, shift, bins = as_key(args[0]), as_key(args[1]), args[2], args[3]
+        counts, above, which = array(args[4], 2 * bins, np.int64), array(args[5], 1, np.int64), bins - 1
+        bits, taken = array(args[6], size, word), array(args[7], size, np.uint8)
+        scratch, near = np.zeros(_CHUNK, as_key), np.zeros(_CHUNK, np.uint8)
+        eights = near.view(np.uint64)
+        for start in range(0, size, _CHUNK):
             part, earlier = bits[start : start + _CHUNK], taken[start : start + _CHUNK]
             keys = scratch[: part.size]
             _fill_keys(keys, part, earlier, magnitude, magnitude_bits, levels)
             inside, more = _mark(keys, low, last, near)
             near[keys.size :] = 0  # the last chunk is shorter, and `eights` sees what the one before it left
-            above += more
+            above[0] += more
             # Many: without branches, which would be guessed wrong. A key outside counts 0 in some bin: `which` keeps
             # its wrapped distance within the array. Two banks: equal keys follow one another, and an addition to the
             # bin that was just written waits for it.
             if inside > keys.size >> 5:
                 for i in range(keys.size):
-                    counts[i & 1, (np.int64(as_key(keys[i] - low)) >> shift) & which] += near[i]
+                    counts[(i & 1) * bins + ((np.int64(as_key(keys[i] - low)) >> shift) & which)] += near[i]
             else:  # few: eight at a time are skipped
                 for eight in range(eights.size):
                     if eights[eight]:
                         for i in range(8 * eight, 8 * eight + 8):
                             if near[i]:
-                                counts[i & 1, np.int64(as_key(scratch[i] - low)) >> shift] += 1
-        return above
+                                counts[(i & 1) * bins + (np.int64(as_key(scratch[i] - low)) >> shift)] += 1
+        return 0
 
     return count
 
 
-def count_keys(counts, bits, dtype, taken, levels, low, high, shift) -> int:
-    """Count keys in bins of 2**shift keys each, from `low` to below `high` -> how many keys are `high` and above.
+@in_steps
+def count_keys(counts, above, bits, dtype, taken, levels, low, high, shift) -> None:
+    """Count keys in bins of 2**shift keys each, from `low` to below `high`; above, how many keys are `high` and more.
 
     For the key see nm_mask. counts, int64 [2, a power of two that is at least the bins], is added to, in two banks: of
-    many equal keys, one would wait for the other.
+    many equal keys, one would wait for the other. above, int64 [1], is added to.
     """
-    key_dtype = _key_dtype(dtype, levels)
-    as_key, kernel = np.dtype(key_dtype).type, _count_kernel(key_dtype, MAGNITUDE_BITS[dtype], levels)
+    counting = _count_kernel(_key_dtype(dtype, levels), MAGNITUDE_BITS[dtype], levels)
     # `high` itself may be one more than a key can hold, so the kernel is given the last key that counts.
-    return kernel(bits, taken if levels else bits, as_key(low), as_key(high - 1), shift, counts)
+    return [Step(counting, (bits, taken if levels else bits), (low, high - 1, shift, counts.shape[1], counts, above))]
 
 
 @njit(nogil=True, inline="always")
@@ -233,13 +242,15 @@ def _compare(keys, least, magnitude, levels, mask):
 
 @cache
 def _threshold_kernel(key_dtype, magnitude_bits, levels):
-    as_key = np.dtype(key_dtype).type
+    as_key, word = np.dtype(key_dtype).type, _WORD[magnitude_bits]
     magnitude = as_key((1 << magnitude_bits) - 1)
 
-    @njit(nogil=True, cache=True)
-    def threshold(bits, taken, least, ties, mask):
-        scratch, left, has_value = np.empty(_CHUNK, as_key), ties, np.uint8(as_key(least & magnitude) > as_key(0))
-        for start in range(0, bits.size, _CHUNK):
+    @kernel()
+    def threshold(args, size):
+        least, ties, mask = as_key(args[0]), array(args[1], 1, np.int64), array(args[2], size, np.uint8)
+        bits, taken = array(args[3], size, word), array(args[4], size, np.uint8)
+        scratch, left, has_value = np.empty(_CHUNK, as_key), ties[0], np.uint8(as_key(least & magnitude) > as_key(0))
+        for start in range(0, size, _CHUNK):
             part, earlier = bits[start : start + _CHUNK], taken[start : start + _CHUNK]
             kept, keys = mask[start : start + _CHUNK], scratch[: part.size]
             _fill_keys(keys, part, earlier, magnitude, magnitude_bits, levels)
@@ -255,19 +266,21 @@ def _threshold_kernel(key_dtype, magnitude_bits, levels):
                         left -= 1
             else:
                 left -= tied
-        return ties - left
+        ties[0] = left
+        return 0
 
     return threshold
 
 
-def threshold_mask(mask, bits, dtype, taken, levels, least, ties) -> int:
-    """mask, uint8 = keys above `least` and the first `ties` that equal it, but for zeros -> how many ties it used.
+@in_steps
+def threshold_mask(mask, bits, dtype, taken, levels, least, ties) -> None:
+    """mask, uint8 = keys above `least` and the first ties[0] that equal it, but for zeros; ties, int64 [1], is counted
+    down.
 
-    A tie that is zero is used, though not kept: it is among those that rank first.
+    A tie that is zero is counted, though not kept: it is among those that rank first.
     """
-    key_dtype = _key_dtype(dtype, levels)
-    kernel = _threshold_kernel(key_dtype, MAGNITUDE_BITS[dtype], levels)
-    return kernel(bits, taken if levels else mask, np.dtype(key_dtype).type(least), ties, mask)
+    comparing = _threshold_kernel(_key_dtype(dtype, levels), MAGNITUDE_BITS[dtype], levels)
+    return [Step(comparing, (mask, bits, taken if levels else mask), (least, ties))]
 
 
 # --- what was drawn and not ranked ----------------------------------------------------------------
@@ -275,16 +288,41 @@ def threshold_mask(mask, bits, dtype, taken, levels, least, ties) -> int:
 
 @cache
 def _drop_kernel(magnitude_bits):
-    magnitude = np.uint32((1 << magnitude_bits) - 1)
+    magnitude, word = np.uint32((1 << magnitude_bits) - 1), _WORD[magnitude_bits]
 
-    @njit(nogil=True, cache=True)
-    def drop(bits, mask):
-        for i in range(mask.size):
+    @kernel()
+    def drop(args, size):
+        mask, bits = array(args[0], size, np.uint8), array(args[1], size, word)
+        for i in range(size):
             mask[i] &= (bits[i] & magnitude) != 0
+        return 0
 
     return drop
 
 
+@in_steps
 def drop_zeros(mask, bits, dtype) -> None:
     """In place: mask, uint8, where the values are not zero; for random masks, of which no later one asks any more."""
-    _drop_kernel(MAGNITUDE_BITS[dtype])(bits, mask)
+    return [Step(_drop_kernel(MAGNITUDE_BITS[dtype]), (mask, bits))]
+
+
+# --- how many earlier vectors kept a position -----------------------------------------------------
+
+
+@cache
+def _count_taken_kernel():
+    @kernel()
+    def count_taken(args, size):
+        taken, before = array(args[0], size, np.uint8), array(args[1], size, np.uint8)
+        mask = array(args[2], size, np.uint8)
+        for i in range(size):
+            taken[i] = before[i] + mask[i]
+        return 0
+
+    return count_taken
+
+
+@in_steps
+def count_taken(taken, before, mask) -> None:
+    """taken, uint8 = before + mask."""
+    return [Step(_count_taken_kernel(), (taken, before, mask))]

@@ -81,21 +81,27 @@ def keys_of(bits, dtype, taken, levels) -> np.ndarray:
     return _keys(bits, dtype, taken, levels).to(torch.int64).cpu().numpy()
 
 
-def count_keys(counts, bits, dtype, taken, levels, low, high, shift) -> int:
-    """Add to numpy's `counts` how many keys are in each bin from `low` to below `high` -> how many are above."""
+def count_keys(counts, above, bits, dtype, taken, levels, low, high, shift) -> None:
+    """Add to numpy's `counts` how many keys are in each bin from `low` to below `high`, to `above` how many are
+    above."""
     found = _keys(bits, dtype, taken, levels).to(torch.int64)
     near = found[(found >= low) & (found < high)]
     counts[0] += torch.bincount((near - low) >> shift, minlength=counts.shape[1]).cpu().numpy()
-    return int((found >= high).sum())
+    above += int((found >= high).sum())
 
 
-def threshold_mask(mask, bits, dtype, taken, levels, least, ties) -> int:
-    """mask = keys above `least` and the first `ties` that equal it, but for zeros -> how many ties it used."""
+def threshold_mask(mask, bits, dtype, taken, levels, least, ties) -> None:
+    """mask = keys above `least` and the first ties[0] that equal it, but for zeros; numpy's `ties` is counted down."""
     keys = _keys(bits, dtype, taken, levels)
     tied = keys == least
-    mask[:] = (keys > least) | (tied & (tied.cumsum(0) <= ties))
+    mask[:] = (keys > least) | (tied & (tied.cumsum(0) <= ties[0]))
     drop_zeros(mask, bits, dtype)
-    return min(ties, int(tied.sum()))
+    ties -= min(ties[0], int(tied.sum()))
+
+
+def count_taken(taken, before, mask) -> None:
+    """taken = before + mask."""
+    torch.add(before, mask, out=taken)
 
 
 def _draws(start, count, key, device):
