@@ -5,12 +5,14 @@ its own where a method needs one, and kept in `Found`, so that the next weight o
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from common.errors import DataError
 from common.pruners import kernels
+from common.pruners.kernels import BITS_DTYPE
 from common.pruners.kernels.program import Program
 from common.pruners.masks import Masks
 from common.pruners.pruning import Pruning
@@ -94,45 +96,45 @@ def vector_dtype_of(how: TensorMerge) -> str:
     return DTYPE_CODES[how.values.shared["vector_dtype"]] if how.method in OURS else "F32"
 
 
-class Differences:
-    """Each model minus the base, block by block, rounded as extract_task_vector_7b.py rounds (see kernels.subtract)."""
+def find_thresholds(how: TensorMerge, masks: Masks, readers: list[Reader]) -> list:
+    """Of each scope, every model's threshold. Reads the base and the models once for each model, or more often."""
+    dtype = vector_dtype_of(how)
 
-    def __init__(self, base: Reader, models: list[Reader], dtype: str, block: int):
-        self._base, self._models, self._dtype = base, models, dtype
-        self._room = [np.empty(block, kernels.BITS_DTYPE[dtype]) for _ in models]
-
-    def of(self, j: int, model: np.ndarray, base: np.ndarray) -> np.ndarray:
-        """Bits of model j's difference where a block of both was read already; valid until the next of this j."""
-        out = self._room[j][: base.size]
-        _, finite = kernels.subtract(model, self._models[j].dtype, base, self._base.dtype, out, self._dtype)
-        if not finite:
-            self._refuse(j, model, base)
+    def peek(j: int, start: int, stop: int) -> np.ndarray:
+        base, model, out = readers[0].peek(start, stop), readers[1 + j], np.empty(stop - start, BITS_DTYPE[dtype])
+        bits = model.peek(start, stop)
+        if not kernels.subtract(bits, model.dtype, base, readers[0].dtype, out, dtype)[1]:
+            refuse_sum(how, [readers[0], model], [base, bits])
         return out
 
-    def _refuse(self, j: int, model: np.ndarray, base: np.ndarray) -> None:
-        for tensor, bits in ((self._base.tensor, base), (self._models[j].tensor, model)):
-            if not kernels.all_finite(bits, tensor.dtype):
-                raise not_finite(tensor)
-        refuse_difference([base, model], [self._base, self._models[j]], self._dtype)
+    def scan(which, spans, do) -> None:
+        read = [readers[0], *(readers[1 + j] for j in which)]
+        _scan(how, read, spans, lambda engine, start, bits: do(engine, start, _differences(engine, bits, read, dtype)))
 
-    def read(self, j: int, start: int, stop: int) -> np.ndarray:
-        """Bits of elements start:stop of model j's difference, valid until the next read of this j."""
-        return self.of(j, self._models[j].read(start, stop), self._base.read(start, stop))
-
-    def peek(self, j: int, start: int, stop: int) -> np.ndarray:
-        """The same for a small part out of order."""
-        return self.of(j, self._models[j].peek(start, stop), self._base.peek(start, stop))
+    masks.find_thresholds(None, peek, scan)
+    return masks.thresholds
 
 
-def find_scales(how: TensorMerge, masks: Masks, differences: Differences) -> tuple[float, ...]:
-    """mergekit's `rescale`: each model's kept differences are brought to the L1 norm of all of them; reads them
-    once."""
+def find_scales(how: TensorMerge, masks: Masks, readers: list[Reader]) -> tuple[float, ...]:
+    """mergekit's `rescale`: each model's kept differences are brought to the L1 norm of all of them; reads all once."""
     norms = [empty_norms() for _ in how.values.models]
-    for start, stop in masks.blocks():
-        vectors = [differences.read(j, start, stop) for j in range(len(norms))]
-        for sums, vector, mask in zip(norms, vectors, masks.drawn(start, stop - start), strict=True):
-            add_norms(sums, vector, mask)
+
+    def note(engine, start: int, bits: list) -> None:
+        vectors = _differences(engine, bits, readers, "F32")
+        for sums, vector, mask in zip(norms, vectors, masks.by(engine).drawn(start, len(bits[0])), strict=True):
+            engine.add(add_norms.steps, sums, vector, mask)
+
+    _scan(how, readers, masks.blocks(), note)
     return tuple(float(rescale_factor(sums)) for sums in norms)
+
+
+def _scan(how: TensorMerge, readers: list[Reader], spans, note: Callable) -> None:
+    """Take what is noted (see Program) on every block of what is read, without writing."""
+    program = Program(note)
+    for start, stop in spans:
+        raw = [reader.read(start, stop) for reader in readers]
+        if not program.run(start, raw):
+            refuse_sum(how, readers, raw)
 
 
 # --- the merge ------------------------------------------------------------------------------------
@@ -156,14 +158,12 @@ def merge_tensor(task: Task, worker: Worker, how: TensorMerge | None, found: Fou
         return [_merge_differences(how, readers, writer, None, found)]
     dtype = vector_dtype_of(how)
     masks = Masks(prunings, how.mask_name, [dtype] * len(prunings), task.inputs[0].numel, kernels)
-    differences = Differences(readers[0], readers[1:], dtype, masks.block)
     if masks.in_passes:
         if found.thresholds is None:
-            masks.find_thresholds(differences.read, differences.peek)
-            found.thresholds = masks.thresholds
+            found.thresholds = find_thresholds(how, masks, readers)
         masks.thresholds = found.thresholds
     if how.method.startswith("dare") and how.reads_twice and found.scales is None:
-        found.scales = find_scales(how, masks, differences)
+        found.scales = find_scales(how, masks, readers)
     if how.method in OURS:
         return [_merge_vectors(how, readers, writer, masks, prunings)]
     return [_merge_differences(how, readers, writer, masks, found)]
@@ -273,7 +273,7 @@ def refuse_sum(how: TensorMerge, readers: list[Reader], raw: list[np.ndarray]) -
 def refuse_difference(raw: list[np.ndarray], readers: list[Reader], dtype: str) -> None:
     """Raise DataError for a difference of finite values that is too large for `dtype`, if there is one."""
     for model, reader in zip(raw[1:], readers[1:], strict=True):
-        room = np.empty(model.size, kernels.BITS_DTYPE[dtype])
+        room = np.empty(model.size, BITS_DTYPE[dtype])
         if not kernels.subtract(model, reader.dtype, raw[0], readers[0].dtype, room, dtype)[1]:
             raise DataError(
                 f"tensor {reader.tensor.name!r} of {reader.tensor.path.parent}: its difference from the base is beyond "

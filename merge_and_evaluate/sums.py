@@ -178,6 +178,9 @@ def _where(condition, value):
     return float32_of_bits(np.uint32(bits_of_float32(value) & _all_ones_if(condition)))
 
 
+_SIGN = np.uint32(0x80000000)
+
+
 @_njit(inline="always")
 def _flipped(value, sign):
     """value, its sign changed where `sign` has the highest bit."""
@@ -198,11 +201,7 @@ def _add_differences(args, at, masks, kinds, scales, weights, start, below, rows
         if masks:
             mask = array(args[masks + j] + start, size, np.uint8)
             for i in range(size):
-                row[i] -= below[i]
-            for i in range(size):
-                row[i] = _where(mask[i], row[i])
-            for i in range(size):
-                row[i] = row[i] * scale * weight
+                row[i] = _where(mask[i], row[i] - below[i]) * scale * weight
                 total[i] += row[i]
         else:
             for i in range(size):
@@ -216,8 +215,7 @@ def _elect(rows, weights, in_order, signs, total, votes):
     weights.
 
     Where the total is negative every value's sign is flipped, by its bits, and flipped back in the sum: so one
-    comparison finds who agrees, and a sum of negated values is the negated sum, each rounding included. Rows are used
-    up.
+    comparison finds who agrees, and a sum of negated values is the negated sum, each rounding included.
     """
     for i in range(total.size):
         signs[i] = np.uint32(0x80000000) if total[i] < np.float32(0) else np.uint32(0)
@@ -225,24 +223,22 @@ def _elect(rows, weights, in_order, signs, total, votes):
     for j in range(rows.shape[0]):
         row, weight = rows[j][: total.size], weights[j]
         for i in range(total.size):
-            row[i] = _flipped(row[i], signs[i])
-        for i in range(total.size):
             # Not stored back as 0 where it does not agree: a store on a condition does not vectorise.
-            value = row[i]
+            value = _flipped(row[i], signs[i])
             total[i] += value if value > np.float32(0) else np.float32(0)
             votes[i] += weight if value > np.float32(0) else np.float32(0)
     if in_order < total.size:
-        _elect_last(rows, weights, in_order, total, votes)
+        _elect_last(rows, weights, in_order, signs, total, votes)
     for i in range(total.size):
         total[i] = _flipped(total[i], signs[i])
 
 
 @_njit()
-def _elect_last(rows, weights, in_order, total, votes):
-    """The same sums from column `in_order` on, interleaved."""
+def _elect_last(rows, weights, in_order, signs, total, votes):
+    """The same sums from column `in_order` on, interleaved. Rows are used up there."""
     for i in range(in_order, total.size):
         for j in range(rows.shape[0]):
-            rows[j, i] = max(rows[j, i], np.float32(0))
+            rows[j, i] = max(_flipped(rows[j, i], signs[i]), np.float32(0))
         total[i] = _interleaved(rows, i)
         for j in range(rows.shape[0]):
             rows[j, i] = weights[j] if rows[j, i] > np.float32(0) else np.float32(0)
@@ -333,22 +329,16 @@ def delta_sum(out: Block, base: Block, models: list[Block], rule: Rule, place: t
 
 @_njit()
 def _add_kept(total, values, mask, weight):
-    """total += weight · values where mask keeps; `values` is used up."""
+    """total += weight · values where mask keeps, elsewhere −0.0, which leaves every value's bits as they are."""
     for i in range(total.size):
-        values[i] = total[i] + values[i] * weight
-    for i in range(total.size):
-        keep = _all_ones_if(mask[i])
-        total[i] = float32_of_bits(np.uint32((bits_of_float32(values[i]) & keep) | (bits_of_float32(total[i]) & ~keep)))
+        total[i] += _flipped(_where(mask[i], _flipped(values[i] * weight, _SIGN)), _SIGN)
 
 
 @_njit()
 def _weigh(row, mask, weight, total):
     """total += row, which becomes weight · row where mask keeps, else zero."""
     for i in range(row.size):
-        row[i] *= weight
-    for i in range(row.size):
-        row[i] = _where(mask[i], row[i])
-    for i in range(row.size):
+        row[i] = _where(mask[i], row[i] * weight)
         total[i] += row[i]
 
 

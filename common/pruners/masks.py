@@ -52,10 +52,18 @@ class Masks:
             for i, (start, stop, _) in enumerate(cuts[0])
         ]
 
-    def find_thresholds(self, read: Callable, peek: Callable) -> None:
-        """What of() compares with, where a scope is larger than a block; this reads all vectors, see Scope.find."""
+    def find_thresholds(self, read: Callable, peek: Callable, scan: Callable | None = None) -> None:
+        """What of() compares with, where a scope is larger than a block; this reads all vectors, see Scope.find.
+
+        read and peek(j, start, stop) -> bits of vector j: in order, or a small part from anywhere. scan: reads instead.
+        """
+
+        def by_block(which, spans, do):
+            for start, stop in spans:
+                do(self._engine, start, [read(j, start, stop) for j in which])
+
         for scope in self._scopes:
-            scope.find(read, peek, self._room, self._step)
+            scope.find(scan or by_block, peek, self._step)
 
     @property
     def thresholds(self) -> list[list[Threshold]]:

@@ -4,7 +4,7 @@ A sample says between which keys the threshold most likely is. The first pass co
 one, and how many are above; if the k-th largest is not among them, there is another pass where it must be.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,14 +90,15 @@ class Scope:
         # Of each vector, int64 [1], how many positions equal to its threshold are still to be kept.
         self._ties: list[np.ndarray] = []
 
-    def find(self, read: Callable, peek: Callable, masks, step: int) -> None:
-        """Find every vector's threshold, in blocks of `step` elements.
+    def find(self, scan: Callable, peek: Callable, step: int) -> None:
+        """Find every vector's threshold.
 
-        read and peek(j, start, stop) -> bits of vector j, in order or, with peek, a small part from anywhere. The
-        threshold search decides what is read, and how often: hence callbacks. masks: room for a block's, scratch.
+        scan(which, spans, do): do(engine, start, bits of each vector of `which`) for every block, blocks of `step`
+        elements in order; peek(j, start, stop) -> bits of vector j, a small part from anywhere. The threshold search
+        decides what is read, and how often: hence callbacks.
         """
         for j in range(len(self._ks)):
-            self.thresholds.append(self._threshold(j, read, peek, masks, step))
+            self.thresholds.append(self._threshold(j, scan, peek, step))
         self.rewind()
 
     def rewind(self) -> None:
@@ -113,25 +114,31 @@ class Scope:
         least, ties = self.thresholds[j].least, self._ties[j]
         engine.threshold_mask(mask, bits, self._dtypes[j], taken, levels, least, ties)
 
-    def _ranked(self, j: int, spans: Iterable[tuple[int, int]], read: Callable, masks) -> Iterator[tuple]:
-        """What ranks vector j's elements, span by span: (bits, dtype, taken, levels), as the engine takes them."""
-        first = 0 if self._conflict_aware else j  # without regard to conflicts earlier vectors do not matter
-        self.rewind()
-        for start, stop in spans:
-            room = [mask[: stop - start] for mask in masks[: j + 1 - first]]
-            for i, mask, taken, levels in in_order(room, self._conflict_aware, self._engine):
-                bits = read(first + i, start, stop)
-                if first + i < j:
-                    self._keep(first + i, mask, bits, taken, levels, self._engine)
-            yield bits, self._dtypes[j], taken, levels
+    def _earlier(self, j: int) -> range:
+        """Up to vector j itself, the vectors on which its ranking depends."""
+        return range(0 if self._conflict_aware else j, j + 1)
 
-    def _sample(self, j: int, peek: Callable, masks, size: int) -> np.ndarray:
+    def _ranked(self, j: int, vectors: list, engine) -> tuple:
+        """What ranks vector j's elements of a block: (bits, dtype, taken, levels), as the engine takes them.
+
+        vectors: the block of each of those that _earlier() says.
+        """
+        masks = engine.empty_masks(len(vectors), len(vectors[0]))
+        for i, mask, taken, levels in in_order(list(masks), self._conflict_aware, engine):
+            if i + 1 < len(vectors):
+                self._keep(i, mask, vectors[i], taken, levels, engine)
+        return vectors[-1], self._dtypes[j], taken, levels
+
+    def _sample(self, j: int, peek: Callable, size: int) -> np.ndarray:
         """Keys [pieces, size] of vector j, from all over the scope."""
-        starts = np.linspace(self.start, self.stop - size, _PIECES).astype(int).tolist()
-        spans = ((start, start + size) for start in starts)
-        return np.stack([self._engine.keys_of(*ranked) for ranked in self._ranked(j, spans, peek, masks)])
+        keys = []
+        for start in np.linspace(self.start, self.stop - size, _PIECES).astype(int).tolist():
+            vectors = [peek(i, start, start + size) for i in self._earlier(j)]
+            self.rewind()  # a piece by itself: where it is, ties of earlier thresholds may be used up or not
+            keys.append(self._engine.keys_of(*self._ranked(j, vectors, self._engine)))
+        return np.stack(keys)
 
-    def _threshold(self, j: int, read: Callable, peek: Callable, masks, step: int) -> Threshold:
+    def _threshold(self, j: int, scan: Callable, peek: Callable, step: int) -> Threshold:
         levels = j if self._conflict_aware else 0
         size, k = self.stop - self.start, self._ks[j]
         # Keys are magnitudes below and, above them, how few earlier vectors kept the position: see kernels/ranking.py.
@@ -139,11 +146,15 @@ class Scope:
 
         def count(low, high, shift):
             counts, above = np.zeros((2, 1 << (high - low - 1 >> shift).bit_length()), np.int64), np.zeros(1, np.int64)
-            for ranked in self._ranked(j, blocks(self.stop, step, self.start), read, masks):
-                self._engine.count_keys(counts, above, *ranked, low, high, shift)
+
+            def do(engine, _, vectors):
+                engine.count_keys(counts, above, *self._ranked(j, vectors, engine), low, high, shift)
+
+            self.rewind()
+            scan(self._earlier(j), blocks(self.stop, step, self.start), do)
             return counts.sum(axis=0), int(above[0])
 
         guess = 0, top
         if k and size > 16 * _PIECES * _PIECE:  # large enough for a sample to be cheap
-            guess = bracket(self._sample(j, peek, masks, min(_PIECE, step)), k / size, top)
+            guess = bracket(self._sample(j, peek, min(_PIECE, step)), k / size, top)
         return find_threshold(count, k, *guess, top, _LARGE_BINS if size > _LARGE else _BINS)
