@@ -25,6 +25,9 @@ from merge_and_evaluate.streamed_methods import Values
 from merge_and_evaluate.sum_inputs import Block, Rule
 from merge_and_evaluate.sums import delta_sum, linear, vector_sum
 
+# Times a kernel's block: what a program takes in one call need not stay in the caches as a whole, and twice as many
+# calls of Python's cost a multi-pass method a fifth of its time (measured).
+_CALL = 2
 OURS = {"cabs": "nm", "magnitude": "magnitude", "random": "random"}  # {merge method: pruning method}
 
 
@@ -157,7 +160,8 @@ def merge_tensor(task: Task, worker: Worker, how: TensorMerge | None, found: Fou
     if not prunings:
         return [_merge_differences(how, readers, writer, None, found)]
     dtype = vector_dtype_of(how)
-    masks = Masks(prunings, how.mask_name, [dtype] * len(prunings), task.inputs[0].numel, kernels)
+    numel, block = task.inputs[0].numel, _CALL * kernels.BLOCK
+    masks = Masks(prunings, how.mask_name, [dtype] * len(prunings), numel, kernels, block)
     if masks.in_passes:
         if found.thresholds is None:
             found.thresholds = find_thresholds(how, masks, readers)
@@ -185,7 +189,7 @@ class _Hashes:
 
 def _merge_linear(how: TensorMerge, readers: list[Reader], writer: Writer) -> dict:
     hashes, normalize = _Hashes(readers), how.values.shared["normalize"]
-    for start, stop in blocks(readers[0].numel, kernels.BLOCK):
+    for start, stop in blocks(readers[0].numel, _CALL * kernels.BLOCK):
         raw, out = [reader.read(start, stop) for reader in readers], writer.room(start, stop)
         if not linear(Block(out, how.dtype), _as_blocks(raw, readers), how.weights, normalize):
             refuse_sum(how, readers, raw)
@@ -217,7 +221,7 @@ def _merge_differences(how: TensorMerge, readers: list[Reader], writer: Writer, 
         engine.add(delta_sum.steps, Block(out, how.dtype), base, models, rule, (start, numel), kept)
 
     program = Program(note, masks.unit if masks else 1)
-    for start, stop in masks.blocks() if masks else blocks(numel, kernels.BLOCK):
+    for start, stop in masks.blocks() if masks else blocks(numel, _CALL * kernels.BLOCK):
         raw, out = [reader.read(start, stop) for reader in readers], writer.room(start, stop)
         if not program.run(start, [out, *raw]):
             refuse_sum(how, readers, raw)

@@ -141,32 +141,32 @@ def _keep_largest(keys, bits, taken, size, k, levels, magnitude, top, guess, slo
     return found, slope
 
 
-def _first_guess(magnitude_bits):
-    """(the first group's threshold, the distance in keys between neighbours in rank): any guess gives the same masks,
-    and both adapt to the data in a few groups.
+def first_guess(magnitude_bits):
+    """Where nm begins to look, float64: the first group's threshold, the distance in keys between neighbours in rank.
+    Any guess gives the same masks; both adapt to the data in a few groups, and are left there for the next chunk.
     """
-    return np.int64(1 << magnitude_bits - 2), np.float32(8.0)
+    return np.array([1 << magnitude_bits - 2, 8.0])
 
 
 @cache
 def nm_kernel(as_key, magnitude_bits, levels, m):
-    """The kernel for whole groups of this m; args: n, mask, bits, taken. `levels` 0: `taken` is not read; else: it
-    ranks first. as_key: the bits' type.
+    """The kernel for whole groups of this m; args: n, first_guess(), mask, bits, taken. `levels` 0: `taken` is not
+    read; else: it ranks first. as_key: the bits' type.
 
     m is a constant of the kernel: with a loop length that it knows, LLVM unrolls and leaves no remainder.
     """
     magnitude, top = np.uint32((1 << magnitude_bits) - 1), 1 << magnitude_bits
-    first, step = _first_guess(magnitude_bits)
 
     @kernel()
     def nm(args, size):
-        n, mask, bits = args[0], array(args[1], size, np.uint8), array(args[2], size, as_key)
-        taken = array(args[3], size, np.uint8)
+        n, where, mask = args[0], array(args[1], 2, np.float64), array(args[2], size, np.uint8)
+        bits, taken = array(args[3], size, as_key), array(args[4], size, np.uint8)
         keys = np.zeros((m + _LANES - 1) // _LANES * _LANES, as_key)  # what is behind m stays 0: out of the question
-        guess, slope = first, step
+        guess, slope = np.int64(where[0]), np.float32(where[1])
         for start in range(0, size // m * m, m):
             group, earlier, kept = bits[start : start + m], taken[start : start + m], mask[start : start + m]
             guess, slope = _keep_largest(keys, group, earlier, m, n, levels, magnitude, top, guess, slope, kept)
+        where[0], where[1] = guess, slope
         return 0
 
     return nm
@@ -174,19 +174,18 @@ def nm_kernel(as_key, magnitude_bits, levels, m):
 
 @cache
 def rest_kernel(as_key, magnitude_bits, levels):
-    """The same for what is left behind whole spans, of any m; args: n, m, span, mask, bits, taken. A last group of r
-    elements, if it is shorter, keeps ceil(n*r/m). In a kernel of its own, because inside each nm kernel it doubled what
-    is compiled.
+    """The same for what is left behind whole spans, of any m; args: n, m, span, first_guess(), mask, bits, taken. A
+    last group of r elements, if it is shorter, keeps ceil(n*r/m). In a kernel of its own, because inside each nm kernel
+    it doubled what is compiled.
     """
     magnitude, top = np.uint32((1 << magnitude_bits) - 1), 1 << magnitude_bits
-    first, step = _first_guess(magnitude_bits)
 
     @kernel()
     def rest(args, size):
-        n, m, span = args[0], args[1], args[2]
-        mask, bits, taken = array(args[3], size, np.uint8), array(args[4], size, as_key), array(args[5], size, np.uint8)
+        n, m, span, where = args[0], args[1], args[2], array(args[3], 2, np.float64)
+        mask, bits, taken = array(args[4], size, np.uint8), array(args[5], size, as_key), array(args[6], size, np.uint8)
         keys = np.zeros((m + _LANES - 1) // _LANES * _LANES, as_key)
-        guess, slope = first, step
+        guess, slope = np.int64(where[0]), np.float32(where[1])
         for start in range(size // span * span, size, m):
             group, earlier, kept = bits[start : start + m], taken[start : start + m], mask[start : start + m]
             many = group.size

@@ -15,7 +15,7 @@ import numpy as np
 
 from common.pruners.kernels.bits import array
 from common.pruners.kernels.compiler import Step, in_steps, kernel, njit
-from common.pruners.kernels.groups import nm_kernel, rest_kernel
+from common.pruners.kernels.groups import first_guess, nm_kernel, rest_kernel
 
 _CHUNK = 4096  # keys; as 16-bit keys and their bytes of mask they take 12 kB of a first-level cache of 32 to 48 kB
 MAGNITUDE_BITS = {"F16": 15, "BF16": 15, "F32": 31}
@@ -136,15 +136,15 @@ def nm_mask(mask, bits, dtype, taken, levels, n, m) -> None:
     taken = taken if levels else mask  # at level 0 any array of the right length: it is not read
     word, magnitude_bits = _WORD[MAGNITUDE_BITS[dtype]], MAGNITUDE_BITS[dtype]
     span, steps = m * _SIDE_BY_SIDE if m <= _SMALL_M else m, []
-    if bits.size >= span:
-        if m <= _SMALL_M:
-            ranking = _small_nm_kernel(_key_dtype(dtype, levels), magnitude_bits, levels, m)
-        else:
-            ranking = nm_kernel(word, magnitude_bits, min(levels, 1), m)
-        steps.append(Step(ranking, (mask, bits, taken), (n,)))
+    if bits.size >= span and m <= _SMALL_M:
+        side_by_side = _small_nm_kernel(_key_dtype(dtype, levels), magnitude_bits, levels, m)
+        steps.append(Step(side_by_side, (mask, bits, taken), (n,)))
+    elif bits.size >= span:
+        ranking = nm_kernel(word, magnitude_bits, min(levels, 1), m)
+        steps.append(Step(ranking, (mask, bits, taken), (n, first_guess(magnitude_bits))))
     if bits.size % span:  # a kernel of its own, compiled once for every m
         rest = rest_kernel(word, magnitude_bits, min(levels, 1))
-        steps.append(Step(rest, (mask, bits, taken), (n, m, span)))
+        steps.append(Step(rest, (mask, bits, taken), (n, m, span, first_guess(magnitude_bits))))
     return steps
 
 
