@@ -16,11 +16,15 @@ _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 @njit(nogil=True, inline="always")
 def _philox_round(c, key0, key1, step):
-    """Round number `step` of ten, on 32-bit words held in 64 bits, where the product of two of them fits."""
+    """Round number `step` of ten, on 32-bit words held in 64 bits, where the product of two of them fits.
+
+    What is above the 32 bits is left there and means nothing: the multiplication takes the lower halves alone, so only
+    that is written down here, and costs no instruction.
+    """
     k0 = (key0 + np.uint64(step) * np.uint64(0x9E3779B9)) & _LOW
     k1 = (key1 + np.uint64(step) * np.uint64(0xBB67AE85)) & _LOW
-    a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
-    return (b >> _HALF) ^ c[1] ^ k0, b & _LOW, (a >> _HALF) ^ c[3] ^ k1, a & _LOW
+    a, b = (c[0] & _LOW) * np.uint64(0xD2511F53), (c[2] & _LOW) * np.uint64(0xCD9E8D57)
+    return (b >> _HALF) ^ c[1] ^ k0, b, (a >> _HALF) ^ c[3] ^ k1, a
 
 
 _CHUNK = 1024  # counters at a time: their four words, 16 kB, stay in the first-level cache
@@ -31,7 +35,7 @@ def _philox(first, key0, key1, word0, word1, word2, word3):
     """The four words of the counters from `first` on. Each kind of word has an array of its own: stores vectorise."""
     for i in range(word0.size):
         counter = np.uint64(first + np.uint64(i))
-        c = counter & _LOW, counter >> _HALF, np.uint64(0), np.uint64(0)
+        c = counter, counter >> _HALF, np.uint64(0), np.uint64(0)
         # Written out: with a loop over the ten rounds inside, the loop over i does not vectorise.
         c = _philox_round(_philox_round(c, key0, key1, 0), key0, key1, 1)
         c = _philox_round(_philox_round(c, key0, key1, 2), key0, key1, 3)
