@@ -8,44 +8,19 @@ comparison gives a word with a bit per key, and the processor counts a word's bi
 from functools import cache
 
 import numpy as np
-from llvmlite import ir
 
-from common.pruners.kernels.bits import array
-from common.pruners.kernels.compiler import intrinsic, kernel, njit, types
+from common.pruners.kernels.bits import LANES, array, ones, which_reach
+from common.pruners.kernels.compiler import kernel, njit
 
-_LANES = 32  # keys compared at a time: an AVX-512 register of 16-bit keys, two of AVX2
 _ZERO = 1  # the key of a zero
-
-
-@intrinsic
-def _how_many_reach(context, keys, start, threshold):
-    """Of the keys start:start + LANES, how many are at least `threshold`.
-
-    Written in LLVM's own words: the loop that says the same in Python widens every comparison to the counter's
-    width before it adds, and takes several times as long.
-    """
-
-    def codegen(context, builder, signature, args):
-        key = context.get_value_type(signature.args[0].dtype)
-        lanes, word = ir.VectorType(key, _LANES), ir.IntType(32)
-        first = builder.gep(context.make_array(signature.args[0])(context, builder, args[0]).data, [args[1]])
-        # Aligned as a key is, not as a vector: the stack and numpy promise no more.
-        values = builder.load(builder.bitcast(first, lanes.as_pointer()), align=key.width // 8)
-        nothing, everywhere = ir.Constant(lanes, ir.Undefined), ir.Constant(ir.VectorType(word, _LANES), None)
-        limit = builder.insert_element(nothing, args[2], ir.Constant(word, 0))
-        limits = builder.shuffle_vector(limit, nothing, everywhere)
-        reached = builder.bitcast(builder.icmp_unsigned(">=", values, limits), ir.IntType(_LANES))
-        return builder.zext(builder.ctpop(reached), ir.IntType(64))
-
-    return types.int64(keys, types.intp, keys.dtype), codegen
 
 
 @njit(nogil=True)
 def _count(keys, size, threshold):
     """How many of keys[:size] reach `threshold`, which is at least 1; those behind, up to a whole word, are 0."""
     least, count = keys.dtype.type(threshold), np.int64(0)
-    for start in range(0, size, _LANES):
-        count += _how_many_reach(keys, start, least)
+    for start in range(0, size, LANES):
+        count += ones(which_reach(keys, start, least))
     return count
 
 
@@ -161,7 +136,7 @@ def nm_kernel(as_key, magnitude_bits, levels, m):
     def nm(args, size):
         n, where, mask = args[0], array(args[1], 2, np.float64), array(args[2], size, np.uint8)
         bits, taken = array(args[3], size, as_key), array(args[4], size, np.uint8)
-        keys = np.zeros((m + _LANES - 1) // _LANES * _LANES, as_key)  # what is behind m stays 0: out of the question
+        keys = np.zeros((m + LANES - 1) // LANES * LANES, as_key)  # what is behind m stays 0: out of the question
         guess, slope = np.int64(where[0]), np.float32(where[1])
         for start in range(0, size // m * m, m):
             group, earlier, kept = bits[start : start + m], taken[start : start + m], mask[start : start + m]
@@ -184,7 +159,7 @@ def rest_kernel(as_key, magnitude_bits, levels):
     def rest(args, size):
         n, m, span, where = args[0], args[1], args[2], array(args[3], 2, np.float64)
         mask, bits, taken = array(args[4], size, np.uint8), array(args[5], size, as_key), array(args[6], size, np.uint8)
-        keys = np.zeros((m + _LANES - 1) // _LANES * _LANES, as_key)
+        keys = np.zeros((m + LANES - 1) // LANES * LANES, as_key)
         guess, slope = np.int64(where[0]), np.float32(where[1])
         for start in range(size // span * span, size, m):
             group, earlier, kept = bits[start : start + m], taken[start : start + m], mask[start : start + m]

@@ -13,7 +13,7 @@ from functools import cache
 
 import numpy as np
 
-from common.pruners.kernels.bits import array
+from common.pruners.kernels.bits import LANES, array, lowest, ones, which_exceed, which_reach
 from common.pruners.kernels.compiler import Step, in_steps, kernel, njit
 from common.pruners.kernels.groups import first_guess, nm_kernel, rest_kernel
 
@@ -157,23 +157,6 @@ def _fill_keys(keys, bits, taken, magnitude, magnitude_bits, levels):
         keys[i] = _key(bits[i], taken[i], magnitude, keys.dtype.type, magnitude_bits, levels)
 
 
-@njit(nogil=True, inline="always")
-def _mark(keys, low, last, near):
-    """near[i] = whether key i is in low..last -> (how many are, how many are above); loops that vectorise.
-
-    keys[i] - low wraps to something large where the key is below low, so one comparison tests both ends. Counts are
-    as wide as a key; a chunk's 4096 fit.
-    """
-    as_key = keys.dtype.type
-    reached, above = as_key(0), as_key(0)
-    for i in range(keys.size):
-        near[i] = as_key(keys[i] - low) <= as_key(last - low)
-    for i in range(keys.size):
-        reached = as_key(reached + as_key(keys[i] >= low))
-        above = as_key(above + as_key(keys[i] > last))
-    return np.int64(reached) - np.int64(above), np.int64(above)
-
-
 @cache
 def _count_kernel(key_dtype, magnitude_bits, levels):
     as_key, word = np.dtype(key_dtype).type, _WORD[magnitude_bits]
@@ -182,29 +165,26 @@ def _count_kernel(key_dtype, magnitude_bits, levels):
     @kernel()
     def count(args, size):
         low, last, shift, bins = as_key(args[0]), as_key(args[1]), args[2], args[3]
-        counts, above, which = array(args[4], 2 * bins, np.int64), array(args[5], 1, np.int64), bins - 1
+        counts, above = array(args[4], 2 * bins, np.int64), array(args[5], 1, np.int64)
         bits, taken = array(args[6], size, word), array(args[7], size, np.uint8)
-        scratch, near = np.zeros(_CHUNK, as_key), np.zeros(_CHUNK, np.uint8)
-        eights = near.view(np.uint64)
+        scratch = np.zeros(_CHUNK, as_key)
         for start in range(0, size, _CHUNK):
             part, earlier = bits[start : start + _CHUNK], taken[start : start + _CHUNK]
             keys = scratch[: part.size]
             _fill_keys(keys, part, earlier, magnitude, magnitude_bits, levels)
-            inside, more = _mark(keys, low, last, near)
-            near[keys.size :] = 0  # the last chunk is shorter, and `eights` sees what the one before it left
-            above[0] += more
-            # Many: without branches, which would be guessed wrong. A key outside counts 0 in some bin: `which` keeps
-            # its wrapped distance within the array. Two banks: equal keys follow one another, and an addition to the
-            # bin that was just written waits for it.
-            if inside > keys.size >> 5:
-                for i in range(keys.size):
-                    counts[(i & 1) * bins + ((np.int64(as_key(keys[i] - low)) >> shift) & which)] += near[i]
-            else:  # few: eight at a time are skipped
-                for eight in range(eights.size):
-                    if eights[eight]:
-                        for i in range(8 * eight, 8 * eight + 8):
-                            if near[i]:
-                                counts[(i & 1) * bins + (np.int64(as_key(scratch[i] - low)) >> shift)] += 1
+            # A word of bits at a time, one for each key in between: most have none or one, and finding those takes
+            # neither a branch nor a bin for each key.
+            for first in range(0, keys.size, LANES):
+                over = which_exceed(scratch, first, last)
+                near = np.uint32(which_reach(scratch, first, low) & ~over)
+                if keys.size - first < LANES:  # the last chunk is shorter, behind it is what the one before it left
+                    behind = np.uint32(np.uint32(1) << np.uint32(keys.size - first)) - np.uint32(1)
+                    over, near = np.uint32(over & behind), np.uint32(near & behind)
+                above[0] += ones(over)
+                while near:
+                    i = first + lowest(near)
+                    near &= near - np.uint32(1)
+                    counts[(i & 1) * bins + (np.int64(as_key(scratch[i] - low)) >> shift)] += 1
         return 0
 
     return count
