@@ -13,6 +13,7 @@ import numpy as np
 from common.errors import DataError
 from common.pruners import kernels
 from common.pruners.kernels import BITS_DTYPE
+from common.pruners.kernels.philox import pack_mask, unpack_mask
 from common.pruners.kernels.program import Program
 from common.pruners.masks import Masks
 from common.pruners.pruning import Pruning
@@ -118,17 +119,22 @@ def find_thresholds(how: TensorMerge, masks: Masks, readers: list[Reader]) -> li
     return masks.thresholds
 
 
-def find_scales(how: TensorMerge, masks: Masks, readers: list[Reader]) -> tuple[float, ...]:
-    """mergekit's `rescale`: each model's kept differences are brought to the L1 norm of all of them; reads all once."""
+def find_scales(how: TensorMerge, masks: Masks, readers: list[Reader]) -> tuple[tuple[float, ...], list[np.ndarray]]:
+    """mergekit's `rescale`: each model's kept differences are brought to the L1 norm of all of them; reads all once.
+
+    Returns the factors, and each model's mask with a bit an element (see pack_mask), which need not be drawn again.
+    """
     norms = [empty_norms() for _ in how.values.models]
+    drawn = [np.empty(-(-readers[0].numel // 32), np.uint32) for _ in norms]
 
     def note(engine, start: int, bits: list) -> None:
         vectors = _differences(engine, bits, readers, "F32")
-        for sums, vector, mask in zip(norms, vectors, masks.by(engine).drawn(start, len(bits[0])), strict=True):
-            engine.add(add_norms.steps, sums, vector, mask)
+        for j, mask in enumerate(masks.by(engine).drawn(start, len(bits[0]))):
+            engine.add(add_norms.steps, norms[j], vectors[j], mask)
+            engine.add(pack_mask.steps, drawn[j], start, mask)
 
     _scan(how, readers, masks.blocks(), note)
-    return tuple(float(rescale_factor(sums)) for sums in norms)
+    return tuple(float(rescale_factor(sums)) for sums in norms), drawn
 
 
 def _scan(how: TensorMerge, readers: list[Reader], spans, note: Callable) -> None:
@@ -158,7 +164,7 @@ def merge_tensor(task: Task, worker: Worker, how: TensorMerge | None, found: Fou
     # What is found in a first pass does not depend on the weights, so a sweep's next merge finds it in `found`.
     readers = [worker.reader(tensor, again=how.reads_twice) for tensor in task.inputs]
     if not prunings:
-        return [_merge_differences(how, readers, writer, None, found)]
+        return [_merge_differences(how, readers, writer, None, found, None)]
     dtype = vector_dtype_of(how)
     numel, block = task.inputs[0].numel, _CALL * kernels.BLOCK
     masks = Masks(prunings, how.mask_name, [dtype] * len(prunings), numel, kernels, block)
@@ -166,11 +172,12 @@ def merge_tensor(task: Task, worker: Worker, how: TensorMerge | None, found: Fou
         if found.thresholds is None:
             found.thresholds = find_thresholds(how, masks, readers)
         masks.thresholds = found.thresholds
+    drawn = None
     if how.method.startswith("dare") and how.reads_twice and found.scales is None:
-        found.scales = find_scales(how, masks, readers)
+        found.scales, drawn = find_scales(how, masks, readers)
     if how.method in OURS:
         return [_merge_vectors(how, readers, writer, masks, prunings)]
-    return [_merge_differences(how, readers, writer, masks, found)]
+    return [_merge_differences(how, readers, writer, masks, found, drawn)]
 
 
 class _Hashes:
@@ -201,8 +208,9 @@ def _as_blocks(bits: list[np.ndarray], readers: list[Reader]) -> list[Block]:
     return [Block(each, reader.dtype) for each, reader in zip(bits, readers, strict=True)]
 
 
-def _merge_differences(how: TensorMerge, readers: list[Reader], writer: Writer, masks, found: Found) -> dict:
-    """task_arithmetic, ties, dare_linear, dare_ties."""
+def _merge_differences(how: TensorMerge, readers, writer: Writer, masks, found: Found, drawn: list | None) -> dict:
+    """task_arithmetic, ties, dare_linear, dare_ties. drawn: masks that need not be drawn again, as find_scales() has
+    them."""
     hashes, shared, numel = _Hashes(readers), how.values.shared, readers[0].numel
     elect = how.method in ("ties", "dare_ties")
     rule = Rule(how.weights, shared["normalize"], shared["lambda"], elect, found.scales)
@@ -214,6 +222,10 @@ def _merge_differences(how: TensorMerge, readers: list[Reader], writer: Writer, 
             kept = None
         elif how.method == "ties":
             kept = masks.by(engine).of(start, _differences(engine, bits, readers, vector_dtype_of(how)))
+        elif drawn:
+            kept = engine.empty_masks(len(models), out.size)
+            for words, mask in zip(drawn, kept, strict=True):
+                engine.add(unpack_mask.steps, words, start, mask)
         else:
             kept = masks.by(engine).drawn(start, out.size)
             for block in models:  # what is dropped, too
