@@ -7,6 +7,7 @@ its own where a method needs one, and kept in `Found`, so that the next weight o
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -26,9 +27,9 @@ from merge_and_evaluate.streamed_methods import Values
 from merge_and_evaluate.sum_inputs import Block, Rule
 from merge_and_evaluate.sums import delta_sum, linear, vector_sum
 
-# Times a kernel's block: what a program takes in one call need not stay in the caches as a whole, and twice as many
-# calls of Python's cost a multi-pass method a fifth of its time (measured).
-_CALL = 2
+# A program takes two of the kernels' blocks in one call: what it leaves behind is a chunk, so a block need not stay in
+# the caches as a whole, and half as many calls of Python's save what reads twice a tenth of its time (measured).
+_AT_ONCE = 2
 OURS = {"cabs": "nm", "magnitude": "magnitude", "random": "random"}  # {merge method: pruning method}
 
 
@@ -108,7 +109,7 @@ def find_thresholds(how: TensorMerge, masks: Masks, readers: list[Reader]) -> li
         base, model, out = readers[0].peek(start, stop), readers[1 + j], np.empty(stop - start, BITS_DTYPE[dtype])
         bits = model.peek(start, stop)
         if not kernels.subtract(bits, model.dtype, base, readers[0].dtype, out, dtype)[1]:
-            refuse_sum(how, [readers[0], model], [base, bits])
+            refuse(how, [readers[0], model], [base, bits])
         return out
 
     def scan(which, spans, do) -> None:
@@ -138,131 +139,12 @@ def find_scales(how: TensorMerge, masks: Masks, readers: list[Reader]) -> tuple[
 
 
 def _scan(how: TensorMerge, readers: list[Reader], spans, note: Callable) -> None:
-    """Take what is noted (see Program) on every block of what is read, without writing."""
+    """Take what note(engine, start, inputs) notes (see Program) on every block of what is read; nothing is written."""
     program = Program(note)
     for start, stop in spans:
         raw = [reader.read(start, stop) for reader in readers]
         if not program.run(start, raw):
-            refuse_sum(how, readers, raw)
-
-
-# --- the merge ------------------------------------------------------------------------------------
-
-
-def merge_tensor(task: Task, worker: Worker, how: TensorMerge | None, found: Found) -> list[dict]:
-    """Merge one tensor; its record has the hash of every input's bytes and of what was written, and our methods'
-    counts.
-
-    The task's inputs are the base and the models, for `linear` the models alone. A buffer (how is None) is the base's.
-    """
-    if how is None:
-        return copy_tensor(task, worker)
-    (writer,) = worker.writers(task)
-    if how.method == "linear":
-        return [_merge_linear(how, [worker.reader(tensor) for tensor in task.inputs], writer)]
-    prunings = prunings_of(how, task.inputs[0].numel)
-    # What is found in a first pass does not depend on the weights, so a sweep's next merge finds it in `found`.
-    readers = [worker.reader(tensor, again=how.reads_twice) for tensor in task.inputs]
-    if not prunings:
-        return [_merge_differences(how, readers, writer, None, found, None)]
-    dtype = vector_dtype_of(how)
-    numel, block = task.inputs[0].numel, _CALL * kernels.BLOCK
-    masks = Masks(prunings, how.mask_name, [dtype] * len(prunings), numel, kernels, block)
-    if masks.in_passes:
-        if found.thresholds is None:
-            found.thresholds = find_thresholds(how, masks, readers)
-        masks.thresholds = found.thresholds
-    drawn = None
-    if how.method.startswith("dare") and how.reads_twice and found.scales is None:
-        found.scales, drawn = find_scales(how, masks, readers)
-    if how.method in OURS:
-        return [_merge_vectors(how, readers, writer, masks, prunings)]
-    return [_merge_differences(how, readers, writer, masks, found, drawn)]
-
-
-class _Hashes:
-    """Hashes of what passes: of each input, and of what is written."""
-
-    def __init__(self, readers: list[Reader]):
-        self._inputs, self._written = [new_hash() for _ in readers], new_hash()
-
-    def update(self, inputs: list[np.ndarray], written: np.ndarray) -> None:
-        for state, bits in zip([*self._inputs, self._written], [*inputs, written], strict=True):
-            state.update(bits)
-
-    def record(self) -> dict:
-        return {"inputs": [state.hexdigest() for state in self._inputs], "written": self._written.hexdigest()}
-
-
-def _merge_linear(how: TensorMerge, readers: list[Reader], writer: Writer) -> dict:
-    hashes, normalize = _Hashes(readers), how.values.shared["normalize"]
-    for start, stop in blocks(readers[0].numel, _CALL * kernels.BLOCK):
-        raw, out = [reader.read(start, stop) for reader in readers], writer.room(start, stop)
-        if not linear(Block(out, how.dtype), _as_blocks(raw, readers), how.weights, normalize):
-            refuse_sum(how, readers, raw)
-        hashes.update(raw, out)
-    return hashes.record()
-
-
-def _as_blocks(bits: list[np.ndarray], readers: list[Reader]) -> list[Block]:
-    return [Block(each, reader.dtype) for each, reader in zip(bits, readers, strict=True)]
-
-
-def _merge_differences(how: TensorMerge, readers, writer: Writer, masks, found: Found, drawn: list | None) -> dict:
-    """task_arithmetic, ties, dare_linear, dare_ties. drawn: masks that need not be drawn again, as find_scales() has
-    them."""
-    hashes, shared, numel = _Hashes(readers), how.values.shared, readers[0].numel
-    elect = how.method in ("ties", "dare_ties")
-    rule = Rule(how.weights, shared["normalize"], shared["lambda"], elect, found.scales)
-
-    def note(engine, start: int, arrays: list) -> None:
-        out, *bits = arrays
-        base, *models = _as_blocks(bits, readers)
-        if masks is None:
-            kept = None
-        elif how.method == "ties":
-            kept = masks.by(engine).of(start, _differences(engine, bits, readers, vector_dtype_of(how)))
-        elif drawn:
-            kept = engine.empty_masks(len(models), out.size)
-            for words, mask in zip(drawn, kept, strict=True):
-                engine.add(unpack_mask.steps, words, start, mask)
-        else:
-            kept = masks.by(engine).drawn(start, out.size)
-            for block in models:  # what is dropped, too
-                engine.all_finite(block.bits, block.dtype)
-        engine.add(delta_sum.steps, Block(out, how.dtype), base, models, rule, (start, numel), kept)
-
-    program = Program(note, masks.unit if masks else 1)
-    for start, stop in masks.blocks() if masks else blocks(numel, _CALL * kernels.BLOCK):
-        raw, out = [reader.read(start, stop) for reader in readers], writer.room(start, stop)
-        if not program.run(start, [out, *raw]):
-            refuse_sum(how, readers, raw)
-        hashes.update(raw, out)
-    return hashes.record()
-
-
-def _merge_vectors(how: TensorMerge, readers: list[Reader], writer: Writer, masks: Masks, prunings: list) -> dict:
-    """cabs, magnitude, random: base + Σ weight · pruned task vector, the masks of prune_task_vector_7b.py."""
-    hashes, counts = _Hashes(readers), new_counts(len(prunings))
-    weights = tuple(weight * pruning.scale for weight, pruning in zip(how.weights, prunings, strict=True))
-    dtype, consensus = vector_dtype_of(how), how.values.shared["consensus"] == "sign"
-
-    def note(engine, start: int, arrays: list) -> None:
-        out, *bits = arrays
-        vectors = _differences(engine, bits, readers, dtype)
-        kept = masks.by(engine).of(start, vectors)
-        for j, pruning in enumerate(prunings):
-            engine.tally(vectors[j], dtype, kept, j, start, pruning.m, counts)
-        base, added = Block(bits[0], readers[0].dtype), [Block(vector, dtype) for vector in vectors]
-        engine.add(vector_sum.steps, Block(out, how.dtype), base, added, kept, weights, consensus)
-
-    program = Program(note, masks.unit)
-    for start, stop in masks.blocks():
-        raw, out = [reader.read(start, stop) for reader in readers], writer.room(start, stop)
-        if not program.run(start, [out, *raw], masks.scope_of(start)):
-            refuse_sum(how, readers, raw)
-        hashes.update(raw, out)
-    return hashes.record() | {"tallies": [to_record(tally) for tally in tallies(counts, readers[0].numel)]}
+            refuse(how, readers, raw)
 
 
 def _differences(engine, bits: list[np.ndarray], readers: list[Reader], dtype: str) -> list[np.ndarray]:
@@ -273,7 +155,113 @@ def _differences(engine, bits: list[np.ndarray], readers: list[Reader], dtype: s
     return vectors
 
 
-def refuse_sum(how: TensorMerge, readers: list[Reader], raw: list[np.ndarray]) -> None:
+# --- the merge ------------------------------------------------------------------------------------
+
+
+def merge_tensor(task: Task, worker: Worker, how: TensorMerge | None, found: Found) -> list[dict]:
+    """Merge one tensor; its record has the hash of every input's bytes and of what was written, and our methods'
+    counts.
+
+    The task's inputs are the base and the models, for `linear` the models alone. A buffer (how is None) is the base's.
+    What is found in a first pass does not depend on the weights, so a sweep's next merge finds it in `found`.
+    """
+    if how is None:
+        return copy_tensor(task, worker)
+    (writer,) = worker.writers(task)
+    readers = [worker.reader(tensor, again=how.reads_twice) for tensor in task.inputs]
+    numel, block = task.inputs[0].numel, _AT_ONCE * kernels.BLOCK
+    prunings = prunings_of(how, numel)
+    if not prunings:
+        note = partial(_note_linear if how.method == "linear" else _note_differences, how, readers)
+        return [_write(how, readers, writer, Program(note), blocks(numel, block))]
+    dtypes, drawn = [vector_dtype_of(how)] * len(prunings), None
+    masks = Masks(prunings, how.mask_name, dtypes, numel, kernels, block)
+    if masks.in_passes:
+        if found.thresholds is None:
+            found.thresholds = find_thresholds(how, masks, readers)
+        masks.thresholds = found.thresholds
+    if how.method.startswith("dare") and how.reads_twice and found.scales is None:
+        found.scales, drawn = find_scales(how, masks, readers)
+    counts = new_counts(len(prunings))
+    if how.method in OURS:
+        note = partial(_note_vectors, how, readers, masks=masks, prunings=prunings, counts=counts)
+    else:
+        note = partial(_note_differences, how, readers, masks=masks, drawn=drawn, scales=found.scales)
+    record = _write(how, readers, writer, Program(note, masks.unit), masks.blocks(), masks.scope_of)
+    if how.method in OURS:
+        record["tallies"] = [to_record(tally) for tally in tallies(counts, numel)]
+    return [record]
+
+
+def _write(how: TensorMerge, readers: list[Reader], writer: Writer, program: Program, spans, scope_of=None) -> dict:
+    """Take the program on every block of what is read, into the writer's room -> hashes of each input and of what was
+    written.
+    """
+    inputs, written = [new_hash() for _ in readers], new_hash()
+    for start, stop in spans:
+        raw, out = [reader.read(start, stop) for reader in readers], writer.room(start, stop)
+        if not program.run(start, [out, *raw], scope_of and scope_of(start)):
+            refuse(how, readers, raw)
+        for state, bits in zip([*inputs, written], [*raw, out], strict=True):
+            state.update(bits)
+    return {"inputs": [state.hexdigest() for state in inputs], "written": written.hexdigest()}
+
+
+# What a program notes, for a chunk of the output and of each input that begins at element `start` of its tensor.
+
+
+def _as_blocks(bits: list[np.ndarray], readers: list[Reader]) -> list[Block]:
+    return [Block(each, reader.dtype) for each, reader in zip(bits, readers, strict=True)]
+
+
+def _note_linear(how: TensorMerge, readers: list[Reader], engine, _: int, arrays: list) -> None:
+    out, *models = arrays
+    normalize = how.values.shared["normalize"]
+    engine.add(linear.steps, Block(out, how.dtype), _as_blocks(models, readers), how.weights, normalize)
+
+
+def _note_differences(
+    how: TensorMerge, readers: list[Reader], engine, start: int, arrays: list, masks=None, drawn=None, scales=None
+) -> None:
+    """task_arithmetic, ties, dare_linear, dare_ties. drawn: masks that need not be drawn again, from find_scales()."""
+    out, *bits = arrays
+    shared, elect = how.values.shared, how.method in ("ties", "dare_ties")
+    base, *models = _as_blocks(bits, readers)
+    kept = None
+    if drawn:
+        kept = engine.empty_masks(len(models), out.size)
+        for words, mask in zip(drawn, kept, strict=True):
+            engine.add(unpack_mask.steps, words, start, mask)
+    elif masks and how.method == "ties":
+        kept = masks.by(engine).of(start, _differences(engine, bits, readers, vector_dtype_of(how)))
+    elif masks:
+        kept = masks.by(engine).drawn(start, out.size)
+        for block in models:  # what is dropped, too
+            engine.all_finite(block.bits, block.dtype)
+    rule = Rule(how.weights, shared["normalize"], shared["lambda"], elect, scales)
+    place = start, readers[0].numel
+    engine.add(delta_sum.steps, Block(out, how.dtype), base, models, rule, place, kept)
+
+
+def _note_vectors(
+    how: TensorMerge, readers: list[Reader], engine, start: int, arrays: list, masks: Masks, prunings: list, counts
+) -> None:
+    """cabs, magnitude, random: base + Σ weight · pruned task vector, the masks of prune_task_vector_7b.py."""
+    out, *bits = arrays
+    weights = tuple(weight * pruning.scale for weight, pruning in zip(how.weights, prunings, strict=True))
+    dtype, consensus = vector_dtype_of(how), how.values.shared["consensus"] == "sign"
+    vectors = _differences(engine, bits, readers, dtype)
+    kept = masks.by(engine).of(start, vectors)
+    for j, pruning in enumerate(prunings):
+        engine.tally(vectors[j], dtype, kept, j, start, pruning.m, counts)
+    base, added = Block(bits[0], readers[0].dtype), [Block(vector, dtype) for vector in vectors]
+    engine.add(vector_sum.steps, Block(out, how.dtype), base, added, kept, weights, consensus)
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def refuse(how: TensorMerge, readers: list[Reader], raw: list[np.ndarray]) -> None:
     """Raise DataError for a block that is not finite: an input is not, or a difference or the sum is too large."""
     for reader, bits in zip(readers, raw, strict=True):
         if not kernels.all_finite(bits, reader.dtype):

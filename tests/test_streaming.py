@@ -18,6 +18,7 @@ from conftest import ROOT
 import merge_and_evaluate_7b as script
 from common.errors import DataError
 from common.pruners import kernels
+from common.pruners.kernels import program
 from common.shards import stream
 from merge_and_evaluate import merge_tensor, merging
 from merge_and_evaluate.recipes import read_recipe, with_weights
@@ -203,7 +204,9 @@ def test_bytes_do_not_depend_on_blocks_threads_or_shards(table, monkeypatch, met
     beside = {"density": 0.4} if method in ("ties", "dare_linear", "dare_ties") else {}
     config = recipe(method, "abcde", (0.6, 0.5, 0.4, -0.3, 0.2), beside=beside)
     whole = merge(config, "whole")
-    monkeypatch.setattr(kernels, "BLOCK", 64)
+    monkeypatch.setattr(kernels, "BLOCK", 32)
+    monkeypatch.setattr(program, "CHUNK", 16)
+    monkeypatch.setattr("common.pruners.masks._GROUPS", 1)
     monkeypatch.setattr(stream, "worker_count", lambda: 1)
     cut = merge(config, "cut", "--max_shard_size", 300)
     assert len(list(Path("cut").glob("*.safetensors"))) > 5

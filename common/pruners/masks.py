@@ -4,13 +4,12 @@ Nothing here knows files or devices: bits come from the caller, arithmetic from 
 """
 
 import math
-from copy import copy
 from collections.abc import Callable, Iterator
+from copy import copy
 
 from common.pruners.pruning import Pruning, in_passes, random_key, random_limits, scopes
 from common.pruners.thresholds import Scope, Threshold, in_order
 from common.shards.blocks import blocks
-
 
 _GROUPS, _SMALL = 128, 1 << 14  # small groups of m are ranked so many at a time: units of up to so many elements
 

@@ -4,17 +4,21 @@ arithmetic.py    values: convert, subtract, add what a mask keeps, count
 ranking.py       which positions rank first; masks from thresholds
 groups.py        ranking in groups of a large m
 philox.py        random masks
-bits.py          values and their bits, one by one
-compiler.py      numba, imported without what is not needed
+bits.py          values and their bits, arrays at addresses: what numba lacks
+compiler.py      numba: how kernels are compiled, kept on disk and called
+program.py       several kernels in one call, chunk by chunk
 torch_engine.py  the same functions in torch, for a GPU
 
 Arrays hold bits: uint16 for float16 ("F16") and bfloat16 ("BF16"), uint32 for float32 ("F32"). The order of
 magnitudes is the order of the bits below the sign, so ranking compares integers and never rounds. Masks are
 uint8, 1 = keep.
 
-Each numba kernel is built for its dtypes (and nm for its m) by a function that numba caches on disk, so the branches
-on them cost nothing and are compiled once per machine. All run without the GIL. A file calls no compiled
-function of another file: numba's cache would not notice a change there.
+Each numba kernel is built for its dtypes (and nm for its m), so the branches on them cost nothing, and compiled once
+per machine. All run without the GIL. A file calls no compiled function of another file but bits.py: numba's cache would
+not notice a change there.
+
+A function that is @in_steps returns the steps that it takes, kernels with what they are given; called, it takes them at
+once and says whether all values were finite; a program takes note of them.
 """
 
 from types import SimpleNamespace

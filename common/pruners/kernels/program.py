@@ -5,7 +5,7 @@ between two calls threads take turns. A program goes chunk by chunk instead: wha
 still in the second-level cache for the next one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
 
@@ -22,9 +22,9 @@ class Program:
     """What is done to each block of some arrays.
 
         def note(engine, start, arrays):           # arrays: stand-ins for a chunk of each, which begins at `start`
-            vector = engine.scratch("F16")
+            vector = engine.scratch("F16")         # room for a chunk that belongs to the program
             engine.subtract(arrays[1], "F16", arrays[0], "F16", vector, "F16")
-            engine.drop_zeros(mask, vector, "F16")
+            engine.add(vector_sum.steps, …)        # any other function that is @in_steps
 
         program = Program(note)
         finite = program.run(start, [base, model])  # blocks, as often as there are any
@@ -56,36 +56,49 @@ class Program:
         return self._noted[chunk].take(start + begin, [array[begin:end] for array in arrays])
 
 
+# The functions of an engine that may be noted, besides subtract().
+_NOTED = ("all_finite", "count_keys", "count_taken", "drop_zeros", "nm_mask", "random_mask", "tally", "threshold_mask")
+
+
 class _Noted:
     """The steps of a program for chunks of one length."""
 
     def __init__(self, note: Callable, chunk: int, start: int, arrays: list[np.ndarray]):
         self._chunk = chunk
-        self._steps: list[Step] = []  # they hold what the listing has addresses of
-        stand_ins = [np.empty(self._chunk, array.dtype) for array in arrays]
+        self._steps: list[Step] = []  # held, because the listing has but addresses
+        stand_ins = [np.empty(chunk, array.dtype) for array in arrays]
         note(self._engine(), start, stand_ins)
-        self._listing = np.array(list_steps(self._steps, self._chunk), np.int64)
-        self._moves, which, places, at = np.zeros_like(self._listing), [], [], 0
+        self._listing = np.array(list_steps(self._steps, chunk), np.int64)
+        self._origins = np.array([*map(address, stand_ins), start], np.int64)
+        # Where in the listing something stands that each block has another of, and of what: its number in _origins.
+        places = list(self._places(stand_ins))
+        self._at, self._which = (np.array(each, np.int64) for each in zip(*places, strict=True))
+        self._moves = np.zeros_like(self._listing)
+        self._moves[self._at] = chunk * np.array([*(array.itemsize for array in arrays), 1])[self._which]
+
+    def _places(self, stand_ins: list[np.ndarray]) -> Iterator[tuple[int, int]]:
+        at = 0
         for _, elements, others in self._steps:
             at += 2 + len(others)
             for each in elements:
-                number = next((i for i, stand_in in enumerate(stand_ins) if each is stand_in), None)
-                if isinstance(each, int) or number is not None:
-                    places.append(at)
-                    which.append(-1 if number is None else number)
-                    self._moves[at] = self._chunk * (1 if number is None else each.itemsize)
+                if isinstance(each, int):
+                    yield at, len(stand_ins)
+                for i, stand_in in enumerate(stand_ins):
+                    if each is stand_in:
+                        yield at, i
+                    elif not isinstance(each, int) and np.may_share_memory(each, stand_in):
+                        raise ValueError("a part of a stand-in, of which nobody would know what it stands for")
                 at += 1
-        self._places, self._which = np.array(places, np.int64), np.array(which, np.int64)
-        self._origins = np.array([*map(address, stand_ins), start], np.int64)
 
     def _engine(self) -> SimpleNamespace:
-        functions = (subtract_steps, *(getattr(kernels, name).steps for name in _NOTED))
-        noting = {name: partial(self._add, function) for name, function in zip(("subtract", *_NOTED), functions)}
+        """The engine that takes note."""
+        noting = {name: partial(self._add, getattr(kernels, name).steps) for name in _NOTED}
         return SimpleNamespace(
             BLOCK=self._chunk,
             MAGNITUDE_BITS=kernels.MAGNITUDE_BITS,
             empty_masks=kernels.empty_masks,
             scratch=lambda dtype: np.empty(self._chunk, kernels.BITS_DTYPE[dtype]),
+            subtract=partial(self._add, subtract_steps),
             add=self._add,
             **noting,
         )
@@ -94,10 +107,8 @@ class _Noted:
         self._steps += steps(*given)
 
     def take(self, start: int, arrays: list[np.ndarray]) -> bool:
-        listing, size = self._listing.copy(), arrays[0].size
+        """Take the steps on a block of these arrays, at `start`."""
+        listing = self._listing.copy()
         moved = np.array([*map(address, arrays), start], np.int64) - self._origins
-        listing[self._places] += moved[self._which]
-        return bool(take(listing, self._moves, size, self._chunk))
-
-
-_NOTED = ("all_finite", "count_keys", "count_taken", "drop_zeros", "nm_mask", "random_mask", "tally", "threshold_mask")
+        listing[self._at] += moved[self._which]
+        return bool(take(listing, self._moves, arrays[0].size, self._chunk))

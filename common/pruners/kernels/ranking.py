@@ -165,7 +165,7 @@ def _count_kernel(key_dtype, magnitude_bits, levels):
     @kernel()
     def count(args, size):
         low, last, shift, bins = as_key(args[0]), as_key(args[1]), args[2], args[3]
-        counts, above = array(args[4], 2 * bins, np.int64), array(args[5], 1, np.int64)
+        counts, above = array(args[4], 2 * bins, np.int64), np.int64(0)
         bits, taken = array(args[6], size, word), array(args[7], size, np.uint8)
         scratch = np.zeros(_CHUNK, as_key)
         for start in range(0, size, _CHUNK):
@@ -180,11 +180,12 @@ def _count_kernel(key_dtype, magnitude_bits, levels):
                 if keys.size - first < LANES:  # the last chunk is shorter, behind it is what the one before it left
                     behind = np.uint32(np.uint32(1) << np.uint32(keys.size - first)) - np.uint32(1)
                     over, near = np.uint32(over & behind), np.uint32(near & behind)
-                above[0] += ones(over)
+                above += ones(over)
                 while near:
                     i = first + lowest(near)
                     near &= near - np.uint32(1)
                     counts[(i & 1) * bins + (np.int64(as_key(scratch[i] - low)) >> shift)] += 1
+        array(args[5], 1, np.int64)[0] += above
         return 0
 
     return count
