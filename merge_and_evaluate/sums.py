@@ -128,19 +128,19 @@ def _linear_kernel():
     def linear(args, size):
         models, kinds = args[0], array(args[1], args[0] + 1, np.int64)
         weights, divisor = array(args[2], models, np.float32), array(args[3], 1, np.float32)[0]
-        finite = True
+        out, first, finite = args[4], 5, True  # args[first + j]: where model j is
         sums, scratch = np.empty(_CHUNK, np.float32), np.empty(_CHUNK, np.float32)
         for start in range(0, size, _CHUNK):
             total, values = sums[: min(_CHUNK, size - start)], scratch[: min(_CHUNK, size - start)]
             total[:] = 0
             for j in range(models):
-                _widen(args[5 + j], kinds[1 + j], start, values)
+                _widen(args[first + j], kinds[1 + j], start, values)
                 weight = weights[j]
                 for i in range(total.size):
                     total[i] = _fused(values[i], weight, total[i])
             for i in range(total.size):
                 total[i] /= divisor
-            finite &= _store(total, args[4], kinds[0], start)
+            finite &= _store(total, out, kinds[0], start)
         return not finite
 
     return linear
@@ -188,16 +188,16 @@ def _flipped(value, sign):
 
 
 @_njit()
-def _add_differences(args, at, masks, kinds, scales, weights, start, below, rows, total):
+def _add_differences(args, first, masks, kinds, scales, weights, start, below, rows, total):
     """total = Σ rows[j], in order; rows[j] = (model j − base) · scale j · weight j, +0.0 where its mask drops.
 
-    args[at + j]: where model j is; args[masks + j], unless masks is 0: its mask.
+    args[first + j]: where model j is; args[masks + j], unless masks is 0: its mask.
     """
     size = below.size
     total[:] = 0
     for j in range(rows.shape[0]):
         row, scale, weight = rows[j][:size], scales[j], weights[j]
-        _widen(args[at + j], kinds[j], start, row)
+        _widen(args[first + j], kinds[j], start, row)
         if masks:
             mask = array(args[masks + j] + start, size, np.uint8)
             for i in range(size):
@@ -267,10 +267,12 @@ def _scale_sum(total, divisor, scale):
 def _delta_kernel():
     @_kernel()
     def delta_sum(args, size):
-        models, masks, elect, by_votes = args[0], args[1], args[2], args[3]
+        models, are_masked, elect, by_votes = args[0], args[1], args[2], args[3]
         in_order, kinds = args[4] - args[8], array(args[5], models + 2, np.int64)
         scales, weights = array(args[6], models, np.float32), array(args[7], models + 2, np.float32)
-        divisor, scale, out, base = weights[models], weights[models + 1], args[9], args[10]
+        divisor, scale = weights[models], weights[models + 1]
+        out, base, first = args[9], args[10], 11
+        masks = first + models if are_masked else 0
         finite, scratch, room = True, np.empty((3, _CHUNK), np.float32), np.empty(_CHUNK, np.uint32)
         rows = np.empty((models, _CHUNK), np.float32)
         for start in range(0, size, _CHUNK):
@@ -279,7 +281,7 @@ def _delta_kernel():
             signs = room[:stop]
             plain = min(max(in_order - start, 0), stop)
             _widen(base, kinds[1], start, below)
-            _add_differences(args, 11, masks, kinds[2:], scales, weights, start, below, rows, total)
+            _add_differences(args, first, masks, kinds[2:], scales, weights, start, below, rows, total)
             _sum_last(rows, plain, total)
             if elect:
                 finite &= _all_finite(total)  # a NaN agrees with nobody: it would be lost in what follows
@@ -319,7 +321,7 @@ def delta_sum(out: Block, base: Block, models: list[Block], rule: Rule, place: t
     scales = np.array(rule.scales or [1.0] * len(models), np.float32)
     weights = np.array([*rule.weights, divisor, rule.scale], np.float32)
     elements = (at, *(block.bits for block in (out, base, *models)), *masks)
-    numbers = (len(models), 11 + len(models) if masks else 0, int(rule.elect), int(rule.elect and rule.normalize))
+    numbers = (len(models), len(masks), int(rule.elect), int(rule.elect and rule.normalize))
     others = (*numbers, in_order(numel), kinds_of(out, base, *models), scales, weights)
     return [Step(_delta_kernel(), elements, others)]
 
@@ -357,7 +359,8 @@ def _vector_kernel():
     @_kernel()
     def vector_sum(args, size):
         vectors, consensus, kinds = args[0], args[1], array(args[2], args[0] + 2, np.int64)
-        weights, out, base, finite = array(args[3], vectors, np.float32), args[4], args[5], True
+        weights, finite = array(args[3], vectors, np.float32), True
+        out, base, first = args[4], args[5], 6  # args[first + j]: where vector j is; behind them all, their masks
         scratch, rows = np.empty((3, _CHUNK), np.float32), np.empty((vectors, _CHUNK), np.float32)
         signs = np.empty(_CHUNK, np.uint32)
         ones = np.ones(vectors, np.float32)
@@ -367,8 +370,8 @@ def _vector_kernel():
             _widen(base, kinds[1], start, below)
             total[:] = 0
             for j in range(vectors):
-                row, mask = rows[j][:stop], array(args[6 + vectors + j] + start, stop, np.uint8)
-                _widen(args[6 + j], kinds[2 + j], start, row)
+                row, mask = rows[j][:stop], array(args[first + vectors + j] + start, stop, np.uint8)
+                _widen(args[first + j], kinds[2 + j], start, row)
                 # Who agrees is known once all are summed, so consensus keeps a row for each; else each is added at
                 # once, and the base's own bits stay where no mask keeps.
                 if consensus:
