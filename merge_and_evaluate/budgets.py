@@ -4,10 +4,11 @@ from functools import cache
 
 import numpy as np
 
-from common.pruners.kernels.bits import array
+from common.pruners.kernels.bits import array, bits_of_float32, float32_of_bits
 from common.pruners.kernels.compiler import Step, in_steps, kernel, njit
 
 _EXPONENTS = 256 + 32  # those of float32, and what sums of them reach
+_UNITS = 126  # the exponent whose digits count 2**-24
 
 
 def ties_budget(density: float, numel: int) -> int:
@@ -21,6 +22,40 @@ def ties_budget(density: float, numel: int) -> int:
 
 
 _CHUNK, _SPAN = 4096, 27  # 24 digits, moved left by up to 27, 4096 times: 63 bits
+
+
+@njit(nogil=True, inline="always")
+def _are_whole(words):
+    """Whether all are multiples of 2**-24 and less than a quarter: as differences of float16 weights are, each."""
+    lost, most = np.uint32(0), np.uint32(0)
+    for i in range(words.size):
+        magnitude = np.uint32(words[i] & np.uint32(0x7FFFFFFF))
+        # What has been near 1 has lost its digits below 2**-24.
+        rounded = np.float32(np.float32(float32_of_bits(magnitude) + np.float32(0.75)) - np.float32(0.75))
+        lost = np.uint32(lost | np.uint32(bits_of_float32(rounded) ^ magnitude))
+        most = max(most, magnitude)
+    return lost == np.uint32(0) and most < np.uint32(0x3E800000)
+
+
+_FEW = 256  # numbers below 2**22, whose sum 32 bits hold
+
+
+@njit(nogil=True, inline="always")
+def _sums_of_whole(words, mask):
+    """(Σ |value|, Σ |kept value|) in units of 2**-24: in 32 bits twice as many are added at a time."""
+    every, kept = np.int64(0), np.int64(0)
+    for start in range(0, words.size, _FEW):
+        few, their = words[start : start + _FEW], mask[start : start + _FEW]
+        some, some_kept = np.uint32(0), np.uint32(0)
+        for i in range(few.size):
+            value = float32_of_bits(np.uint32(few[i] & np.uint32(0x7FFFFFFF)))
+            # From a half to one the digits of a float32 count 2**-24.
+            units = np.uint32(bits_of_float32(np.float32(value + np.float32(0.5))) - np.uint32(0x3F000000))
+            some = np.uint32(some + units)
+            some_kept = np.uint32(some_kept + np.uint32(units & np.uint32(np.uint32(0) - np.uint32(their[i]))))
+        every += some
+        kept += some_kept
+    return every, kept
 
 
 @njit(nogil=True, inline="always")
@@ -56,9 +91,11 @@ def _norm_kernel():
         delta, mask = array(args[1], size, np.uint32), array(args[2], size, np.uint8)
         for start in range(0, size, _CHUNK):
             words, kept = delta[start : start + _CHUNK], mask[start : start + _CHUNK]
-            lowest = _lowest(words)
+            whole = _are_whole(words)
+            lowest = np.int64(_UNITS) if whole else _lowest(words)
             if lowest:
-                for which, found in enumerate(_sums_above(words, kept, np.uint64(lowest))):
+                every = _sums_of_whole(words, kept) if whole else _sums_above(words, kept, np.uint64(lowest))
+                for which, found in enumerate(every):
                     # In halves, the upper as digits of 32 exponents more: whole, the second chunk could overflow 64
                     # bits.
                     sums[which * _EXPONENTS + lowest] += found & 0xFFFFFFFF

@@ -1,5 +1,7 @@
 """Sums of streamed merges: every bit against a slow oracle, and against mergekit itself."""
 
+from fractions import Fraction
+
 import merge_oracle as oracle
 import numpy as np
 import pytest
@@ -296,8 +298,6 @@ def test_a_sum_too_large_for_what_is_written_is_reported(code):
 @pytest.mark.parametrize("largest", first_quick(1.9, 3e38, 1e-30, 1e-42))
 def test_norms_are_exact_and_add_up(largest):
     """Against fractions, in parts and as a whole: numbers of all magnitudes, and 21 000 that are nearly equal."""
-    from fractions import Fraction
-
     numel = 30_000
     base, model = numbers(numel, "F32", 0), numbers(numel, "F32", 1)
     model[:50] = base[:50] + 1e-44
@@ -313,6 +313,24 @@ def test_norms_are_exact_and_add_up(largest):
     if largest == 1.9:  # at 3e38 the sum is beyond float32
         assert rescale_factor(norms) == np.float32(float(before)) / np.float32(float(after))
     assert rescale_factor(empty_norms()) == 1
+
+
+@pytest.mark.parametrize("spoilt", [None, 2.0**-25, 0.25, -0.75, 3e38, 1e-45])
+def test_norms_of_what_float16_weights_differ_by(spoilt):
+    """Multiples of 2**-24 below a quarter are counted in those units; one value of another kind changes no digit."""
+    random = np.random.default_rng(0)
+    units = random.integers(-(2**22) + 1, 2**22, 9001)
+    units[[5, 8500]] = 2**22 - 1, -(2**22) + 1
+    units[random.random(9001) < 0.7] >>= 12
+    delta, mask = (units * 2.0**-24).astype(np.float32), (random.random(9001) < 0.4).astype(np.uint8)
+    assert (delta.astype(float) * 2**24 == units).all()
+    if spoilt is not None:
+        delta[4500], mask[4500] = spoilt, 1
+    norms = empty_norms()
+    add_norms(norms, delta.view(np.uint32), mask)
+    exact = [Fraction(abs(float(value))) for value in delta]
+    before, after = (sum(int(n) * Fraction(2) ** (max(e, 1) - 150) for e, n in enumerate(row)) for row in norms)
+    assert before == sum(exact) and after == sum(v for v, keep in zip(exact, mask, strict=True) if keep)
 
 
 def test_blocks_that_do_not_fit_are_no_blocks():
