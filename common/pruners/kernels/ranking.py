@@ -165,7 +165,7 @@ def _count_kernel(key_dtype, magnitude_bits, levels):
     @kernel()
     def count(args, size):
         low, last, shift, bins = as_key(args[0]), as_key(args[1]), args[2], args[3]
-        counts, above = array(args[4], 2 * bins, np.int64), np.int64(0)
+        counts, above = array(args[4], bins, np.int64), np.int64(0)
         bits, taken = array(args[6], size, word), array(args[7], size, np.uint8)
         scratch = np.zeros(_CHUNK, as_key)
         for start in range(0, size, _CHUNK):
@@ -182,9 +182,8 @@ def _count_kernel(key_dtype, magnitude_bits, levels):
                     over, near = np.uint32(over & behind), np.uint32(near & behind)
                 above += ones(over)
                 while near:
-                    i = first + lowest(near)
+                    counts[np.int64(as_key(scratch[first + lowest(near)] - low)) >> shift] += 1
                     near &= near - np.uint32(1)
-                    counts[(i & 1) * bins + (np.int64(as_key(scratch[i] - low)) >> shift)] += 1
         array(args[5], 1, np.int64)[0] += above
         return 0
 
@@ -195,12 +194,11 @@ def _count_kernel(key_dtype, magnitude_bits, levels):
 def count_keys(counts, above, bits, dtype, taken, levels, low, high, shift) -> None:
     """Count keys in bins of 2**shift keys each, from `low` to below `high`; above, how many keys are `high` and more.
 
-    For the key see nm_mask. counts, int64 [2, a power of two that is at least the bins], is added to, in two banks: of
-    many equal keys, one would wait for the other. above, int64 [1], is added to.
+    For the key see nm_mask. counts, int64 [bins], and above, int64 [1], are added to.
     """
     counting = _count_kernel(_key_dtype(dtype, levels), MAGNITUDE_BITS[dtype], levels)
     # `high` itself may be one more than a key can hold, so the kernel is given the last key that counts.
-    return [Step(counting, (bits, taken if levels else bits), (low, high - 1, shift, counts.shape[1], counts, above))]
+    return [Step(counting, (bits, taken if levels else bits), (low, high - 1, shift, counts.size, counts, above))]
 
 
 @njit(nogil=True, inline="always")

@@ -86,7 +86,7 @@ def count_keys(counts, above, bits, dtype, taken, levels, low, high, shift) -> N
     above."""
     found = _keys(bits, dtype, taken, levels).to(torch.int64)
     near = found[(found >= low) & (found < high)]
-    counts[0] += torch.bincount((near - low) >> shift, minlength=counts.shape[1]).cpu().numpy()
+    counts += torch.bincount((near - low) >> shift, minlength=counts.size).cpu().numpy()
     above += int((found >= high).sum())
 
 
