@@ -251,13 +251,13 @@ def measure_gpu() -> dict[str, float]:
     bits = gpu.load(values)
     mask, taken = gpu.empty_masks(2, values.size)
     gpu.nm_mask(taken, bits, "F16", None, 0, 64, 256)
-    counts = np.zeros((1, 1 << 15), np.int64)
+    counts, above, ties = np.zeros(1 << 15, np.int64), np.zeros(1, np.int64), np.zeros(1, np.int64)
     calls = {
         "nm 64:256, first vector": lambda: gpu.nm_mask(mask, bits, "F16", None, 0, 64, 256),
         "nm 64:256, second vector": lambda: gpu.nm_mask(mask, bits, "F16", taken, 1, 64, 256),
         "random": lambda: gpu.random_mask(mask, 0, 7, None, [1 << 30]),
-        "magnitude, counting": lambda: gpu.count_keys(counts, bits, "F16", None, 0, 0, 1 << 15, 0),
-        "magnitude, mask": lambda: gpu.threshold_mask(mask, bits, "F16", None, 0, 0x1800, 5),
+        "magnitude, counting": lambda: gpu.count_keys(counts, above, bits, "F16", None, 0, 0, 1 << 15, 0),
+        "magnitude, mask": lambda: gpu.threshold_mask(mask, bits, "F16", None, 0, 0x1800, ties),
         "copy on the card": bits.clone,
         "copy to the card": lambda: gpu.load(values),
     }
