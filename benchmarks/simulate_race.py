@@ -190,9 +190,9 @@ def row(scenario: Scenario, results: list[Result], margin: float) -> dict:
 
 # --- table ----------------------------------------------------------------------------------------
 
-HEAD = """\
-| items | candidates | λ curve | disagree | lost ≤ margin | same winner | lost, mean (points) | items scored | nine in ten below | merges |
-|---|---|---|---|---|---|---|---|---|---|"""
+COLUMNS = ("items", "candidates", "λ curve", "disagree", "lost ≤ margin", "same winner", "lost, mean (points)")
+COLUMNS += ("items scored", "nine in ten below", "merges")
+HEAD = "| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|"
 
 
 def line(r: dict) -> str:

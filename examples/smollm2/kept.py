@@ -9,11 +9,15 @@ other.
 
 import argparse
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+from examples import markdown
 
 VECTORS = ("countries", "elements")
 
@@ -58,7 +62,7 @@ def one_pass(models: Path) -> list[Kept]:
 
 def table(kept: list[Kept]) -> str:
     """Markdown: a line for each way of pruning; the first vector's figure / the second's."""
-    lines = ["| models | order | density | L2 share | evenness | overlap |", "|---|---|---|---|---|---|"]
+    lines = []
     for one in kept:
         totals = [figures for _, figures in one.vectors]
         overlap = next(iter(totals[-1]["overlap"].values()), None)
@@ -66,8 +70,8 @@ def table(kept: list[Kept]) -> str:
             " / ".join(f"{figures[key] or 0:.3f}" for figures in totals) for key in ("density", "l2_share", "evenness")
         ]
         order = ", ".join(topic for topic, _ in one.vectors)
-        lines.append(f"| {one.name} | {order} | {' | '.join(cells)} | {overlap or 0:.3f} |")
-    return "\n".join(lines)
+        lines.append([one.name, order, *cells, f"{overlap or 0:.3f}"])
+    return markdown.table(["models", "order", "density", "L2 share", "evenness", "overlap"], lines)
 
 
 def between(first: Path, second: Path) -> tuple[float, float]:

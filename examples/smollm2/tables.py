@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
+from examples import markdown
 from merge_and_evaluate.choosing import log_gold
 from merge_and_evaluate.items import Items, read_items, shared
 from merge_and_evaluate.statistics import Difference, mean_difference, paired_difference
@@ -100,29 +101,10 @@ def over_seeds(found: list[Difference], scale: float = HUNDREDTHS) -> str:
     mean = math.fsum(values) / len(values)
     if len(found) == 1:
         return f"{mean:+.2f} ± {within:.2f}"
-    return f"{mean:+.2f} ± {stderr_of_mean(values):.2f} ({within:.2f})"
-
-
-def stderr_of_mean(values: list[float]) -> float:
-    """[70.0, 72.0] -> 1.0: standard deviation (n − 1) over √n."""
-    mean = math.fsum(values) / len(values)
-    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
-
-
-def level_over_seeds(values: list[float]) -> str:
-    """'71.33', or of several seeds '71.33 ± 0.41'."""
-    values = [HUNDREDTHS * value for value in values]
-    mean = f"{math.fsum(values) / len(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ± {stderr_of_mean(values):.2f}"
+    return f"{mean:+.2f} ± {markdown.stderr_of_mean(values):.2f} ({within:.2f})"
 
 
 # --- tables ---------------------------------------------------------------------------------------
-
-
-def lines_of(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    cells = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
 def score_table(seeds: list[dict[str, Scored]], names: list[str], measure: str) -> str:
@@ -137,8 +119,9 @@ def score_table(seeds: list[dict[str, Scored]], names: list[str], measure: str) 
             "" if name == reference else over_seeds(_against(seeds, reference, name, measure))
             for reference in REFERENCES
         ]
-        rows.append([name, weights, *(level_over_seeds(list(column)) for column in columns), *apart])
-    return lines_of(["", "λ", *tasks, "mean", *(f"minus {short}" for short in REFERENCES.values())], rows)
+        means = [markdown.mean_and_stderr([HUNDREDTHS * value for value in column]) for column in columns]
+        rows.append([name, weights, *means, *apart])
+    return markdown.table(["", "λ", *tasks, "mean", *(f"minus {short}" for short in REFERENCES.values())], rows)
 
 
 def _against(seeds: list[dict[str, Scored]], reference: str, name: str, measure: str) -> list[Difference]:
@@ -151,9 +134,9 @@ def control_table(seeds: list[dict[str, Scored]], names: list[str]) -> str:
     for name in [name for name in names if all(seed[name].control for seed in seeds)]:
         controls = [seed[name].control for seed in seeds]
         apart = [paired_difference(*shared(seed["base"].control, seed[name].control)) for seed in seeds]
-        level = level_over_seeds([mean_of(control) for control in controls])
+        level = markdown.mean_and_stderr([HUNDREDTHS * mean_of(control) for control in controls])
         rows.append([name, level, "" if name == "base" else over_seeds(apart)])
-    return lines_of(["", "bits a byte × 100", "minus base"], rows)
+    return markdown.table(["", "bits a byte × 100", "minus base"], rows)
 
 
 def parse_args(argv=None) -> argparse.Namespace:

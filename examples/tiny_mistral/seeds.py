@@ -11,8 +11,12 @@ With one seed it is not known, and left out.
 import argparse
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+from examples import markdown
 
 ROWS = ("results_base-float16", "results_countries", "results_elements", "results_task_arithmetic")
 ROWS += ("results_magnitude", "results_dare", "results_ties", "results_ties_dare", "results")  # the last: CABS
@@ -44,15 +48,6 @@ def read_rows(directory: Path) -> list[Row]:
     return found
 
 
-def mean_and_stderr(values: list[float]) -> str:
-    """[70.0, 72.0] -> '71.00 ± 1.00'; of one value the standard error is not known: '70.00'."""
-    mean = math.fsum(values) / len(values)
-    if len(values) == 1:
-        return f"{mean:.2f}"
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    return f"{mean:.2f} ± {deviation / math.sqrt(len(values)):.2f}"
-
-
 def table(runs: list[list[Row]]) -> str:
     """Markdown: a line for each row that every run has. Over several seeds also each row's difference from task
     arithmetic, seed by seed: the rows of a seed are merges of the same models, so what a seed does to all of them is
@@ -60,19 +55,19 @@ def table(runs: list[list[Row]]) -> str:
     names = [row.name for row in runs[0] if all(row.name in [other.name for other in run] for run in runs)]
     columns = list(runs[0][0].scores)
     heads = ["", "λ", *columns, *([f"minus {REFERENCE}"] if len(runs) > 1 else []), "items to choose λ"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines = []
     reference = [row.scores["average"] for run in runs for row in run if row.name == REFERENCE]
     for name in names:
         rows = [row for run in runs for row in run if row.name == name]
         weights = ", ".join(f"{row.weight:g}" for row in rows if row.weight is not None)
         shares = [100 * row.share for row in rows if row.share is not None]
         share = f"{math.fsum(shares) / len(shares):.0f} %" if shares else ""
-        cells = [mean_and_stderr([row.scores[column] for row in rows]) for column in columns]
+        cells = [markdown.mean_and_stderr([row.scores[column] for row in rows]) for column in columns]
         if len(runs) > 1:
             gaps = [row.scores["average"] - other for row, other in zip(rows, reference, strict=True)]
-            cells.append(mean_and_stderr(gaps) if name != REFERENCE else "")
-        lines.append("| " + " | ".join([name, weights, *cells, share]) + " |")
-    return "\n".join(lines)
+            cells.append(markdown.mean_and_stderr(gaps) if name != REFERENCE else "")
+        lines.append([name, weights, *cells, share])
+    return markdown.table(heads, lines)
 
 
 def saved(runs: list[list[Row]]) -> str:
