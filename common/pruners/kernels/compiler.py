@@ -132,8 +132,8 @@ def list_steps(steps: list[Step], size: int) -> list[int]:
     Raises ValueError for elements of another number than `size`: the kernels check no bounds.
     """
     listing = []
-    for kernel, elements, others in steps:
-        listing += kernel.address, len(others) + len(elements)
+    for compiled, elements, others in steps:
+        listing += compiled.address, len(others) + len(elements)
         listing += [each if isinstance(each, int) else address(each) for each in others]
         for each in elements:
             if isinstance(each, int):
