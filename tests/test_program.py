@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conftest import first_quick
 from test_engines import values
 
 from common.pruners import kernels
@@ -79,10 +80,10 @@ def by_program(prunings, dtype, base, models, block):
     return kept, tallies(counts, NUMEL)
 
 
-@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
+@pytest.mark.parametrize("dtype", first_quick("F16", "BF16", "F32"))
 @pytest.mark.parametrize("conflict_aware", [True, False])
 @pytest.mark.parametrize(
-    ("method", "n", "m"), [("nm", 3, 8), ("nm", 20, 64), ("nm", 70, 100), ("nm", 300, 700), ("magnitude", 1, 4)]
+    ("method", "n", "m"), first_quick(("nm", 64, 256), ("magnitude", 1, 4), ("nm", 3, 32), ("nm", 700, 1000))
 )
 def test_chunks_change_nothing(method, n, m, conflict_aware, dtype):
     """Chunks that end within a block and blocks that end within a chunk; a scope of several blocks; three vectors."""
