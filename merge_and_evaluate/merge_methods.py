@@ -92,7 +92,7 @@ def _merge(
 
     masks = Masks(prunings, _mask_name(group), [target] * len(tuned), out_bits.size, kernels)
     if masks.in_passes:
-        masks.find_thresholds(read, read)
+        masks.find_thresholds(masks.scanning(read), read)
     for start, stop in masks.blocks():
         vectors = [read(j, start, stop) for j in range(len(tuned))]
         block, below = Block(out_bits[start:stop], "F32"), Block(base_bits[start:stop], _code(base))

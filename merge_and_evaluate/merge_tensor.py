@@ -5,7 +5,6 @@ its own where a method needs one, and kept in `Found`, so that the next weight o
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -114,33 +113,39 @@ def find_thresholds(how: TensorMerge, masks: Masks, readers: list[Reader]) -> li
 
     def scan(which, spans, do) -> None:
         read = [readers[0], *(readers[1 + j] for j in which)]
-        _scan(how, read, spans, lambda engine, start, bits: do(engine, start, _differences(engine, bits, read, dtype)))
 
-    masks.find_thresholds(None, peek, scan)
+        def note(engine, start: int, bits: list) -> None:
+            do(engine, start, _differences(engine, bits, read, dtype))
+
+        _scan(how, read, spans, Program(note))
+
+    masks.find_thresholds(scan, peek)
     return masks.thresholds
 
 
-def find_scales(how: TensorMerge, masks: Masks, readers: list[Reader]) -> tuple[tuple[float, ...], list[np.ndarray]]:
+def find_scales(how: TensorMerge, masks: Masks, readers: list[Reader], worker: Worker) -> tuple[tuple, list | None]:
     """mergekit's `rescale`: each model's kept differences are brought to the L1 norm of all of them; reads all once.
 
-    Returns the factors, and each model's mask with a bit an element (see pack_mask), which need not be drawn again.
+    Returns the factors, and each model's mask with a bit an element (see pack_mask), which need not be drawn again;
+    None where the worker has no room for them.
     """
     norms = [empty_norms() for _ in how.values.models]
-    drawn = [np.empty(-(-readers[0].numel // 32), np.uint32) for _ in norms]
+    rooms = [worker.room(4 * -(-readers[0].numel // 32)) for _ in norms]
+    drawn = None if any(room is None for room in rooms) else [room.view(np.uint32) for room in rooms]
 
     def note(engine, start: int, bits: list) -> None:
         vectors = _differences(engine, bits, readers, "F32")
         for j, mask in enumerate(masks.by(engine).drawn(start, len(bits[0]))):
             engine.add(add_norms.steps, norms[j], vectors[j], mask)
-            engine.add(pack_mask.steps, drawn[j], start, mask)
+            if drawn:
+                engine.add(pack_mask.steps, drawn[j], start, mask)
 
-    _scan(how, readers, masks.blocks(), note)
+    _scan(how, readers, masks.blocks(), Program(note, masks.unit))
     return tuple(float(rescale_factor(sums)) for sums in norms), drawn
 
 
-def _scan(how: TensorMerge, readers: list[Reader], spans, note: Callable) -> None:
-    """Take what note(engine, start, inputs) notes (see Program) on every block of what is read; nothing is written."""
-    program = Program(note)
+def _scan(how: TensorMerge, readers: list[Reader], spans, program: Program) -> None:
+    """Take the program on every block of what is read; nothing is written."""
     for start, stop in spans:
         raw = [reader.read(start, stop) for reader in readers]
         if not program.run(start, raw):
@@ -181,7 +186,8 @@ def merge_tensor(task: Task, worker: Worker, how: TensorMerge | None, found: Fou
             found.thresholds = find_thresholds(how, masks, readers)
         masks.thresholds = found.thresholds
     if how.method.startswith("dare") and how.reads_twice and found.scales is None:
-        found.scales, drawn = find_scales(how, masks, readers)
+        # `drawn` is not for `found`: a sweep would hold the masks of the whole model.
+        found.scales, drawn = find_scales(how, masks, readers, worker)
     counts = new_counts(len(prunings))
     if how.method in OURS:
         note = partial(_note_vectors, how, readers, masks=masks, prunings=prunings, counts=counts)

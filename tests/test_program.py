@@ -31,7 +31,11 @@ def one_by_one(prunings, dtype, base, models):
     for vector, model in zip(vectors, models, strict=True):
         kernels.subtract(model, dtype, base, dtype, vector, dtype)
     if masks.in_passes:
-        masks.find_thresholds(*[lambda j, start, stop: vectors[j][start:stop]] * 2)
+
+        def read(j, start, stop):
+            return vectors[j][start:stop]
+
+        masks.find_thresholds(masks.scanning(read), read)
     kept = []
     for start, stop in masks.blocks():
         part = [vector[start:stop] for vector in vectors]
@@ -72,7 +76,7 @@ def by_program(prunings, dtype, base, models, block):
             engine.count_taken(outs[j], found[j], np.zeros_like(found[j]))
 
     if masks.in_passes:
-        masks.find_thresholds(None, peek, scan)
+        masks.find_thresholds(scan, peek)
     taking = Program(note, masks.unit)
     for start, stop in masks.blocks():
         arrays = [*(mask[start:stop] for mask in kept), base[start:stop], *(model[start:stop] for model in models)]

@@ -281,7 +281,7 @@ def test_a_task_whose_package_is_missing_is_refused(here):
     (here / "tasks" / "shades.yaml").write_text(text)
     with pytest.raises(
         DataError,
-        match="eval.yml: task 'shades' needs a package that is not installed: No module named .*; install it .for tasks "
-        r"of lm-eval's own leaderboard: pip install 'lm_eval\[math,ifeval\]'\)$",
+        match="eval.yml: task 'shades' needs a package that is not installed: No module named .*; install it "
+        r".for tasks of lm-eval's own leaderboard: pip install 'lm_eval\[math,ifeval\]'\)$",
     ):
         dry_run()

@@ -214,6 +214,22 @@ def test_bytes_do_not_depend_on_blocks_threads_or_shards(table, monkeypatch, met
         assert torch.equal(bits(tensor), bits(cut[name])), name
 
 
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+def test_draws_that_are_kept_are_those_that_are_drawn_again(table, monkeypatch, method):
+    """DARE's masks go packed from the first pass to the second; where there is no room for them they are drawn
+    again."""
+    monkeypatch.setattr(program, "CHUNK", 32)
+    config, draws, real = recipe(method, "abc", (0.6, 0.5, -0.3), beside={"density": 0.4}), [], merge_tensor.Masks.drawn
+    monkeypatch.setattr(merge_tensor.Masks, "drawn", lambda self, *a: (draws.append(1), real(self, *a))[1])
+    kept = merge(config, "kept")
+    once = len(draws)
+    monkeypatch.setattr(stream, "SHELVES", 0)
+    again = merge(config, "again")
+    assert len(draws) == 3 * once
+    for name, tensor in kept.items():
+        assert torch.equal(bits(tensor), bits(again[name])), name
+
+
 @pytest.mark.slow
 def test_several_processes_write_the_same_bytes(table):
     config = recipe("ties", beside={"density": 0.4})

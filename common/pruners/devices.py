@@ -38,7 +38,7 @@ def _results(arithmetic, dtype: str) -> np.ndarray:
     for pruning in _METHODS:
         masks = Masks([pruning] * 2, "probe", [dtype] * 2, _NUMEL, arithmetic)
         if masks.in_passes:
-            masks.find_thresholds(read, read)
+            masks.find_thresholds(masks.scanning(read), read)
         for start, stop in masks.blocks():
             bits = [read(j, start, stop) for j in range(2)]
             below = arithmetic.load(base[start:stop].copy())

@@ -12,6 +12,7 @@ from common.pruners.thresholds import Scope, Threshold, in_order
 from common.shards.blocks import blocks
 
 _GROUPS, _SMALL = 128, 1 << 14  # small groups of m are ranked so many at a time: units of up to so many elements
+_DRAWS = 32  # four random numbers come at a time, and a packed mask has a bit for each of 32
 
 
 class Masks:
@@ -19,7 +20,7 @@ class Masks:
 
         masks = Masks(prunings, name, dtypes, numel, engine)
         if masks.in_passes:                              # a scope is larger than a block: find its thresholds first
-            masks.find_thresholds(read, peek)
+            masks.find_thresholds(masks.scanning(read), peek)
         for start, stop in masks.blocks():               # in order, every block once
             kept = masks.of(start, [bits of elements start:stop of each vector])
 
@@ -32,10 +33,11 @@ class Masks:
         block = block or engine.BLOCK
         ms = {pruning.m for pruning in prunings}
         self.in_passes = len(ms) == 1 and in_passes(self._first, block)
-        # A block is whole groups, so that nm ranks each without the others; of random numbers four come at a time.
-        self.unit = math.lcm(*ms) if self._first.method == "nm" and not self.in_passes else 4
-        if self.unit * _GROUPS <= _SMALL:
-            self.unit *= _GROUPS
+        # Blocks and chunks are whole units. Groups are whole in one, so that nm ranks each without the others.
+        self.unit = _DRAWS
+        if self._first.method == "nm" and not self.in_passes:
+            group = math.lcm(*ms)
+            self.unit = group * _GROUPS if group * _GROUPS <= _SMALL else group
         self._step = block if self.in_passes else max(block // self.unit, 1) * self.unit
         self._numel, self.block = numel, min(self._step, numel)  # elements of the largest block
         self._room = engine.empty_masks(len(prunings), self.block)
@@ -51,18 +53,19 @@ class Masks:
             for i, (start, stop, _) in enumerate(cuts[0])
         ]
 
-    def find_thresholds(self, read: Callable, peek: Callable, scan: Callable | None = None) -> None:
-        """What of() compares with, where a scope is larger than a block; this reads all vectors, see Scope.find.
+    def find_thresholds(self, scan: Callable, peek: Callable) -> None:
+        """What of() compares with, where a scope is larger than a block; this reads all vectors, see Scope.find."""
+        for scope in self._scopes:
+            scope.find(scan, peek, self._step)
 
-        read and peek(j, start, stop) -> bits of vector j: in order, or a small part from anywhere. scan: reads instead.
-        """
+    def scanning(self, read: Callable) -> Callable:
+        """The scan for find_thresholds() that reads vectors one by one: read(j, start, stop) -> bits of vector j."""
 
-        def by_block(which, spans, do):
+        def scan(which, spans, do):
             for start, stop in spans:
                 do(self._engine, start, [read(j, start, stop) for j in which])
 
-        for scope in self._scopes:
-            scope.find(scan or by_block, peek, self._step)
+        return scan
 
     @property
     def thresholds(self) -> list[list[Threshold]]:

@@ -23,7 +23,7 @@ def prune_tensor(task: Task, worker: Worker, pruning: Pruning, mask_name: str, e
     base_hash = new_hash()
     if masks.in_passes:
         masks.find_thresholds(
-            lambda j, start, stop: engine.load(readers[j].read(start, stop)),
+            masks.scanning(lambda j, start, stop: engine.load(readers[j].read(start, stop))),
             lambda j, start, stop: engine.load(readers[j].peek(start, stop)),
         )
     for start, stop in masks.blocks():

@@ -108,7 +108,7 @@ class InputBuffer:
 
 
 class Shelf:
-    """What came from the disk and will be read again within a task, kept in memory up to a budget."""
+    """What a task keeps from one pass to the next, up to a budget: what came from the disk and will be read again."""
 
     def __init__(self, nbytes: int):
         self._nbytes, self._memory, self._filled = nbytes, None, 0
@@ -118,14 +118,22 @@ class Shelf:
         """What was kept under `key`."""
         return self._found.get(key)
 
+    def room(self, nbytes: int) -> np.ndarray | None:
+        """uint8 [nbytes] until clear(), None where the budget does not reach."""
+        begin = -(-self._filled // 8) * 8  # where numbers of every width may begin
+        if begin + nbytes > self._nbytes:
+            return None
+        if self._memory is None:
+            self._memory = aligned(self._nbytes)
+        self._filled = begin + nbytes
+        return self._memory[begin : self._filled]
+
     def keep(self, key: tuple, data: np.ndarray) -> None:
         """Keep a copy, if there is room for it."""
-        if self._filled + data.size <= self._nbytes:
-            if self._memory is None:
-                self._memory = aligned(self._nbytes)
-            self._found[key] = self._memory[self._filled : self._filled + data.size]
-            self._found[key][:] = data
-            self._filled += data.size
+        room = self.room(data.size)
+        if room is not None:
+            room[:] = data
+            self._found[key] = room
 
     def clear(self) -> None:
         """Forget everything."""

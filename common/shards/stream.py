@@ -28,7 +28,7 @@ from common.shards.systems import cores
 _COPY_BLOCK = 1 << 18  # elements
 _TELL = 16 << 20  # bytes between two reports of a thread to the progress bar
 _FILES = 4  # requests that are under way for a worker at once: most tasks read two or three files and write one
-SHELVES = 512 << 20  # bytes that all workers together keep of what a task reads from disk more than once
+SHELVES = 512 << 20  # bytes that all workers together keep from one pass over a tensor to the next
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,10 @@ class Worker:
         self._out_buffers += [OutputBuffer(self._io) for _ in task.slots[len(self._out_buffers) :]]
         self._writers = self._sink.writers(task, self._out_buffers, self._advance)
         return self._writers
+
+    def room(self, nbytes: int) -> np.ndarray | None:
+        """uint8 [nbytes] for what the task at hand keeps from one pass to the next; None where there is no room."""
+        return self._shelf.room(nbytes)
 
     def finish(self, task: Task, records) -> None:
         """Write what is left of a task's tensor, and hand its records to the sink."""

@@ -29,8 +29,8 @@ class Program:
         program = Program(note)
         finite = program.run(start, [base, model])  # blocks, as often as there are any
 
-    `engine` has the functions of a kernels.engine that work on a block; they take note, and nothing is computed until
-    run(). A chunk is a multiple of `unit`, as groups of m must be whole in it.
+    `engine` has the functions of a kernels.engine that are @in_steps, and subtract(); they take note, and nothing is
+    computed until run(). A chunk is a multiple of `unit`, as groups of m must be whole in it.
     """
 
     def __init__(self, note: Callable, unit: int = 1):
@@ -54,10 +54,6 @@ class Program:
         if chunk not in self._noted:
             self._noted[chunk] = _Noted(self._note, chunk, start + begin, arrays)
         return self._noted[chunk].take(start + begin, [array[begin:end] for array in arrays])
-
-
-# The functions of an engine that may be noted, besides subtract().
-_NOTED = ("all_finite", "count_keys", "count_taken", "drop_zeros", "nm_mask", "random_mask", "tally", "threshold_mask")
 
 
 class _Noted:
@@ -92,7 +88,9 @@ class _Noted:
 
     def _engine(self) -> SimpleNamespace:
         """The engine that takes note."""
-        noting = {name: partial(self._add, getattr(kernels, name).steps) for name in _NOTED}
+        functions = {name: getattr(kernels, name) for name in kernels.ENGINE}
+        in_steps = {name: each for name, each in functions.items() if hasattr(each, "steps")}
+        noting = {name: partial(self._add, each.steps) for name, each in in_steps.items()}
         return SimpleNamespace(
             BLOCK=self._chunk,
             MAGNITUDE_BITS=kernels.MAGNITUDE_BITS,
