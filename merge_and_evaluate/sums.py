@@ -113,9 +113,9 @@ def _interleaved(rows, i):
 
 
 @_njit()
-def _sum_last(rows, in_order, total):
-    """The last columns, from `in_order` on, once more: total = the interleaved sums of the rows."""
-    for i in range(in_order, total.size):
+def _sum_last(rows, total):
+    """total = the interleaved sums of the rows, for a tensor's last columns."""
+    for i in range(total.size):
         total[i] = _interleaved(rows, i)
 
 
@@ -188,79 +188,88 @@ def _flipped(value, sign):
 
 
 @_njit()
-def _add_differences(args, first, masks, kinds, scales, weights, start, below, rows, total):
-    """total = Σ rows[j], in order; rows[j] = (model j − base) · scale j · weight j, +0.0 where its mask drops.
-
-    args[first + j]: where model j is; args[masks + j], unless masks is 0: its mask.
-    """
-    size = below.size
-    total[:] = 0
-    for j in range(rows.shape[0]):
-        row, scale, weight = rows[j][:size], scales[j], weights[j]
-        _widen(args[first + j], kinds[j], start, row)
-        if masks:
-            mask = array(args[masks + j] + start, size, np.uint8)
-            for i in range(size):
-                row[i] = _where(mask[i], row[i] - below[i]) * scale * weight
-                total[i] += row[i]
-        else:
-            for i in range(size):
-                row[i] = (row[i] - below[i]) * scale * weight
-                total[i] += row[i]
+def _rows(models):
+    """Room for a chunk of each model, in twos: a last row that no model fills is zeros, which changes no sum."""
+    return np.zeros(((models + 1) // 2 * 2, _CHUNK), np.float32)
 
 
 @_njit()
-def _elect(rows, weights, in_order, signs, total, votes):
+def _form_differences(args, first, masks, kinds, factors, start, below, rows):
+    """rows[j] = (model j − base) · its scale · its weight, +0.0 where its mask drops.
+
+    args[first + j]: where model j is; args[masks + j], unless masks is 0: its mask; factors: scales, weights.
+    """
+    for j in range(kinds.size):
+        row, scale, weight = rows[j][: below.size], factors[0, j], factors[1, j]
+        _widen(args[first + j], kinds[j], start, row)
+        if masks:
+            mask = array(args[masks + j] + start, row.size, np.uint8)
+            for i in range(row.size):
+                row[i] = _where(mask[i], row[i] - below[i]) * scale * weight
+        else:
+            for i in range(row.size):
+                row[i] = (row[i] - below[i]) * scale * weight
+
+
+@_njit()
+def _sum(rows, total):
+    """total = Σ of a column, in order. Two rows at a time: half as often total is read and written."""
+    for j in range(0, rows.shape[0], 2):
+        one, two = rows[j][: total.size], rows[j + 1][: total.size]
+        for i in range(total.size):
+            total[i] = ((total[i] if j else np.float32(0)) + one[i]) + two[i]
+
+
+@_njit()
+def _elect(rows, weights, total, votes):
     """total = Σ of a column's values that have the sign of its `total`, where 0 counts as +; votes = Σ of their
     weights.
 
     Where the total is negative every value's sign is flipped, by its bits, and flipped back in the sum: so one
-    comparison finds who agrees, and a sum of negated values is the negated sum, each rounding included.
+    comparison finds who agrees, and a sum of negated values is the negated sum, each rounding included. The total has
+    its sign all along, as −0.0 too; one that is −0.0 before is of zeros alone, of which none agrees.
     """
-    for i in range(total.size):
-        signs[i] = np.uint32(0x80000000) if total[i] < np.float32(0) else np.uint32(0)
-    total[:], votes[:] = 0, 0
-    for j in range(rows.shape[0]):
-        row, weight = rows[j][: total.size], weights[j]
+    for j in range(0, rows.shape[0], 2):
+        one, two, weight, other = rows[j][: total.size], rows[j + 1][: total.size], weights[j], weights[j + 1]
         for i in range(total.size):
+            sign = bits_of_float32(total[i]) & _SIGN
+            first, second = _flipped(one[i], sign), _flipped(two[i], sign)
+            agreed, count = (_flipped(total[i], sign), votes[i]) if j else (np.float32(0), np.float32(0))
             # Not stored back as 0 where it does not agree: a store on a condition does not vectorise.
-            value = _flipped(row[i], signs[i])
-            total[i] += value if value > np.float32(0) else np.float32(0)
-            votes[i] += weight if value > np.float32(0) else np.float32(0)
-    if in_order < total.size:
-        _elect_last(rows, weights, in_order, signs, total, votes)
-    for i in range(total.size):
-        total[i] = _flipped(total[i], signs[i])
+            agreed += first if first > np.float32(0) else np.float32(0)
+            agreed += second if second > np.float32(0) else np.float32(0)
+            count += weight if first > np.float32(0) else np.float32(0)
+            votes[i] = count + (other if second > np.float32(0) else np.float32(0))
+            total[i] = _flipped(agreed, sign)
 
 
 @_njit()
-def _elect_last(rows, weights, in_order, signs, total, votes):
-    """The same sums from column `in_order` on, interleaved. Rows are used up there."""
-    for i in range(in_order, total.size):
+def _elect_last(rows, weights, total, votes):
+    """The same sums, interleaved. Rows are used up."""
+    for i in range(total.size):
+        sign = bits_of_float32(total[i]) & _SIGN
         for j in range(rows.shape[0]):
-            rows[j, i] = max(_flipped(rows[j, i], signs[i]), np.float32(0))
-        total[i] = _interleaved(rows, i)
+            rows[j, i] = max(_flipped(rows[j, i], sign), np.float32(0))
+        total[i] = _flipped(_interleaved(rows, i), sign)
         for j in range(rows.shape[0]):
             rows[j, i] = weights[j] if rows[j, i] > np.float32(0) else np.float32(0)
         votes[i] = _interleaved(rows, i)
 
 
 @_njit()
-def _divide(total, divisors):
-    for i in range(total.size):
-        divisor = divisors[i]
-        total[i] /= np.float32(1) if divisor == np.float32(0) else divisor
+def _change(below, total, votes, by_votes, scale):
+    """total = below + total (divided by votes, by 1 where those are 0) · scale; where that is zero, below's own bits.
 
-
-@_njit()
-def _scale_sum(total, divisor, scale):
-    """total = total / divisor * scale; what is 1 is left out, which changes no bit and saves a division."""
-    if divisor != np.float32(1):
+    Not stored in below: a store on a condition does not vectorise, nor does a condition within the loop.
+    """
+    if by_votes:
         for i in range(total.size):
-            total[i] /= divisor
-    if scale != np.float32(1):
+            change, own = total[i] / (np.float32(1) if votes[i] == np.float32(0) else votes[i]) * scale, below[i]
+            total[i] = own if change == np.float32(0) else own + change
+    else:
         for i in range(total.size):
-            total[i] *= scale
+            change, own = total[i] * scale, below[i]
+            total[i] = own if change == np.float32(0) else own + change  # −0.0 + 0.0 would be +0.0
 
 
 @cache
@@ -269,30 +278,30 @@ def _delta_kernel():
     def delta_sum(args, size):
         models, are_masked, elect, by_votes = args[0], args[1], args[2], args[3]
         in_order, kinds = args[4] - args[8], array(args[5], models + 2, np.int64)
-        scales, weights = array(args[6], models, np.float32), array(args[7], models + 2, np.float32)
-        divisor, scale = weights[models], weights[models + 1]
+        factors, common = array(args[6], 2 * models, np.float32), array(args[7], 2, np.float32)
+        factors, divisor, scale = factors.reshape((2, models)), common[0], common[1]
         out, base, first = args[9], args[10], 11
         masks = first + models if are_masked else 0
-        finite, scratch, room = True, np.empty((3, _CHUNK), np.float32), np.empty(_CHUNK, np.uint32)
-        rows = np.empty((models, _CHUNK), np.float32)
+        finite, scratch, rows = True, np.empty((3, _CHUNK), np.float32), _rows(models)
+        weights = np.zeros(rows.shape[0], np.float32)
+        weights[:models] = factors[1]
         for start in range(0, size, _CHUNK):
             stop = min(_CHUNK, size - start)
             below, total, votes = scratch[0][:stop], scratch[1][:stop], scratch[2][:stop]
-            signs = room[:stop]
             plain = min(max(in_order - start, 0), stop)
+            last = rows[:models, plain:stop], total[plain:]
             _widen(base, kinds[1], start, below)
-            _add_differences(args, first, masks, kinds[2:], scales, weights, start, below, rows, total)
-            _sum_last(rows, plain, total)
+            _form_differences(args, first, masks, kinds[2:], factors, start, below, rows)
+            _sum(rows, total)
+            _sum_last(*last)
             if elect:
                 finite &= _all_finite(total)  # a NaN agrees with nobody: it would be lost in what follows
-                _elect(rows, weights, plain, signs, total, votes)
-                if by_votes:
-                    _divide(total, votes)
-            _scale_sum(total, divisor, scale)
-            for i in range(stop):
-                change, own = total[i], below[i]
-                # A change of zero must not touch the base: −0.0 + 0.0 is +0.0.
-                total[i] = own if change == np.float32(0) else own + change
+                _elect(rows, weights, total, votes)
+                _elect_last(last[0], weights, last[1], votes[plain:])
+            if divisor != np.float32(1):
+                for i in range(stop):
+                    total[i] /= divisor
+            _change(below, total, votes, by_votes, scale)
             finite &= _store(total, out, kinds[0], start)
         return not finite
 
@@ -318,11 +327,11 @@ def delta_sum(out: Block, base: Block, models: list[Block], rule: Rule, place: t
     if abs(divisor) < np.float32(1e-8):
         divisor = np.float32(1)
     masks = [] if masks is None else list(masks)
-    scales = np.array(rule.scales or [1.0] * len(models), np.float32)
-    weights = np.array([*rule.weights, divisor, rule.scale], np.float32)
+    factors = np.array([rule.scales or [1.0] * len(models), rule.weights], np.float32)
     elements = (at, *(block.bits for block in (out, base, *models)), *masks)
     numbers = (len(models), len(masks), int(rule.elect), int(rule.elect and rule.normalize))
-    others = (*numbers, in_order(numel), kinds_of(out, base, *models), scales, weights)
+    common = np.array([divisor, rule.scale], np.float32)
+    others = (*numbers, in_order(numel), kinds_of(out, base, *models), factors, common)
     return [Step(_delta_kernel(), elements, others)]
 
 
@@ -337,17 +346,16 @@ def _add_kept(total, values, mask, weight):
 
 
 @_njit()
-def _weigh(row, mask, weight, total):
-    """total += row, which becomes weight · row where mask keeps, else zero."""
+def _weigh(row, mask, weight):
+    """row = weight · row where mask keeps, else zero."""
     for i in range(row.size):
         row[i] = _where(mask[i], row[i] * weight)
-        total[i] += row[i]
 
 
 @_njit()
-def _add_agreed(below, rows, ones, signs, total, count):
+def _add_agreed(below, rows, ones, total, count):
     """below += the mean of the values in a column that have the sign of its total."""
-    _elect(rows, ones, below.size, signs, total, count)  # our own sums are in plain order to the last column
+    _elect(rows, ones, total, count)  # our own sums are in plain order to the last column
     for i in range(below.size):
         own = below[i]
         added = own + total[i] / max(count[i], np.float32(1))
@@ -361,25 +369,24 @@ def _vector_kernel():
         vectors, consensus, kinds = args[0], args[1], array(args[2], args[0] + 2, np.int64)
         weights, finite = array(args[3], vectors, np.float32), True
         out, base, first = args[4], args[5], 6  # args[first + j]: where vector j is; behind them all, their masks
-        scratch, rows = np.empty((3, _CHUNK), np.float32), np.empty((vectors, _CHUNK), np.float32)
-        signs = np.empty(_CHUNK, np.uint32)
-        ones = np.ones(vectors, np.float32)
+        scratch, rows = np.empty((3, _CHUNK), np.float32), _rows(vectors)
+        ones = np.ones(rows.shape[0], np.float32)
         for start in range(0, size, _CHUNK):
             stop = min(_CHUNK, size - start)
             below, total, count = scratch[0][:stop], scratch[1][:stop], scratch[2][:stop]
             _widen(base, kinds[1], start, below)
-            total[:] = 0
             for j in range(vectors):
                 row, mask = rows[j][:stop], array(args[first + vectors + j] + start, stop, np.uint8)
                 _widen(args[first + j], kinds[2 + j], start, row)
                 # Who agrees is known once all are summed, so consensus keeps a row for each; else each is added at
                 # once, and the base's own bits stay where no mask keeps.
                 if consensus:
-                    _weigh(row, mask, weights[j], total)
+                    _weigh(row, mask, weights[j])
                 else:
                     _add_kept(below, row, mask, weights[j])
             if consensus:
-                _add_agreed(below, rows, ones, signs[:stop], total, count)
+                _sum(rows, total)
+                _add_agreed(below, rows, ones, total, count)
             finite &= _store(below, out, kinds[0], start)
         return not finite
 
