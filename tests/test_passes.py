@@ -15,8 +15,9 @@ from test_pruners import values as tensors
 from common.pruners import kernels
 from common.pruners import thresholds as passes
 from common.pruners.kernels.torch_engine import engine
+from common.pruners.masks import Masks
 from common.pruners.pruning import Pruning
-from common.pruners.thresholds import Threshold, bracket, find_threshold
+from common.pruners.thresholds import Search, Threshold, bracket
 from common.shards import stream
 
 
@@ -27,19 +28,13 @@ def small_samples(monkeypatch):
     monkeypatch.setattr(passes, "_PIECE", 8)
 
 
-def counter(keys: np.ndarray):
-    """count() as find_threshold wants it, the slow way, and the list of its calls."""
-    calls = []
-
-    def count(low, high, shift):
-        calls.append((low, high, shift))
-        bins = [0] * ((high - low - 1 >> shift) + 1)
-        for key in keys.tolist():
-            if low <= key < high:
-                bins[(key - low) >> shift] += 1
-        return np.array(bins), sum(key >= high for key in keys.tolist())
-
-    return count, calls
+def count(keys: np.ndarray, low: int, high: int, shift: int) -> tuple[list[int], int]:
+    """What count_keys() counts, one by one: how many are in each bin, how many are `high` and more."""
+    bins = [0] * ((high - low - 1 >> shift) + 1)
+    for key in keys.tolist():
+        if low <= key < high:
+            bins[(key - low) >> shift] += 1
+    return bins, sum(key >= high for key in keys.tolist())
 
 
 @pytest.mark.slow
@@ -52,15 +47,20 @@ def test_threshold_from_any_guess(data):
     k = data.draw(st.integers(0, len(keys)))
     low = data.draw(st.integers(0, top - 1))
     high = data.draw(st.integers(low + 1, top))
-    count, calls = counter(keys)
-    found = find_threshold(count, k, low, high, top)
+    search, passed = Search(k, low, high, top), 0
+    while search.threshold is None:
+        passed += 1
+        assert 0 <= search.low < search.high <= top and search.counts.size <= passes._BINS
+        counts, above = count(keys, search.low, search.high, search.shift)
+        search.counts += counts
+        search.above += above
+        search.narrow()
     if k == 0:
-        assert found == Threshold(top - 1, 0)
+        assert search.threshold == Threshold(top - 1, 0) and passed == 0
         return
     least = sorted(keys.tolist(), reverse=True)[k - 1]
-    assert found == Threshold(least, k - int((keys > least).sum()))
-    assert len(calls) <= 5
-    assert all(0 <= a < b <= top and (b - a - 1) >> shift < passes._BINS for a, b, shift in calls)
+    assert search.threshold == Threshold(least, k - int((keys > least).sum()))
+    assert passed <= 5
 
 
 @pytest.mark.parametrize("row", [1, 3, 1024])
@@ -138,9 +138,7 @@ def test_counting_many_and_few():
             counts = np.zeros((high - low - 1 >> shift) + 1, np.int64)
             above = np.zeros(1, np.int64)
             kernels.count_keys(counts, above, bits, "F16", None, 0, low, high, shift)
-            want, more = counter(keys)[0](low, high, shift)
-            assert above == more
-            assert counts.tolist() == want.tolist()
+            assert (counts.tolist(), above) == count(keys, low, high, shift)
 
 
 def test_one_pass_finds_the_threshold():
@@ -155,6 +153,30 @@ def test_one_pass_finds_the_threshold():
     for _ in masks_by_block(Pruning("magnitude", 0.25, conflict_aware=False), "x", ["F16"], numel, read, kernels):
         pass
     assert sum(calls) == 2 * numel + 16 * 2048
+
+
+@pytest.mark.parametrize("vectors", [2, 3, 5])
+@pytest.mark.parametrize("aware", [True, False])
+def test_vectors_that_do_not_depend_on_each_other_share_a_pass(vectors, aware, small_samples):
+    """Two at a time; where a vector's ranking depends on the earlier ones they are found, and read, one by one."""
+    tensors, scans, dtypes = [values("F16", 2000, seed) for seed in range(vectors)], [], ["F16"] * vectors
+    masks = Masks([Pruning("magnitude", 0.25, conflict_aware=aware)] * vectors, "x", dtypes, 2000, kernels, 300)
+
+    def read(j, start, stop):
+        return tensors[j][start:stop]
+
+    def scan(which, spans, do):
+        scans.append(list(which))
+        masks.scanning(read)(which, spans, do)
+
+    masks.find_thresholds(scan, read)
+    read_at_first = list(dict.fromkeys(map(tuple, scans)))
+    if aware:
+        assert read_at_first == [tuple(range(j + 1)) for j in range(vectors)]
+    else:
+        together = [tuple(range(j, min(j + 2, vectors))) for j in range(0, vectors, 2)]
+        assert [which for which in read_at_first if which in together] == together
+        assert all(set(which) <= set(next(each for each in together if which[0] in each)) for which in read_at_first)
 
 
 @pytest.mark.parametrize("method", ["nm", "random", "magnitude"])

@@ -14,7 +14,8 @@ from common.shards.blocks import blocks
 _PIECES, _PIECE = 16, 2048  # a sample: so many pieces, evenly spaced, of so many elements
 # Keys are counted in at most so many bins. A sample's bracket holds some 400 000 float32 keys, in as many bins the
 # first pass over a large scope finds the threshold itself; in a small one that many would cost more than another pass.
-_BINS, _LARGE_BINS, _LARGE = 1 << 16, 1 << 20, 1 << 22
+_BINS, _LARGE_BINS, _LARGE = 1 << 16, 1 << 19, 1 << 22
+_TOGETHER = 2  # vectors that are counted in one pass, where they do not depend on each other: 4 MB of bins each
 _ROW = 1024  # bins
 _ERRORS = 3  # standard errors to either side of where a sample puts the threshold
 
@@ -41,25 +42,38 @@ def bracket(sample: np.ndarray, share: float, top: int) -> tuple[int, int]:
     return int(low), high
 
 
-def find_threshold(count: Callable, k: int, low: int, high: int, top: int, bins: int = _BINS) -> Threshold:
-    """The threshold that exactly k keys pass, all of them below `top`, by counting; low:high is where to look first.
+class Search:
+    """For the threshold that exactly k keys pass, all of them below `top`; low:high is where to look first.
 
-    count(low, high, shift) -> (how many keys are in each bin of 2**shift keys from `low`, how many reach `high`).
+    while search.threshold is None:
+        …  # add to search.counts how many keys there are from `low` to below `high`, in each bin of 2**shift keys,
+        …  # and to search.above how many are `high` and more
+        search.narrow()
     """
-    if k == 0:
-        return Threshold(top - 1, 0)
-    while True:
-        shift = ((high - low - 1) // bins).bit_length()
-        counts, above = count(low, high, shift)
-        if above >= k:
-            low, high = high, top
-        elif above + counts.sum() < k:
-            low, high = 0, low
+
+    def __init__(self, k: int, low: int, high: int, top: int, bins: int = _BINS):
+        self._k, self._top, self._bins = k, top, bins
+        self.threshold = None if k else Threshold(top - 1, 0)
+        self._look(low, high)
+
+    def _look(self, low: int, high: int) -> None:
+        self.low, self.high, self.shift = low, high, ((high - low - 1) // self._bins).bit_length()
+        self.counts, self.above = np.zeros((high - low - 1 >> self.shift) + 1, np.int64), np.zeros(1, np.int64)
+
+    def narrow(self) -> None:
+        """Look where the counts say that the threshold must be, or find it."""
+        rank = self._k - int(self.above[0])
+        if rank <= 0:
+            self._look(self.high, self._top)
+        elif rank > self.counts.sum():
+            self._look(0, self.low)
         else:
-            number, before = _bin_of(counts, k - above)
-            if shift == 0:
-                return Threshold(low + number, k - above - before)
-            low, high = low + (number << shift), min(low + (number + 1 << shift), high)
+            number, before = _bin_of(self.counts, rank)
+            low = self.low + (number << self.shift)
+            if self.shift == 0:
+                self.threshold = Threshold(low, rank - before)
+            else:
+                self._look(low, min(low + (1 << self.shift), self.high))
 
 
 def _bin_of(counts: np.ndarray, rank: int) -> tuple[int, int]:
@@ -113,8 +127,13 @@ class Scope:
         elements in order; peek(j, start, stop) -> bits of vector j, a small part from anywhere. The threshold search
         decides what is read, and how often: hence callbacks.
         """
-        for j in range(len(self._ks)):
-            self.thresholds.append(self._threshold(j, scan, peek, step))
+        together = 1 if self._conflict_aware else _TOGETHER
+        for first in range(0, len(self._ks), together):
+            numbers = range(first, min(first + together, len(self._ks)))
+            searches = {j: self._search(j, peek, step) for j in numbers}
+            while open_searches := {j: search for j, search in searches.items() if search.threshold is None}:
+                self._count(open_searches, scan, step)
+            self.thresholds += [searches[j].threshold for j in numbers]
         self.rewind()
 
     def rewind(self) -> None:
@@ -154,23 +173,27 @@ class Scope:
             keys.append(self._engine.keys_of(*self._ranked(j, vectors, self._engine)))
         return np.stack(keys)
 
-    def _threshold(self, j: int, scan: Callable, peek: Callable, step: int) -> Threshold:
+    def _search(self, j: int, peek: Callable, step: int) -> Search:
         levels = j if self._conflict_aware else 0
         size, k = self.stop - self.start, self._ks[j]
         # Keys are magnitudes below and, above them, how few earlier vectors kept the position: see kernels/ranking.py.
         top = 1 << self._engine.MAGNITUDE_BITS[self._dtypes[j]] + levels.bit_length()
-
-        def count(low, high, shift):
-            counts, above = np.zeros((high - low - 1 >> shift) + 1, np.int64), np.zeros(1, np.int64)
-
-            def do(engine, _, vectors):
-                engine.count_keys(counts, above, *self._ranked(j, vectors, engine), low, high, shift)
-
-            self.rewind()
-            scan(self._earlier(j), blocks(self.stop, step, self.start), do)
-            return counts, int(above[0])
-
         guess = 0, top
         if k and size > 16 * _PIECES * _PIECE:  # large enough for a sample to be cheap
             guess = bracket(self._sample(j, peek, min(_PIECE, step)), k / size, top)
-        return find_threshold(count, k, *guess, top, _LARGE_BINS if size > _LARGE else _BINS)
+        return Search(k, *guess, top, _LARGE_BINS if size > _LARGE else _BINS)
+
+    def _count(self, searches: dict[int, Search], scan: Callable, step: int) -> None:
+        """One pass for the searches of these vectors."""
+        which = sorted({i for j in searches for i in self._earlier(j)})
+
+        def do(engine, _, vectors):
+            block = dict(zip(which, vectors, strict=True))
+            for j, search in searches.items():
+                ranked = self._ranked(j, [block[i] for i in self._earlier(j)], engine)
+                engine.count_keys(search.counts, search.above, *ranked, search.low, search.high, search.shift)
+
+        self.rewind()
+        scan(which, blocks(self.stop, step, self.start), do)
+        for search in searches.values():
+            search.narrow()
