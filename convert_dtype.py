@@ -16,6 +16,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # which PYTHONSAFEPATH leaves out
 
 from common import cli
@@ -74,17 +76,16 @@ def convert_tensor(task: Task, worker: Worker, dtype: str) -> list[dict]:
     if not task.inputs[0].is_parameter:
         return copy_tensor(task, worker)
     source, (writer,), digest = worker.reader(task.inputs[0]), worker.writers(task), new_hash()
-    changed, zeroed, overflow = 0, 0, False
+    counts, overflow = np.zeros(2, np.int64), False  # of what changed, of what became zero
     for start, stop in blocks(source.numel, kernels.BLOCK):
         bits, out = source.read(start, stop), writer.room(start, stop)
-        more_changed, more_zeroed, finite = kernels.convert(bits, source.dtype, out, dtype)
-        if not finite:
+        if not kernels.convert(bits, source.dtype, out, dtype, counts):
             if not kernels.all_finite(bits, source.dtype):
                 raise not_finite(source.tensor)
             overflow = True
             kernels.clamp(out, dtype)
         digest.update(out)
-        changed, zeroed = changed + more_changed, zeroed + more_zeroed
+    changed, zeroed = counts.tolist()
     return [{"changed": changed, "zeroed": zeroed, "overflow": overflow, "written": digest.hexdigest()}]
 
 

@@ -147,20 +147,19 @@ def subtract_tensor(task: Task, worker: Worker, dtype: str, common: tuple | None
     from common.pruners import kernels
 
     (finetuned, base), (writer,) = (worker.reader(tensor) for tensor in task.inputs), worker.writers(task)
-    base_hash, vector_hash, differs, energy = new_hash(), new_hash(), 0, [0.0, 0.0]
+    base_hash, vector_hash, differs, energy = new_hash(), new_hash(), np.zeros(1, np.int64), [0.0, 0.0]
     for start, stop, in_both in pieces(blocks(base.numel, kernels.BLOCK), common):
         right, out = base.read(start, stop), writer.room(start, stop)
         # Where only the base has a row it is subtracted from itself: +0.0, and refused if it is not finite.
         left, left_dtype = (finetuned.read(start, stop), finetuned.dtype) if in_both else (right, base.dtype)
-        more_differ, finite = kernels.subtract(left, left_dtype, right, base.dtype, out, dtype)
-        if not finite:
+        if not kernels.subtract(left, left_dtype, right, base.dtype, out, dtype, differs):
             refuse_difference(finetuned.tensor if in_both else base.tensor, left, base.tensor, right, dtype)
-        differs += more_differ
         if start % (_SAMPLED * kernels.BLOCK) == 0:  # of every block it would cost more than the subtraction
             energy = [energy[0] + sampled_energy(out, dtype), energy[1] + sampled_energy(right, base.dtype)]
         base_hash.update(right)
         vector_hash.update(out)
-    return [{"base": base_hash.hexdigest(), "written": vector_hash.hexdigest(), "differs": differs, "energy": energy}]
+    hashes = {"base": base_hash.hexdigest(), "written": vector_hash.hexdigest()}
+    return [hashes | {"differs": int(differs[0]), "energy": energy}]
 
 
 _SAMPLED = 8  # of so many blocks the first is looked at

@@ -60,8 +60,7 @@ def _vector(group: TensorGroup, entry: TensorEntry, tuned: np.ndarray, base: np.
     """A block of a task vector from blocks of both models, as extract_task_vector_7b.py forms it."""
     code, name = _code(group.base.tensor), group.metadata.name
     vector = np.empty(base.size, kernels.BITS_DTYPE[target])
-    _, finite = kernels.subtract(tuned, code, base, code, vector, target)
-    if not finite:
+    if not kernels.subtract(tuned, code, base, code, vector, target):
         for bits, model in ((base, group.base.id), (tuned, entry.id)):
             if not kernels.all_finite(bits, code):
                 raise DataError(f"tensor {name!r} of {model} holds NaN or infinity; take another model")

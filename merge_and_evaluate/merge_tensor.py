@@ -107,7 +107,7 @@ def find_thresholds(how: TensorMerge, masks: Masks, readers: list[Reader]) -> li
     def peek(j: int, start: int, stop: int) -> np.ndarray:
         base, model, out = readers[0].peek(start, stop), readers[1 + j], np.empty(stop - start, BITS_DTYPE[dtype])
         bits = model.peek(start, stop)
-        if not kernels.subtract(bits, model.dtype, base, readers[0].dtype, out, dtype)[1]:
+        if not kernels.subtract(bits, model.dtype, base, readers[0].dtype, out, dtype):
             refuse(how, [readers[0], model], [base, bits])
         return out
 
@@ -284,7 +284,7 @@ def refuse_difference(raw: list[np.ndarray], readers: list[Reader], dtype: str) 
     """Raise DataError for a difference of finite values that is too large for `dtype`, if there is one."""
     for model, reader in zip(raw[1:], readers[1:], strict=True):
         room = np.empty(model.size, BITS_DTYPE[dtype])
-        if not kernels.subtract(model, reader.dtype, raw[0], readers[0].dtype, room, dtype)[1]:
+        if not kernels.subtract(model, reader.dtype, raw[0], readers[0].dtype, room, dtype):
             raise DataError(
                 f"tensor {reader.tensor.name!r} of {reader.tensor.path.parent}: its difference from the base is beyond "
                 f"the largest {DTYPE_NAMES[dtype]}; set vector_dtype: bfloat16 or float32 under the recipe's "

@@ -7,7 +7,7 @@ from test_engines import values
 
 from common.pruners import kernels
 from common.pruners.kernels import program
-from common.pruners.kernels.compiler import Step, run
+from common.pruners.kernels.compiler import Step, in_steps, list_steps
 from common.pruners.kernels.philox import pack_mask, unpack_mask
 from common.pruners.kernels.program import Program
 from common.pruners.masks import Masks
@@ -157,8 +157,8 @@ def test_what_does_not_fit_is_no_step():
     step, frozen = kernels.all_finite.steps(np.zeros(8, np.uint16), "F16")[0], np.zeros(8, np.uint16)
     frozen.flags.writeable = False
     with pytest.raises(ValueError, match="blocks of one size, got 8 elements beside 9"):
-        run([step], 9)
+        list_steps([step], 9)
     for array in (np.zeros(16, np.uint16)[::2], frozen):
         with pytest.raises(ValueError, match="an array for a kernel: underlying buffer is not"):
-            run([Step(step.kernel, (array,))], 8)
-    assert run([step], 8) and run([], 0)
+            list_steps([Step(step.kernel, (array,))], 8)
+    assert in_steps(lambda: [step])() and in_steps(list)()

@@ -352,11 +352,12 @@ def expect_conversion(tensor: torch.Tensor, source: str, target: str, clamp: boo
     """Bits and counts of one conversion against torch."""
     bits = bits_of(tensor, source)
     out = np.empty(bits.size, UNSIGNED[target])
-    counts = kernels.convert(bits, source, out, target)
+    counts = np.array([7, 8])
+    finite_out = kernels.convert(bits, source, out, target, counts)
     finite, kept = tensor.isfinite(), tensor.to(oracle.DTYPES[target]).isfinite()
     assert kernels.all_finite(bits, source) == finite.all().item()
     if finite.all():
-        assert kernels.all_finite(out, target) == counts[2] == kept.all().item()
+        assert kernels.all_finite(out, target) == finite_out == kept.all().item()
     if clamp:
         kernels.clamp(out, target)
     want = oracle.convert(tensor, oracle.DTYPES[target], clamp)
@@ -364,7 +365,7 @@ def expect_conversion(tensor: torch.Tensor, source: str, target: str, clamp: boo
     if finite.all():
         changed = (want.double() != tensor.double()).sum().item()
         zeroed = ((want == 0) & (tensor != 0)).sum().item()
-        assert counts[:2] == (changed, zeroed)
+        assert counts.tolist() == [7 + changed, 8 + zeroed]
 
 
 @pytest.mark.slow
@@ -402,11 +403,11 @@ def test_subtract_is_the_oracles(source, target):
     finetuned[:99] = base[:99].to(finetuned.dtype)  # some differences are zero
     out = np.empty(20_000, UNSIGNED[target])
     left, right = (bits_of(finetuned, source), source), (bits_of(base, target), target)
-    differs, finite = kernels.subtract(*left, *right, out, target)
-    assert finite
+    differs = np.array([5])
+    assert kernels.subtract(*left, *right, out, target, differs)
     want = oracle.extract(finetuned, base, oracle.DTYPES[target])
     assert oracle.same(tensor_of(out, target), want)
-    assert differs == int((want != 0).sum()) < 20_000
+    assert differs - 5 == int((want != 0).sum()) < 20_000
 
 
 @pytest.mark.parametrize("code", first_quick("F16", "BF16", "F32"))
@@ -457,9 +458,9 @@ def test_no_nan_gets_through(code, patterns):
         mask, zeros = np.ones((1, 70), np.uint8), np.zeros(70, UNSIGNED[code])
         for dtype in oracle.DTYPES:
             out = np.empty(70, UNSIGNED[dtype])
-            assert not kernels.convert(bits, code, out, dtype)[2]
+            assert not kernels.convert(bits, code, out, dtype)
             for left, right in ((bits, zeros), (zeros, bits), (bits, bits)):
-                assert not kernels.subtract(left, code, right, code, out, dtype)[1]
+                assert not kernels.subtract(left, code, right, code, out, dtype)
         out = np.empty(70, UNSIGNED[code])
         assert not kernels.add_kept(out, bits, code, zeros, code, mask[0], 1.0)
         assert not kernels.add_kept(out, bits, code, bits, code, 1 - mask[0], 1.0)

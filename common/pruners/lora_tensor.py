@@ -15,8 +15,7 @@ def _floats(worker: Worker, tensor: Tensor) -> np.ndarray:
     """A whole tensor as float32 [first axis, the rest], exactly."""
     out, reader = np.empty(tensor.numel, np.uint32), worker.reader(tensor)
     for start, stop in blocks(tensor.numel, kernels.BLOCK):
-        _, _, finite = kernels.convert(reader.read(start, stop), tensor.dtype, out[start:stop], "F32")
-        if not finite:
+        if not kernels.convert(reader.read(start, stop), tensor.dtype, out[start:stop], "F32"):
             raise not_finite(tensor)
     return out.view(np.float32).reshape(tensor.shape[0], -1)
 
@@ -24,8 +23,9 @@ def _floats(worker: Worker, tensor: Tensor) -> np.ndarray:
 def _check_copy(copy: Tensor, theirs: np.ndarray, base: Tensor, own: np.ndarray, dtype: str) -> None:
     """Refuse a block of an adapter's copy of a base tensor that differs from the base's, both rounded to `dtype`."""
     scratch = np.empty(own.size, kernels.BITS_DTYPE[dtype])
-    differs, _ = kernels.subtract(theirs, copy.dtype, own, base.dtype, scratch, dtype)
-    if differs:
+    differs = np.zeros(1, np.int64)
+    kernels.subtract(theirs, copy.dtype, own, base.dtype, scratch, dtype, differs)
+    if differs[0]:
         raise DataError(
             f"tensor {copy.name!r} in {copy.path}: an adapted tensor's own copy of {base.name!r}, and not the same as "
             f"in {base.path}; {MERGE}"
@@ -47,8 +47,7 @@ def lora_tensor(task: Task, worker: Worker, product: Product, dtype: str) -> lis
     for start, stop in blocks(b.shape[0], max(1, kernels.BLOCK // max(1, width))):
         bits = delta_rows(a, b, product.scale, start, stop).reshape(-1).view(np.uint32)
         out = writer.room(start * width, stop * width)
-        _, _, finite = kernels.convert(bits, "F32", out, dtype)
-        if not finite:
+        if not kernels.convert(bits, "F32", out, dtype):
             raise DataError(
                 f"tensor {base.name!r}: a value of scale · B·A of {product.b.path} is beyond the largest {dtype}; "
                 "extract with --dtype bfloat16 or float32"

@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 
 from common.pruners.kernels.bits import array, bits_of_float32, float32_of_bits, float32_of_half, half_of_float32
-from common.pruners.kernels.compiler import Step, in_steps, kernel, njit, run
+from common.pruners.kernels.compiler import Step, in_steps, kernel, njit
 
 F16, BF16, F32 = 0, 1, 2
 _KIND = {"F16": F16, "BF16": BF16, "F32": F32}
@@ -139,14 +139,15 @@ def _convert_kernel(source, target):
     return convert
 
 
-def convert(bits, source, out, target) -> tuple[int, int, bool]:
+@in_steps
+def convert(bits, source, out, target, counts=None) -> bool:
     """out = values of dtype `source`, rounded to nearest even in dtype `target`; too large ones become infinite.
 
-    Returns (how many values changed, how many of those became zero, whether all of `out` is finite).
+    Returns whether all of `out` is finite. To counts, int64 [2], is added how many values changed, and how many of
+    those became zero.
     """
-    counts = np.zeros(2, np.int64)
-    finite = run([Step(_convert_kernel(_KIND[source], _KIND[target]), (bits, out), (counts,))], bits.size)
-    return *counts.tolist(), finite
+    counts = np.zeros(2, np.int64) if counts is None else counts
+    return [Step(_convert_kernel(_KIND[source], _KIND[target]), (bits, out), (counts,))]
 
 
 def clamp(bits, dtype) -> None:
@@ -186,21 +187,16 @@ def _subtract_kernel(left_kind, right_kind, kind):
     return subtract
 
 
-def subtract_steps(left, left_dtype, right, right_dtype, out, dtype, differs=None) -> list[Step]:
-    """subtract() as one of several steps; differs, int64 [1], is added to."""
+@in_steps
+def subtract(left, left_dtype, right, right_dtype, out, dtype, differs=None) -> bool:
+    """out = left - right: both rounded to `dtype`, subtracted in float32, rounded once to `dtype`.
+
+    Returns whether all of `out` is finite, and so the inputs. To differs, int64 [1], is added how many differences are
+    not zero.
+    """
     differs = np.zeros(1, np.int64) if differs is None else differs
     differing = _subtract_kernel(_KIND[left_dtype], _KIND[right_dtype], _KIND[dtype])
     return [Step(differing, (left, right, out), (differs,))]
-
-
-def subtract(left, left_dtype, right, right_dtype, out, dtype) -> tuple[int, bool]:
-    """out = left - right: both rounded to `dtype`, subtracted in float32, rounded once to `dtype`.
-
-    Returns (how many differences are not zero, whether all of `out` is finite, and so the inputs).
-    """
-    differs = np.zeros(1, np.int64)
-    finite = run(subtract_steps(left, left_dtype, right, right_dtype, out, dtype, differs), left.size)
-    return int(differs[0]), finite
 
 
 # --- what the masks are applied to --------------------------------------------------------------

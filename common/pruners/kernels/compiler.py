@@ -26,7 +26,7 @@ try:
 finally:
     if _stand_in is None:
         del sys.modules["scipy"]
-__all__ = ["Step", "address", "carray", "in_steps", "intrinsic", "kernel", "list_steps", "njit", "run", "take", "types"]
+__all__ = ["Step", "address", "carray", "in_steps", "intrinsic", "kernel", "list_steps", "njit", "take", "types"]
 
 
 _said = Lock()  # taken once, never released: one line however many kernels, also when two threads load them at once
@@ -66,7 +66,7 @@ def njit(**options):
 def kernel(**options):
     """Compile kernel(args, size): args, int64, are a Step's addresses and numbers, size says how many elements.
 
-    Cached on disk. Nothing here is checked: run() does that.
+    Cached on disk. Nothing here is checked: list_steps() does that.
     """
     return _compiled(partial(cfunc, types.int64(types.CPointer(types.int64), types.int64)), options | {"cache": True})
 
@@ -145,13 +145,6 @@ def list_steps(steps: list[Step], size: int) -> list[int]:
     return listing
 
 
-def run(steps: list[Step], size: int) -> bool:
-    """Take the steps on a block of `size` elements -> whether all values are finite; stops at the first that is not."""
-    if size == 0:
-        return True
-    return bool(take(np.array(list_steps(steps, size), np.int64), _ALL_AT_ONCE, size, size))
-
-
 def in_steps(function):
     """Of a function that returns steps, one that takes them at once, on blocks like the first -> whether all values
     are finite. Its attribute `steps` is the function itself, for steps among others: see program.py.
@@ -160,8 +153,8 @@ def in_steps(function):
     @wraps(function)
     def at_once(*given, **named) -> bool:
         steps = function(*given, **named)
-        sizes = (each.size for step in steps for each in step.elements if not isinstance(each, int))
-        return run(steps, next(sizes, 0))
+        size = next((each.size for step in steps for each in step.elements if not isinstance(each, int)), 0)
+        return size == 0 or bool(take(np.array(list_steps(steps, size), np.int64), _ALL_AT_ONCE, size, size))
 
     at_once.steps = function
     return at_once

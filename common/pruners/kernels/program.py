@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import numpy as np
 
 from common.pruners import kernels
-from common.pruners.kernels.arithmetic import subtract_steps
 from common.pruners.kernels.compiler import Step, address, list_steps, take
 
 CHUNK = 1 << 14  # elements: with scratch of two vectors and their masks 200 kB, less than a second-level cache
@@ -96,7 +95,7 @@ class _Noted:
             MAGNITUDE_BITS=kernels.MAGNITUDE_BITS,
             empty_masks=kernels.empty_masks,
             scratch=lambda dtype: np.empty(self._chunk, kernels.BITS_DTYPE[dtype]),
-            subtract=partial(self._add, subtract_steps),
+            subtract=partial(self._add, kernels.subtract.steps),
             add=self._add,
             **noting,
         )
