@@ -181,7 +181,7 @@ class Scope:
         guess = 0, top
         if k and size > 16 * _PIECES * _PIECE:  # large enough for a sample to be cheap
             guess = bracket(self._sample(j, peek, min(_PIECE, step)), k / size, top)
-        return Search(k, *guess, top, _LARGE_BINS if size > _LARGE else _BINS)
+        return Search(k, *guess, top, _LARGE_BINS if size >= _LARGE else _BINS)
 
     def _count(self, searches: dict[int, Search], scan: Callable, step: int) -> None:
         """One pass for the searches of these vectors."""
