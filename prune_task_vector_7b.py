@@ -333,12 +333,13 @@ def main(argv=None) -> None:
     if look(args):
         return
     beside = [read_pruned(args.plot_with)] if args.plot_with else []
-    pruning, engine = pruning_of(args), engine_for(args.device)
+    pruning = pruning_of(args)
     parameters = parameters_of(args, pruning)
     if not args.dry_run:
         refuse_existing_outputs(args.save_directories, args.overwrite)
     vectors = open_vectors(args.task_vector_paths, tuple(args.skip))
     base = open_base(vectors, args.base_model_path) if args.save_format == "model" else None
+    engine = engine_for(args.device)  # numba takes a moment to import: after what headers refuse
     passes = 2 if in_passes(pruning, engine.BLOCK) else 1
     job, pairs, notes = decide(base, vectors, args, parameters, passes)
     for note in notes:

@@ -4,7 +4,9 @@ flags.py             its command line
 
 merging
 yaml_files.py        YAML files, read with suspicion
-recipes.py           merge recipes: read, checked, weights and paths set
+recipes.py           merge recipes: read, weights and paths set
+recipe_paths.py      the models a recipe names, and their paths
+recipe_checks.py     what of a recipe is refused, with mergekit's own definitions
 streamed_methods.py  the methods that stream, their parameters, why a recipe does not
 parameters.py        the value of every parameter, tensor by tensor
 merging.py           open the models, choose the engine, say what a merge was made of

@@ -20,7 +20,8 @@ from common.shards.places import check_disk
 from common.shards.staging import staged_directory
 from common.shards.verify import MERGE_REPORT
 from merge_and_evaluate.card import write_card
-from merge_and_evaluate.recipes import Recipe, explicit_path, with_paths
+from merge_and_evaluate.recipe_paths import explicit_path, with_paths
+from merge_and_evaluate.recipes import Recipe
 from merge_and_evaluate.streamed_methods import model_path
 
 TOKEN_KEYS = ("tokenizer", "tokenizer_source", "chat_template")  # with one of these mergekit makes it

@@ -23,7 +23,8 @@ from common.shards.verify import MERGE_REPORT as REPORT_NAME
 from common.shards.verify import PRUNE_REPORT, recorded_hashes_of
 from merge_and_evaluate import mergekit_engine
 from merge_and_evaluate.card import command
-from merge_and_evaluate.recipes import Recipe, model_paths
+from merge_and_evaluate.recipe_paths import model_paths
+from merge_and_evaluate.recipes import Recipe
 from merge_and_evaluate.streamed_methods import stream_reason
 
 ENGINES = ("auto", "stream", "mergekit")

@@ -27,7 +27,8 @@ from common.shards.verify import MERGE_REPORT, recorded_hashes_of
 from merge_and_evaluate.card import write_card
 from merge_and_evaluate.merge_tensor import OURS, Found, TensorMerge, merge_tensor
 from merge_and_evaluate.parameters import parameters_of, written_dtype
-from merge_and_evaluate.recipes import Recipe, with_paths
+from merge_and_evaluate.recipe_paths import with_paths
+from merge_and_evaluate.recipes import Recipe
 from merge_and_evaluate.streamed_methods import model_path, summed_models
 
 # Elements. nm with an m of its own for each model is ranked in blocks of a common multiple of them, and a block is in

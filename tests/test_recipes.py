@@ -13,7 +13,8 @@ from workplace import bash_commands, row_commands
 
 import merge_and_evaluate_7b
 import prune_task_vector_7b
-from merge_and_evaluate.recipes import model_paths, read_recipe
+from merge_and_evaluate.recipe_paths import model_paths
+from merge_and_evaluate.recipes import read_recipe
 
 EVAL_RECIPES = ("open_llm_leaderboard", "open_llm_leaderboard_v2", "metabench", "metabench_secondary")
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yml") if path.stem not in EVAL_RECIPES)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import DataError
-from merge_and_evaluate import recipes
+from merge_and_evaluate import recipe_checks
 from merge_and_evaluate.merge_methods import register
 from merge_and_evaluate.parameters import layer_depths, parameters_of, written_dtype
 from merge_and_evaluate.recipes import Recipe, read_recipe
@@ -35,8 +35,8 @@ def config_of(method: str, first=None, second=None, base="base", **parameters) -
 def refusal(config: dict) -> str | None:
     """What the checks that ask mergekit say, or None."""
     try:
-        recipes.check_keys("r.yml", config)
-        recipes.check_method("r.yml", config)
+        recipe_checks.check_keys("r.yml", config)
+        recipe_checks.check_method("r.yml", config)
     except DataError as error:
         return str(error)
     return None

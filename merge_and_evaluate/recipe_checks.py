@@ -1,0 +1,186 @@
+"""What of a recipe is refused: keys, parameters and values that mergekit would ignore or could not read.
+
+A typing error would merge something else than was meant. mergekit, imported here where it is asked, takes seconds.
+"""
+
+import math
+
+from common.errors import DataError
+from merge_and_evaluate.recipe_paths import as_list, entries, explicit_path, with_paths
+from merge_and_evaluate.streamed_methods import model_path
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def _refuse_unknown(path: str, where: str, mapping, known) -> None:
+    if not isinstance(mapping, dict):
+        raise DataError(f"{path}: {where} is {mapping!r:.60}, needed is a mapping of keys to values")
+    for key in mapping:
+        if key not in known:
+            raise DataError(f"{path}: unknown key {key!r} in {where}; known are {', '.join(known)}")
+
+
+def _check_slices(path: str, slices) -> None:
+    from mergekit.config import InputSliceDefinition, OutputSliceDefinition
+
+    for part in as_list(slices):
+        _refuse_unknown(path, "slices", part, OutputSliceDefinition.model_fields)
+        for source in as_list(part.get("sources")):
+            _refuse_unknown(path, "slices: sources", source, InputSliceDefinition.model_fields)
+
+
+def _check_models(path: str, models) -> None:
+    from mergekit.config import InputModelDefinition
+
+    for entry in as_list(models):
+        _refuse_unknown(path, "models", entry, InputModelDefinition.model_fields)
+
+
+def check_keys(path: str, config: dict) -> None:
+    """Refuse keys that mergekit would ignore, and values that it cannot read."""
+    from mergekit.config import MergeConfiguration, OutputModuleDefinition
+    from mergekit.tokenizer.config import TokenizerConfig
+    from pydantic import ValidationError
+
+    _refuse_unknown(path, "the recipe", config, MergeConfiguration.model_fields)
+    modules = config.get("modules") if isinstance(config.get("modules"), dict) else {}
+    for part in [config, *modules.values()]:
+        if part is not config:
+            _refuse_unknown(path, "modules", part, OutputModuleDefinition.model_fields)
+        _check_models(path, part.get("models"))
+        _check_slices(path, part.get("slices"))
+    if isinstance(config.get("tokenizer"), dict):
+        _refuse_unknown(path, "tokenizer", config["tokenizer"], TokenizerConfig.model_fields)
+    try:
+        # As it is merged: a '+' or '@' in a directory's name would be read as a LoRA or a revision.
+        MergeConfiguration.model_validate(with_paths(config, explicit_path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the recipe"
+        raise DataError(f"{path}: {where}: {first['msg']}; fix the recipe") from None
+    except RuntimeError as error:
+        raise DataError(f"{path}: {error}; fix the recipe") from None
+
+
+def method_of(path: str, name: str):
+    """mergekit's merge method of that name, or ours."""
+    from mergekit.merge_methods import registry
+
+    from merge_and_evaluate.merge_methods import register
+
+    register()
+    known = {method.spec.name: method for method in registry.registered_methods()}
+    if name not in known:
+        raise DataError(f"{path}: unknown merge_method {name!r}; known are {', '.join(sorted(known))}")
+    return known[name]
+
+
+def _ignores_density(method) -> bool:
+    """task_arithmetic accepts `density` and silently does nothing with it."""
+    return hasattr(method, "sparsification_method") and method.sparsification_method is None
+
+
+def _check_names(path: str, method, where: str, parameters: dict, per_model: bool) -> None:
+    specs = {spec.name: spec for spec in method.spec.parameters}
+    for name in parameters:
+        if name not in specs or (name == "density" and _ignores_density(method)):
+            used = [known for known in specs if known != "density" or not _ignores_density(method)]
+            raise DataError(
+                f"{path}: {where}: merge_method {method.spec.name} ignores the parameter {name!r}; "
+                f"it uses {', '.join(used) or 'none'}"
+            )
+        if per_model and specs[name].scope.value == "shared":
+            raise DataError(
+                f"{path}: {where}: {name!r} holds for the whole merge and is ignored here; "
+                "move it to the `parameters` at the end of the recipe"
+            )
+
+
+def _scalars(setting) -> list:
+    """The plain values in a parameter setting: one value, a gradient, or values with filters."""
+    if isinstance(setting, dict):
+        return _scalars(setting.get("value"))
+    if isinstance(setting, list):
+        return [scalar for item in setting for scalar in _scalars(item)]
+    return [setting]
+
+
+def is_number(value) -> bool:
+    """True for 1, 0.5 and YAML's text '1e-1'; False for true, text, NaN, infinity."""
+    try:
+        return not isinstance(value, bool) and math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False
+
+
+def _check_values(path: str, method, where: str, parameters: dict) -> None:
+    """Each value must be what the method's parameter takes; numbers must be finite."""
+    for spec in method.spec.parameters:
+        for value in _scalars(parameters[spec.name]) if spec.name in parameters else []:
+            line = f"{path}: {where}: {spec.name} is {value!r:.60}"
+            if spec.value_type is float and not is_number(value):
+                raise DataError(f"{line}, needed is a finite number")
+            try:
+                spec.validate(value)
+            except ValueError as error:
+                reason = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error)
+                raise DataError(f"{line}; {reason[:1].lower()}{reason[1:]}") from None
+
+
+def _check_counts(path: str, method, holders: list[tuple[str, dict, bool]]) -> None:
+    """n:m of our cabs: whole numbers, n at most m, for every model."""
+    defaults = {spec.name: spec.default for spec in method.spec.parameters}
+    (_, shared, _), *models = holders
+    for where, parameters, _ in models:
+        n, m = ({**defaults, **shared, **parameters}[name] for name in ("n", "m"))
+        for name, setting in (("n", n), ("m", m)):
+            if isinstance(setting, list) and len(setting) > 1 and not any(isinstance(item, dict) for item in setting):
+                raise DataError(f"{path}: {where}: {name} is the gradient {setting!r:.60}, needed is one whole number")
+        if max(_scalars(n)) > min(_scalars(m)):
+            raise DataError(
+                f"{path}: {where}: n is {max(_scalars(n))} and m is {min(_scalars(m))}; cabs keeps n of every "
+                "m, so n is at most m"
+            )
+
+
+def _check_dtypes(path: str, config: dict) -> None:
+    for key in ("dtype", "out_dtype"):
+        if config.get(key) and config[key] not in DTYPES:
+            raise DataError(f"{path}: {key} is {config[key]!r:.60}, needed is one of {', '.join(DTYPES)}")
+
+
+def _check_inputs(path: str, method, config: dict) -> None:
+    """As many models as the method takes, each once, and a base if it needs one."""
+    base, models = (
+        model_path(config.get("base_model")),
+        [model_path(e.get("model")) for e in as_list(config.get("models"))],
+    )
+    if "" in (base, *models):
+        raise DataError(f"{path}: the path of a model is empty; write it out, or leave out the entry")
+    try:
+        method.validate_inputs(models if base is None or base in models else [*models, base], base)
+    except ValueError as error:
+        raise DataError(f"{path}: merge_method {method.spec.name}: {error}; fix the recipe") from None
+
+
+def check_method(path: str, config: dict) -> None:
+    """Refuse parameters that the merge method ignores or lacks, and values it cannot use."""
+    method = method_of(path, config["merge_method"])
+    _check_dtypes(path, config)
+    if config.get("models"):
+        _check_inputs(path, method, config)
+    shared = config.get("parameters") or {}
+    holders = [("parameters", shared, False)]
+    holders += [
+        (f"model {model_path(entry.get('model'))}", entry.get("parameters") or {}, True) for entry in entries(config)
+    ]
+    for where, parameters, per_model in holders:
+        _check_names(path, method, where, parameters, per_model)
+        _check_values(path, method, where, parameters)
+    needed = [spec.name for spec in method.spec.input_parameters if spec.required and spec.name not in shared]
+    for where, parameters, _ in holders[1:]:
+        missing = [name for name in needed if parameters.get(name) in (None, [])]
+        if missing and config.get("models") and where != f"model {model_path(config.get('base_model'))}":
+            raise DataError(f"{path}: {where} has no {missing[0]}; merge_method {method.spec.name} needs one per model")
+    if method.spec.name == "cabs":
+        _check_counts(path, method, holders)

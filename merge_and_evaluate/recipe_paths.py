@@ -1,0 +1,51 @@
+"""The models that a recipe names, and their paths: of its config, mergekit's YAML as Python has it."""
+
+import os
+from copy import deepcopy
+from pathlib import Path
+
+from common.shards.places import plain
+from merge_and_evaluate.streamed_methods import model_path
+
+
+def as_list(value) -> list:
+    return value if isinstance(value, list) else []
+
+
+def entries(config: dict) -> list[dict]:
+    """The mappings that name an input model: under `models`, `slices` and `modules`, in the recipe's order."""
+    found = list(as_list(config.get("models")))
+    for part in as_list(config.get("slices")):
+        found += as_list(part.get("sources")) if isinstance(part, dict) else []
+    modules = config.get("modules")
+    for part in modules.values() if isinstance(modules, dict) else []:
+        found += entries(part) if isinstance(part, dict) else []
+    return [entry for entry in found if isinstance(entry, dict)]
+
+
+def model_paths(config: dict) -> list[str]:
+    """Every model a recipe names, base first, each once."""
+    paths = [model_path(config.get("base_model"))] + [model_path(entry.get("model")) for entry in entries(config)]
+    return list(dict.fromkeys(path for path in paths if path))
+
+
+def safe_path(path: str) -> str:
+    """'models/x', 'models/x/', '~/x' -> './models/x', … where that is a directory: mergekit's model card looks a path
+    with at most one slash up on the Hub, and fails offline before it has copied the tokenizer."""
+    if not path or not (place := plain(Path(os.path.expanduser(path)))).is_dir():
+        return path
+    return str(place) if place.is_absolute() or str(place).startswith(".") else f"./{place}"
+
+
+def explicit_path(path: str) -> str | dict:
+    """A directory with '+' or '@' in its path in mergekit's longer form: as text it would be a LoRA or a revision."""
+    return {"model": {"path": path}} if set(path) & set("+@") and os.path.isdir(path) else path
+
+
+def with_paths(config: dict, new_path) -> dict:
+    """The recipe's config with new_path(path) in place of every model's path."""
+    config = deepcopy(config)
+    for holder, key in [(config, "base_model")] + [(entry, "model") for entry in entries(config)]:
+        if isinstance(holder.get(key), str):
+            holder[key] = new_path(holder[key])
+    return config
