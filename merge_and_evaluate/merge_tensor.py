@@ -101,7 +101,7 @@ def vector_dtype_of(how: TensorMerge) -> str:
 
 
 def find_thresholds(how: TensorMerge, masks: Masks, readers: list[Reader]) -> list:
-    """Of each scope, every model's threshold. Reads the base and the models once for each model, or more often."""
+    """Of each scope, every model's threshold. Reads the base and the models in passes: see Scope.find()."""
     dtype = vector_dtype_of(how)
 
     def peek(j: int, start: int, stop: int) -> np.ndarray:

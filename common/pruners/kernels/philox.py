@@ -71,12 +71,13 @@ def _take(mask, below, some, taken, level, is_one_of_several):
 
 
 @cache
-def _random_kernel(levels):
+def _random_kernel(is_one_of_several):
     @kernel()
     def keep(args, size):
-        key0, key1, first = np.uint64(args[0]), np.uint64(args[1]), np.uint64(args[4] // 4)
+        key0, key1, first = np.uint64(args[0]), np.uint64(args[1]), np.uint64(args[5] // 4)
+        levels = args[4] if is_one_of_several else 1
         last, some = array(args[2], levels, np.uint32), array(args[3], levels, np.uint8)
-        mask, taken = array(args[5], size, np.uint8), array(args[6], size, np.uint8)
+        mask, taken = array(args[6], size, np.uint8), array(args[7], size, np.uint8)
         word0, word1, word2, word3 = np.empty((4, _CHUNK), np.uint32)
         packed = np.empty(_CHUNK, np.uint32)
         below = packed.view(np.uint8)
@@ -85,7 +86,7 @@ def _random_kernel(levels):
             _philox(np.uint64(first + np.uint64(start // 4)), key0, key1, word0, word1, word2, word3)
             for level in range(levels):
                 _below(word0, word1, word2, word3, last[level], packed)
-                _take(part, below, some[level], earlier, np.uint8(level), levels > 1)
+                _take(part, below, some[level], earlier, np.uint8(level), is_one_of_several)
         return 0
 
     return keep
@@ -102,7 +103,8 @@ def random_mask(mask, start, key, taken, limits) -> None:
     last = np.array([max(limit, 1) - 1 for limit in limits], np.uint32)
     some = np.array([limit > 0 for limit in limits], np.uint8)
     taken = taken if len(limits) > 1 else mask
-    return [Step(_random_kernel(len(limits)), (start, mask, taken), (key & 0xFFFFFFFF, key >> 32, last, some))]
+    numbers = (key & 0xFFFFFFFF, key >> 32, last, some, len(limits))
+    return [Step(_random_kernel(len(limits) > 1), (start, mask, taken), numbers)]
 
 
 # --- masks kept for another pass ------------------------------------------------------------------

@@ -30,7 +30,8 @@ def _key(bits, taken, magnitude, as_key, magnitude_bits, levels):
     """What ranks a position: first fewest earlier vectors that kept it, then larger magnitude.
 
     Each step is cast back to the width of a key: numba computes integers in 64 bits, which would halve or quarter
-    the number of keys in a register.
+    the number of keys in a register. Kernels for the first vector have 0 for `levels` when they are compiled, so that
+    nothing is left of it; one kernel serves all later vectors whose keys are as wide.
     """
     key = as_key(bits & magnitude)
     if levels:
@@ -92,16 +93,15 @@ def _keep_largest_of_each(keys, k, key_bits, magnitude, thresholds, counts, mask
 
 
 @cache
-def _small_nm_kernel(key_dtype, magnitude_bits, levels, m):
+def _small_nm_kernel(key_dtype, magnitude_bits, is_first, m):
     as_key, word = np.dtype(key_dtype).type, _WORD[magnitude_bits]
     magnitude = as_key((1 << magnitude_bits) - 1)
-    key_bits = magnitude_bits + levels.bit_length()
     span = m * _SIDE_BY_SIDE
 
     @kernel()
     def nm(args, size):
-        n, mask, bits = args[0], array(args[1], size, np.uint8), array(args[2], size, word)
-        taken = array(args[3], size, np.uint8)
+        n, levels, key_bits = args[0], 0 if is_first else args[1], magnitude_bits if is_first else args[2]
+        mask, bits, taken = array(args[3], size, np.uint8), array(args[4], size, word), array(args[5], size, np.uint8)
         keys, columns = np.empty((m, _SIDE_BY_SIDE), as_key), np.empty((m, _SIDE_BY_SIDE), np.uint8)
         thresholds, counts = np.empty(_SIDE_BY_SIDE, as_key), np.empty(_SIDE_BY_SIDE, as_key)
         for start in range(0, size // span * span, span):
@@ -137,8 +137,8 @@ def nm_mask(mask, bits, dtype, taken, levels, n, m) -> None:
     word, magnitude_bits = _WORD[MAGNITUDE_BITS[dtype]], MAGNITUDE_BITS[dtype]
     span, steps = m * _SIDE_BY_SIDE if m <= _SMALL_M else m, []
     if bits.size >= span and m <= _SMALL_M:
-        side_by_side = _small_nm_kernel(_key_dtype(dtype, levels), magnitude_bits, levels, m)
-        steps.append(Step(side_by_side, (mask, bits, taken), (n,)))
+        side_by_side = _small_nm_kernel(_key_dtype(dtype, levels), magnitude_bits, levels == 0, m)
+        steps.append(Step(side_by_side, (mask, bits, taken), (n, levels, magnitude_bits + levels.bit_length())))
     elif bits.size >= span:
         ranking = nm_kernel(word, magnitude_bits, min(levels, 1), m)
         steps.append(Step(ranking, (mask, bits, taken), (n, first_guess(magnitude_bits))))
@@ -158,15 +158,15 @@ def _fill_keys(keys, bits, taken, magnitude, magnitude_bits, levels):
 
 
 @cache
-def _count_kernel(key_dtype, magnitude_bits, levels):
+def _count_kernel(key_dtype, magnitude_bits, is_first):
     as_key, word = np.dtype(key_dtype).type, _WORD[magnitude_bits]
     magnitude = np.uint32((1 << magnitude_bits) - 1)
 
     @kernel()
     def count(args, size):
         low, last, shift, bins = as_key(args[0]), as_key(args[1]), args[2], args[3]
-        counts, above = array(args[4], bins, np.int64), np.int64(0)
-        bits, taken = array(args[6], size, word), array(args[7], size, np.uint8)
+        counts, above, levels = array(args[4], bins, np.int64), np.int64(0), 0 if is_first else args[6]
+        bits, taken = array(args[7], size, word), array(args[8], size, np.uint8)
         scratch = np.zeros(_CHUNK, as_key)
         for start in range(0, size, _CHUNK):
             part, earlier = bits[start : start + _CHUNK], taken[start : start + _CHUNK]
@@ -196,9 +196,10 @@ def count_keys(counts, above, bits, dtype, taken, levels, low, high, shift) -> N
 
     For the key see nm_mask. counts, int64 [bins], and above, int64 [1], are added to.
     """
-    counting = _count_kernel(_key_dtype(dtype, levels), MAGNITUDE_BITS[dtype], levels)
+    counting = _count_kernel(_key_dtype(dtype, levels), MAGNITUDE_BITS[dtype], levels == 0)
     # `high` itself may be one more than a key can hold, so the kernel is given the last key that counts.
-    return [Step(counting, (bits, taken if levels else bits), (low, high - 1, shift, counts.size, counts, above))]
+    numbers = (low, high - 1, shift, counts.size, counts, above, levels)
+    return [Step(counting, (bits, taken if levels else bits), numbers)]
 
 
 @njit(nogil=True, inline="always")
@@ -220,14 +221,14 @@ def _compare(keys, least, magnitude, levels, mask):
 
 
 @cache
-def _threshold_kernel(key_dtype, magnitude_bits, levels):
+def _threshold_kernel(key_dtype, magnitude_bits, is_first):
     as_key, word = np.dtype(key_dtype).type, _WORD[magnitude_bits]
     magnitude = as_key((1 << magnitude_bits) - 1)
 
     @kernel()
     def threshold(args, size):
-        least, ties, mask = as_key(args[0]), array(args[1], 1, np.int64), array(args[2], size, np.uint8)
-        bits, taken = array(args[3], size, word), array(args[4], size, np.uint8)
+        least, ties, levels = as_key(args[0]), array(args[1], 1, np.int64), 0 if is_first else args[2]
+        mask, bits, taken = array(args[3], size, np.uint8), array(args[4], size, word), array(args[5], size, np.uint8)
         scratch, left, has_value = np.empty(_CHUNK, as_key), ties[0], np.uint8(as_key(least & magnitude) > as_key(0))
         for start in range(0, size, _CHUNK):
             part, earlier = bits[start : start + _CHUNK], taken[start : start + _CHUNK]
@@ -258,8 +259,8 @@ def threshold_mask(mask, bits, dtype, taken, levels, least, ties) -> None:
 
     A tie that is zero is counted, though not kept: it is among those that rank first.
     """
-    comparing = _threshold_kernel(_key_dtype(dtype, levels), MAGNITUDE_BITS[dtype], levels)
-    return [Step(comparing, (mask, bits, taken if levels else mask), (least, ties))]
+    comparing = _threshold_kernel(_key_dtype(dtype, levels), MAGNITUDE_BITS[dtype], levels == 0)
+    return [Step(comparing, (mask, bits, taken if levels else mask), (least, ties, levels))]
 
 
 # --- what was drawn and not ranked ----------------------------------------------------------------
