@@ -4,8 +4,9 @@ A results file is lm-eval's own document, so `lm_eval.utils.make_table` reads it
 people compare), `provenance` (what was scored, and how) and `items` (every question's score; see items.py).
 """
 
+import contextlib
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from common.errors import DataError
@@ -32,8 +33,17 @@ def provenance(model: str, identity: str, eval_recipe: EvalRecipe, tasks: list[s
         "limit": eval_recipe.config.get("limit"),
         "model_args": eval_recipe.model_args,
         "command": sys.argv,
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": _versions(),
     }
+
+
+def _versions() -> dict[str, str | None]:
+    """None for a package that is not installed: what streams needs no mergekit, and hours of scoring no version."""
+    found = dict.fromkeys(PACKAGES)
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def with_summary(document: dict, name: str, origin: dict) -> dict:

@@ -4,6 +4,7 @@ reused.
 
 import json
 import shutil
+from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from conftest import save_tasks
 
 import merge_and_evaluate_7b as script
 from common.errors import DataError
-from merge_and_evaluate import scoring
+from merge_and_evaluate import results, scoring
 from merge_and_evaluate.eval_settings import members, part_of_recipe
 from merge_and_evaluate.recipes import read_recipe, with_models
 
@@ -285,3 +286,17 @@ def test_a_task_whose_package_is_missing_is_refused(here):
         r".for tasks of lm-eval's own leaderboard: pip install 'lm_eval\[math,ifeval\]'\)$",
     ):
         dry_run()
+
+
+def test_a_score_is_not_lost_for_a_version(here, monkeypatch):
+    """Without mergekit, which what streams does not need; the others' versions are recorded all the same."""
+    real = results.version
+
+    def version(name):
+        if name == "mergekit":
+            raise PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(results, "version", version)
+    found = score("--device", "cpu")["provenance"]["versions"]
+    assert found["mergekit"] is None and found["lm_eval"] == real("lm_eval")
