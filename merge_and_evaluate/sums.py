@@ -113,9 +113,9 @@ def _interleaved(rows, i):
 
 
 @_njit()
-def _sum_last(rows, total):
-    """total = the interleaved sums of the rows, for a tensor's last columns."""
-    for i in range(total.size):
+def _sum_last(rows, in_order, total):
+    """The last columns, from `in_order` on, once more: total = the interleaved sums of the rows."""
+    for i in range(in_order, total.size):
         total[i] = _interleaved(rows, i)
 
 
@@ -187,20 +187,28 @@ def _flipped(value, sign):
     return float32_of_bits(np.uint32(bits_of_float32(value) ^ sign))
 
 
-@_njit()
-def _rows(models):
-    """Room for a chunk of each model, in twos: a last row that no model fills is zeros, which changes no sum."""
-    return np.zeros(((models + 1) // 2 * 2, _CHUNK), np.float32)
+def _even(models):
+    """Rows are summed in twos: to an odd number of models comes a row of zeros, which changes no sum."""
+    return models + models % 2
 
 
 @_njit()
-def _form_differences(args, first, masks, kinds, factors, start, below, rows):
+def _rows(even):
+    """Room for a chunk of each model; the last row is zeros."""
+    rows = np.empty((even, _CHUNK), np.float32)
+    for i in range(_CHUNK):
+        rows[even - 1, i] = 0
+    return rows
+
+
+@_njit()
+def _form_differences(args, first, masks, kinds, scales, weights, start, below, rows):
     """rows[j] = (model j − base) · its scale · its weight, +0.0 where its mask drops.
 
-    args[first + j]: where model j is; args[masks + j], unless masks is 0: its mask; factors: scales, weights.
+    args[first + j]: where model j is; args[masks + j], unless masks is 0: its mask.
     """
     for j in range(kinds.size):
-        row, scale, weight = rows[j][: below.size], factors[0, j], factors[1, j]
+        row, scale, weight = rows[j][: below.size], scales[j], weights[j]
         _widen(args[first + j], kinds[j], start, row)
         if masks:
             mask = array(args[masks + j] + start, row.size, np.uint8)
@@ -244,9 +252,9 @@ def _elect(rows, weights, total, votes):
 
 
 @_njit()
-def _elect_last(rows, weights, total, votes):
-    """The same sums, interleaved. Rows are used up."""
-    for i in range(total.size):
+def _elect_last(rows, weights, in_order, total, votes):
+    """The same sums from column `in_order` on, interleaved. Rows are used up there."""
+    for i in range(in_order, total.size):
         sign = bits_of_float32(total[i]) & _SIGN
         for j in range(rows.shape[0]):
             rows[j, i] = max(_flipped(rows[j, i], sign), np.float32(0))
@@ -278,26 +286,24 @@ def _delta_kernel():
     def delta_sum(args, size):
         models, are_masked, elect, by_votes = args[0], args[1], args[2], args[3]
         in_order, kinds = args[4] - args[8], array(args[5], models + 2, np.int64)
-        factors, common = array(args[6], 2 * models, np.float32), array(args[7], 2, np.float32)
-        factors, divisor, scale = factors.reshape((2, models)), common[0], common[1]
+        even = models + models % 2
+        scales, weights = array(args[6], models, np.float32), array(args[7], even + 2, np.float32)
+        divisor, scale = weights[even], weights[even + 1]
         out, base, first = args[9], args[10], 11
         masks = first + models if are_masked else 0
-        finite, scratch, rows = True, np.empty((3, _CHUNK), np.float32), _rows(models)
-        weights = np.zeros(rows.shape[0], np.float32)
-        weights[:models] = factors[1]
+        finite, scratch, rows = True, np.empty((3, _CHUNK), np.float32), _rows(even)
         for start in range(0, size, _CHUNK):
             stop = min(_CHUNK, size - start)
             below, total, votes = scratch[0][:stop], scratch[1][:stop], scratch[2][:stop]
             plain = min(max(in_order - start, 0), stop)
-            last = rows[:models, plain:stop], total[plain:]
             _widen(base, kinds[1], start, below)
-            _form_differences(args, first, masks, kinds[2:], factors, start, below, rows)
+            _form_differences(args, first, masks, kinds[2:], scales, weights, start, below, rows)
             _sum(rows, total)
-            _sum_last(*last)
+            _sum_last(rows[:models], plain, total)
             if elect:
                 finite &= _all_finite(total)  # a NaN agrees with nobody: it would be lost in what follows
                 _elect(rows, weights, total, votes)
-                _elect_last(last[0], weights, last[1], votes[plain:])
+                _elect_last(rows[:models], weights, plain, total, votes)
             if divisor != np.float32(1):
                 for i in range(stop):
                     total[i] /= divisor
@@ -327,11 +333,12 @@ def delta_sum(out: Block, base: Block, models: list[Block], rule: Rule, place: t
     if abs(divisor) < np.float32(1e-8):
         divisor = np.float32(1)
     masks = [] if masks is None else list(masks)
-    factors = np.array([rule.scales or [1.0] * len(models), rule.weights], np.float32)
+    scales = np.array(rule.scales or [1.0] * len(models), np.float32)
+    weights = np.zeros(_even(len(models)) + 2, np.float32)
+    weights[: len(models)], weights[-2:] = rule.weights, (divisor, rule.scale)
     elements = (at, *(block.bits for block in (out, base, *models)), *masks)
     numbers = (len(models), len(masks), int(rule.elect), int(rule.elect and rule.normalize))
-    common = np.array([divisor, rule.scale], np.float32)
-    others = (*numbers, in_order(numel), kinds_of(out, base, *models), factors, common)
+    others = (*numbers, in_order(numel), kinds_of(out, base, *models), scales, weights)
     return [Step(_delta_kernel(), elements, others)]
 
 
@@ -366,11 +373,11 @@ def _add_agreed(below, rows, ones, total, count):
 def _vector_kernel():
     @_kernel()
     def vector_sum(args, size):
-        vectors, consensus, kinds = args[0], args[1], array(args[2], args[0] + 2, np.int64)
+        vectors, even, consensus, kinds = args[0], args[0] + args[0] % 2, args[1], array(args[2], args[0] + 2, np.int64)
         weights, finite = array(args[3], vectors, np.float32), True
         out, base, first = args[4], args[5], 6  # args[first + j]: where vector j is; behind them all, their masks
-        scratch, rows = np.empty((3, _CHUNK), np.float32), _rows(vectors)
-        ones = np.ones(rows.shape[0], np.float32)
+        scratch, rows, ones = np.empty((3, _CHUNK), np.float32), _rows(even), np.empty(even, np.float32)
+        ones[:] = 1
         for start in range(0, size, _CHUNK):
             stop = min(_CHUNK, size - start)
             below, total, count = scratch[0][:stop], scratch[1][:stop], scratch[2][:stop]

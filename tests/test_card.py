@@ -80,7 +80,7 @@ def test_the_card_of_a_merge_of_pruned_models_says_how_they_were_pruned(here, en
         extract_task_vector_7b.main(paths)
     vectors = ["--task_vector_path1", "vector_wild", "--task_vector_path2", "vector_west"]
     saves = ["--save_directory1", "pruned_wild", "--save_directory2", "pruned_west"]
-    prune_task_vector_7b.main([*vectors, *saves, "--n", "2", "--m", "8"])
+    prune_task_vector_7b.main([*vectors, *saves, "--n", "1", "--m", "4"])
     models = ["--base_model", "base", "--models", "pruned_wild", "pruned_west"]
     flags = ["--recipe", "recipe.yml", *models, "--merge_only", "--save_path", "out", "--engine", engine]
     merge_and_evaluate_7b.main(flags)
@@ -89,4 +89,4 @@ def test_the_card_of_a_merge_of_pruned_models_says_how_they_were_pruned(here, en
     share = f"{100 * report['totals']['l2_share']:.1f} %"
     (line,) = [line for line in text.splitlines() if line.startswith("| `./pruned_west`")]
     assert share in line and "| 0.00 % |" in line
-    assert "- `./pruned_west`: n:m, 2 of every 8, conflict-aware, number 2 of 2" in text
+    assert "- `./pruned_west`: n:m, 1 of every 4, conflict-aware, number 2 of 2" in text

@@ -24,6 +24,7 @@ def test_probes_hold_what_devices_get_wrong(dtype):
     assert (bits == 0).any() and (bits == 1 << width - 1).any() and (bits & exponent != exponent).all()
 
 
+@pytest.mark.slow  # compiles every kernel for every dtype
 @pytest.mark.parametrize("name", ["add_kept", "keep_vector"])
 def test_a_device_that_flushes_subnormals_is_refused(name):
     arithmetic = engine("cpu")

@@ -6,6 +6,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from checkpoints import chain, prune_arguments, run
+from conftest import first_quick
 from hypothesis import given, settings
 from masks_by_block import masks_by_block
 from test_engines import pruned, values
@@ -117,7 +118,7 @@ def test_sampled_scopes_are_the_oracles(code, aware, small_samples):
         expect_oracle("magnitude", vectors, code, 100, 300, aware, block=64)
 
 
-@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
+@pytest.mark.parametrize("dtype", first_quick("F16", "BF16", "F32"))
 @pytest.mark.parametrize("conflict_aware", [True, False])
 def test_sampled_scopes_on_torch(dtype, conflict_aware, small_samples):
     vectors, base = [values(dtype, 2311, seed) for seed in (1, 2, 3)], values(dtype, 2311, 4)

@@ -45,10 +45,12 @@ def bracket(sample: np.ndarray, share: float, top: int) -> tuple[int, int]:
 class Search:
     """For the threshold that exactly k keys pass, all of them below `top`; low:high is where to look first.
 
-    while search.threshold is None:
-        …  # add to search.counts how many keys there are from `low` to below `high`, in each bin of 2**shift keys,
-        …  # and to search.above how many are `high` and more
-        search.narrow()
+        while search.threshold is None:
+            …                     # count the keys from search.low on, as said below
+            search.narrow()
+
+    counts, int64: how many keys are in each bin of 2**shift keys from `low` to below `high`; above, int64 [1]: how many
+    are `high` and more. Both are zeros to be added to.
     """
 
     def __init__(self, k: int, low: int, high: int, top: int, bins: int = _BINS):
@@ -125,7 +127,7 @@ class Scope:
 
         scan(which, spans, do): do(engine, start, bits of each vector of `which`) for every block, blocks of `step`
         elements in order; peek(j, start, stop) -> bits of vector j, a small part from anywhere. The threshold search
-        decides what is read, and how often: hence callbacks.
+        decides what is read, and how often: hence callbacks. Vectors that do not depend on each other share a pass.
         """
         together = 1 if self._conflict_aware else _TOGETHER
         for first in range(0, len(self._ks), together):
