@@ -5,11 +5,11 @@
 
 The copy is `cat` of each input that is only read to nowhere and of as many inputs as there are outputs to new
 files, then `sync`. Where the inputs take less than half of the memory they are read once before each run, ours and the
-copy's, untimed, so that both find them in the page cache; larger ones are evicted from it before each run, so that both
-read them from disk. Ratios are medians over the pairs, so a disk that is slow today is slow for both. Peak memory is
-the largest resident set of the process as the kernel reports it (wait4), imports and mapped files included. The usual
-way (for prune nm benchmarks/in_memory.py, for task arithmetic mergekit-yaml) is run once, where it fits into memory.
-Models are made on the spot, and removed when they are no longer needed.
+copy's, untimed, so that both find them in the page cache; larger ones both read from disk. Ratios are medians over the
+pairs, so a disk that is slow today is slow for both. Peak memory is the largest resident set of the process as the
+kernel reports it (wait4), imports and mapped files included. The usual way (for prune nm benchmarks/in_memory.py, for
+task arithmetic mergekit-yaml) is run once, where it fits into memory. Models are made on the spot, and removed when
+they are no longer needed.
 """
 
 import argparse
@@ -143,17 +143,6 @@ def copy_command(row: dict) -> list[str]:
     return ["sh", "-c", "set -e; " + "; ".join([*lines, "sync"])]
 
 
-def in_page_cache(inputs: list[Path], wanted: bool) -> None:
-    """Have all of the inputs there, or nothing of them: what an earlier run left there would be half of a large one."""
-    if wanted:
-        timed(["cat", *inputs])
-        return
-    for path in inputs:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
-
-
 def measure(row: dict, pairs: int) -> dict:
     """Medians over pairs of (ours, copy), after one run of each to compile kernels, where the inputs fit into
     memory."""
@@ -161,7 +150,7 @@ def measure(row: dict, pairs: int) -> dict:
     size = {path: path.stat().st_size for path in inputs}
     moved = sum(size.values()) + sum(size[path] for path in inputs if path.parent in row["copies"])
     fits = sum(size.values()) < MEMORY / 2
-    rows = []
+    warm, rows = ["cat", *inputs] if fits else ["true"], []
     # Pair 0 is not counted: kernels are compiled in it. For a large model it would take minutes, and its kernels are
     # there already if a smaller one was measured before.
     for number in range(0 if fits else 1, pairs + 1):
@@ -169,7 +158,7 @@ def measure(row: dict, pairs: int) -> dict:
         for command in ([sys.executable, *row["command"]], copy_command(row)):
             remove(row["outputs"])
             os.sync()
-            in_page_cache(inputs, fits)
+            timed(warm)
             figures += timed(command)
         if number:
             rows.append((figures[0], figures[2], figures[0] / figures[2], figures[1]))
