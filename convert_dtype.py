@@ -37,6 +37,7 @@ from common.shards.verify import write_convert_report
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # Every flag has a default: the README that this collection mirrors runs the script without any.
     parser.add_argument(
         "--model_path",
         type=cli.path_or_hub_id,

@@ -81,6 +81,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument(
         "--save_path", type=cli.path, required=True, metavar="DIR", help="where to write the task vector"
     )
+    # Not the models' own dtype: a bfloat16 model minus a float16 base would leave rounding noise in the vector.
     parser.add_argument(
         "--dtype",
         choices=sorted(DTYPE_CODES),

@@ -89,6 +89,7 @@ def add_vector_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_pruning_flags(parser: argparse.ArgumentParser) -> None:
     """How it is pruned."""
+    # Some defaults are only in the help: settle() fills them in, which must know what was given.
     add = parser.add_argument_group("pruning").add_argument
     add("--pruning_method", choices=["nm", "random", "magnitude"], default="nm", help="default: nm")
     add("--n", type=cli.positive_int, help="nm: elements to KEEP of every m (default: 64)")

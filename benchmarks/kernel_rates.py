@@ -33,7 +33,7 @@ def rates_on_cpu() -> dict[str, float]:
         tensor = torch.from_numpy(values)
         return nm_mask(tensor * ~nm_mask(tensor, 64, 256), 64, 256)
 
-    def best(call, repeats):
+    def best(call, repeats):  # the shortest time: what else the machine does can only add to it
         times = []
         for _ in range(repeats):
             start = time.perf_counter()

@@ -16,6 +16,8 @@ SWEEPS = {"weights", "weight_grid", "search"}  # each tries several weights
 
 def _everyday_flags(parser: argparse.ArgumentParser) -> None:
     """What is merged, what is scored, where it goes."""
+    # Here and below defaults are only in the help: parsed() fills them in, once it has refused what does not go with
+    # what was given.
     add = parser.add_argument_group("every day").add_argument
     add(
         "--recipe",

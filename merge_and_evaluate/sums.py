@@ -13,7 +13,8 @@ Differs from mergekit: where a sum of differences is zero the base's own bits ar
 +0.0 there.
 
 Widening and storing are written here again, chunk by chunk: numba's cache does not notice a change in another file's
-compiled functions (common/pruners/kernels/bits.py holds what never changes).
+compiled functions (common/pruners/kernels/bits.py holds what never changes). No array is reshaped or assigned to a part
+of another: for the error that may raise numba compiles its text formatting, which doubles a kernel's time to compile.
 """
 
 from functools import cache, partial
@@ -187,17 +188,14 @@ def _flipped(value, sign):
     return float32_of_bits(np.uint32(bits_of_float32(value) ^ sign))
 
 
-def _even(models):
-    """Rows are summed in twos: to an odd number of models comes a row of zeros, which changes no sum."""
-    return models + models % 2
-
-
 @_njit()
-def _rows(even):
-    """Room for a chunk of each model; the last row is zeros."""
-    rows = np.empty((even, _CHUNK), np.float32)
-    for i in range(_CHUNK):
-        rows[even - 1, i] = 0
+def _rows(models):
+    """Room for a chunk of each model. Rows are summed in twos: an odd number gets a last one of zeros, which changes no
+    sum.
+    """
+    rows = np.empty((models + models % 2, _CHUNK), np.float32)
+    for i in range(_CHUNK):  # of the last row; where it is a model's it is written over
+        rows[rows.shape[0] - 1, i] = 0
     return rows
 
 
@@ -285,13 +283,13 @@ def _delta_kernel():
     @_kernel()
     def delta_sum(args, size):
         models, are_masked, elect, by_votes = args[0], args[1], args[2], args[3]
-        in_order, kinds = args[4] - args[8], array(args[5], models + 2, np.int64)
-        even = models + models % 2
-        scales, weights = array(args[6], models, np.float32), array(args[7], even + 2, np.float32)
-        divisor, scale = weights[even], weights[even + 1]
-        out, base, first = args[9], args[10], 11
+        in_order, kinds = args[4] - args[9], array(args[5], models + 2, np.int64)
+        finite, scratch, rows = True, np.empty((3, _CHUNK), np.float32), _rows(models)
+        scales, weights = array(args[6], models, np.float32), array(args[7], rows.shape[0], np.float32)
+        common = array(args[8], 2, np.float32)
+        divisor, scale = common[0], common[1]
+        out, base, first = args[10], args[11], 12
         masks = first + models if are_masked else 0
-        finite, scratch, rows = True, np.empty((3, _CHUNK), np.float32), _rows(even)
         for start in range(0, size, _CHUNK):
             stop = min(_CHUNK, size - start)
             below, total, votes = scratch[0][:stop], scratch[1][:stop], scratch[2][:stop]
@@ -331,14 +329,15 @@ def delta_sum(out: Block, base: Block, models: list[Block], rule: Rule, place: t
     shared = rule.normalize and not rule.elect
     divisor = sum_of_weights(rule.weights) if shared else np.float32(1)
     if abs(divisor) < np.float32(1e-8):
-        divisor = np.float32(1)
+        divisor = np.float32(1)  # as mergekit does: weights that cancel are not normalised
     masks = [] if masks is None else list(masks)
     scales = np.array(rule.scales or [1.0] * len(models), np.float32)
-    weights = np.zeros(_even(len(models)) + 2, np.float32)
-    weights[: len(models)], weights[-2:] = rule.weights, (divisor, rule.scale)
+    weights = np.zeros(len(models) + len(models) % 2, np.float32)  # one for each of the kernel's rows
+    weights[: len(models)] = rule.weights
     elements = (at, *(block.bits for block in (out, base, *models)), *masks)
     numbers = (len(models), len(masks), int(rule.elect), int(rule.elect and rule.normalize))
-    others = (*numbers, in_order(numel), kinds_of(out, base, *models), scales, weights)
+    common = np.array([divisor, rule.scale], np.float32)
+    others = (*numbers, in_order(numel), kinds_of(out, base, *models), scales, weights, common)
     return [Step(_delta_kernel(), elements, others)]
 
 
@@ -373,10 +372,11 @@ def _add_agreed(below, rows, ones, total, count):
 def _vector_kernel():
     @_kernel()
     def vector_sum(args, size):
-        vectors, even, consensus, kinds = args[0], args[0] + args[0] % 2, args[1], array(args[2], args[0] + 2, np.int64)
+        vectors, consensus, kinds = args[0], args[1], array(args[2], args[0] + 2, np.int64)
         weights, finite = array(args[3], vectors, np.float32), True
         out, base, first = args[4], args[5], 6  # args[first + j]: where vector j is; behind them all, their masks
-        scratch, rows, ones = np.empty((3, _CHUNK), np.float32), _rows(even), np.empty(even, np.float32)
+        scratch, rows = np.empty((3, _CHUNK), np.float32), _rows(vectors)
+        ones = np.empty(rows.shape[0], np.float32)
         ones[:] = 1
         for start in range(0, size, _CHUNK):
             stop = min(_CHUNK, size - start)

@@ -51,11 +51,10 @@ def test_threshold_from_any_guess(data):
     search, passed = Search(k, low, high, top), 0
     while search.threshold is None:
         passed += 1
-        assert 0 <= search.low < search.high <= top and search.counts.size <= passes._BINS
+        assert 0 <= search.low < search.high <= top
         counts, above = count(keys, search.low, search.high, search.shift)
-        search.counts += counts
-        search.above += above
-        search.narrow()
+        assert len(counts) == search.bins <= passes._BINS
+        search.narrow(np.array(counts), above)
     if k == 0:
         assert search.threshold == Threshold(top - 1, 0) and passed == 0
         return
@@ -156,28 +155,51 @@ def test_one_pass_finds_the_threshold():
     assert sum(calls) == 2 * numel + 16 * 2048
 
 
-@pytest.mark.parametrize("vectors", [2, 3, 5])
-@pytest.mark.parametrize("aware", [True, False])
-def test_vectors_that_do_not_depend_on_each_other_share_a_pass(vectors, aware, small_samples):
-    """Two at a time; where a vector's ranking depends on the earlier ones they are found, and read, one by one."""
-    tensors, scans, dtypes = [values("F16", 2000, seed) for seed in range(vectors)], [], ["F16"] * vectors
-    masks = Masks([Pruning("magnitude", 0.25, conflict_aware=aware)] * vectors, "x", dtypes, 2000, kernels, 300)
+def passes_over(vectors: list[np.ndarray], dtype: str, aware: bool, block: int) -> list[list[int]]:
+    """Which vectors each pass reads while magnitude's thresholds are found."""
+    prunings, numel = [Pruning("magnitude", 0.25, conflict_aware=aware)] * len(vectors), vectors[0].size
+    masks = Masks(prunings, "x", [dtype] * len(vectors), numel, kernels, block)
+    scans = []
 
     def read(j, start, stop):
-        return tensors[j][start:stop]
+        return vectors[j][start:stop]
 
     def scan(which, spans, do):
         scans.append(list(which))
         masks.scanning(read)(which, spans, do)
 
     masks.find_thresholds(scan, read)
-    read_at_first = list(dict.fromkeys(map(tuple, scans)))
-    if aware:
-        assert read_at_first == [tuple(range(j + 1)) for j in range(vectors)]
-    else:
-        together = [tuple(range(j, min(j + 2, vectors))) for j in range(0, vectors, 2)]
-        assert [which for which in read_at_first if which in together] == together
-        assert all(set(which) <= set(next(each for each in together if which[0] in each)) for which in read_at_first)
+    return scans
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_vector_that_depends_on_none_shares_the_pass(count, small_samples):
+    vectors = [values("F16", 2000, seed) for seed in range(count)]
+    assert passes_over(vectors, "F16", False, 300)[0] == list(range(count))
+    alone = passes_over(vectors, "F16", True, 300)
+    assert list(dict.fromkeys(map(tuple, alone))) == [tuple(range(j + 1)) for j in range(count)]
+
+
+@pytest.mark.parametrize("room, together", [(768, [[0, 1, 2]]), (767, [[0, 1], [2]]), (1, [[0], [1], [2]])])
+def test_a_pass_has_room_for_so_many_bins(room, together, monkeypatch):
+    """What does not fit beside others is counted after them, and what does not fit at all is counted alone."""
+    monkeypatch.setattr(passes, "_LARGE_BINS", room)
+    searches, found = {j: Search(1, 0, 1 << 15, 1 << 15, most=256) for j in range(3)}, []
+    while searches:
+        found.append(list(passes._that_fit(searches)))
+        searches = {j: search for j, search in searches.items() if j not in found[-1]}
+    assert found == together
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "tails, together", [("normal", [[0, 1]]), ("laplace", [[0, 1]]), ("standard_cauchy", [[0], [1]])]
+)
+def test_heavy_tails_take_no_second_pass(tails, together):
+    """Float32 keys of a tensor as large as k_proj: each threshold is found in the first pass over it."""
+    rng = np.random.default_rng(0)
+    vectors = [getattr(rng, tails)(size=1 << 22).astype(np.float32).view(np.uint32) for _ in range(2)]
+    assert passes_over(vectors, "F32", False, kernels.BLOCK) == together
 
 
 @pytest.mark.parametrize("method", ["nm", "random", "magnitude"])

@@ -12,10 +12,11 @@ import numpy as np
 from common.shards.blocks import blocks
 
 _PIECES, _PIECE = 16, 2048  # a sample: so many pieces, evenly spaced, of so many elements
-# Keys are counted in at most so many bins. A sample's bracket holds some 400 000 float32 keys, in as many bins the
-# first pass over a large scope finds the threshold itself; in a small one that many would cost more than another pass.
-_BINS, _LARGE_BINS, _LARGE = 1 << 16, 1 << 19, 1 << 22
-_TOGETHER = 2  # vectors that are counted in one pass, where they do not depend on each other: 4 MB of bins each
+# Keys are counted in at most so many bins. A sample's bracket holds 300,000 float32 keys of normal values, and over
+# twice as many where tails are as heavy as Cauchy's: with a bin for each the first pass over a large scope finds the
+# threshold itself; in a small one that many would cost more than another pass. All vectors that share a pass have room
+# for so many together.
+_BINS, _LARGE_BINS, _LARGE = 1 << 16, 1 << 20, 1 << 22
 _ROW = 1024  # bins
 _ERRORS = 3  # standard errors to either side of where a sample puts the threshold
 
@@ -46,31 +47,31 @@ class Search:
     """For the threshold that exactly k keys pass, all of them below `top`; low:high is where to look first.
 
         while search.threshold is None:
-            …                     # count the keys from search.low on, as said below
-            search.narrow()
+            counts = …       # int64 [search.bins]: how many keys from `low` to below `high`, in bins of 2**shift keys
+            above = …        # how many keys are `high` and more
+            search.narrow(counts, above)
 
-    counts, int64: how many keys are in each bin of 2**shift keys from `low` to below `high`; above, int64 [1]: how many
-    are `high` and more. Both are zeros to be added to.
+    The bins are at most `most`.
     """
 
-    def __init__(self, k: int, low: int, high: int, top: int, bins: int = _BINS):
-        self._k, self._top, self._bins = k, top, bins
+    def __init__(self, k: int, low: int, high: int, top: int, most: int = _BINS):
+        self._k, self._top, self._most = k, top, most
         self.threshold = None if k else Threshold(top - 1, 0)
         self._look(low, high)
 
     def _look(self, low: int, high: int) -> None:
-        self.low, self.high, self.shift = low, high, ((high - low - 1) // self._bins).bit_length()
-        self.counts, self.above = np.zeros((high - low - 1 >> self.shift) + 1, np.int64), np.zeros(1, np.int64)
+        self.low, self.high, self.shift = low, high, ((high - low - 1) // self._most).bit_length()
+        self.bins = (high - low - 1 >> self.shift) + 1
 
-    def narrow(self) -> None:
+    def narrow(self, counts: np.ndarray, above: int) -> None:
         """Look where the counts say that the threshold must be, or find it."""
-        rank = self._k - int(self.above[0])
+        rank = self._k - above
         if rank <= 0:
             self._look(self.high, self._top)
-        elif rank > self.counts.sum():
+        elif rank > counts.sum():
             self._look(0, self.low)
         else:
-            number, before = _bin_of(self.counts, rank)
+            number, before = _bin_of(counts, rank)
             low = self.low + (number << self.shift)
             if self.shift == 0:
                 self.threshold = Threshold(low, rank - before)
@@ -109,6 +110,17 @@ def in_order(masks: list, conflict_aware: bool, engine) -> Iterator[tuple]:
             taken = mask if taken is None else room
 
 
+def _that_fit(searches: dict[int, Search]) -> dict[int, Search]:
+    """The first of these searches whose bins fit into the room for all of them, one at least."""
+    chosen, room = {}, _LARGE_BINS
+    for j, search in searches.items():
+        room -= search.bins
+        if chosen and room < 0:
+            break
+        chosen[j] = search
+    return chosen
+
+
 class Scope:
     """Elements start:stop of all vectors, of vector j of which the ks[j] that rank first are kept.
 
@@ -129,13 +141,12 @@ class Scope:
         elements in order; peek(j, start, stop) -> bits of vector j, a small part from anywhere. The threshold search
         decides what is read, and how often: hence callbacks. Vectors that do not depend on each other share a pass.
         """
-        together = 1 if self._conflict_aware else _TOGETHER
+        together = 1 if self._conflict_aware else len(self._ks)
         for first in range(0, len(self._ks), together):
-            numbers = range(first, min(first + together, len(self._ks)))
-            searches = {j: self._search(j, peek, step) for j in numbers}
-            while open_searches := {j: search for j, search in searches.items() if search.threshold is None}:
-                self._count(open_searches, scan, step)
-            self.thresholds += [searches[j].threshold for j in numbers]
+            searches = {j: self._search(j, peek, step) for j in range(first, first + together)}
+            while chosen := _that_fit({j: search for j, search in searches.items() if search.threshold is None}):
+                self._count(chosen, scan, step)
+            self.thresholds += [search.threshold for search in searches.values()]
         self.rewind()
 
     def rewind(self) -> None:
@@ -188,14 +199,16 @@ class Scope:
     def _count(self, searches: dict[int, Search], scan: Callable, step: int) -> None:
         """One pass for the searches of these vectors."""
         which = sorted({i for j in searches for i in self._earlier(j)})
+        counts = {j: (np.zeros(search.bins, np.int64), np.zeros(1, np.int64)) for j, search in searches.items()}
 
         def do(engine, _, vectors):
             block = dict(zip(which, vectors, strict=True))
             for j, search in searches.items():
                 ranked = self._ranked(j, [block[i] for i in self._earlier(j)], engine)
-                engine.count_keys(search.counts, search.above, *ranked, search.low, search.high, search.shift)
+                engine.count_keys(*counts[j], *ranked, search.low, search.high, search.shift)
 
         self.rewind()
         scan(which, blocks(self.stop, step, self.start), do)
-        for search in searches.values():
-            search.narrow()
+        for j, search in searches.items():
+            in_bins, above = counts[j]
+            search.narrow(in_bins, int(above[0]))
