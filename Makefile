@@ -28,7 +28,7 @@ real: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHON="$(CURDIR)/$(BIN)/python" bash examples/smollm2/run.sh
 
 test: setup lint
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest
 
 lint: setup
 	$(BIN)/ruff check .

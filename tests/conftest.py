@@ -12,6 +12,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
+def pytest_xdist_auto_num_workers(config) -> int | None:
+    """How many processes `-n auto` of pyproject.toml starts: xdist's own choice for the whole suite, none where files
+    are named, since each process spends ten seconds on imports before its first test."""
+    return 0 if any(".py" in argument for argument in config.args) else None
+
+
 def _cuda_is_there() -> bool:
     import torch
 

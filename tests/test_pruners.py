@@ -144,14 +144,17 @@ def test_blocks_do_not_change_masks(method):
         assert all(our_masks(pruning, vectors, "F16", block=block) == whole for block in (4, 30, 101, 1024))
 
 
-def test_topk_agrees_on_distinct_values():
+@pytest.mark.parametrize("dtype", first_quick("F16", "F32"))
+def test_topk_agrees_on_distinct_values(dtype):
     """torch.topk keeps the same where no two magnitudes are equal."""
-    vector = torch.randperm(2560, generator=torch.Generator().manual_seed(0)).float() * 0.37 - 400
+    order = torch.randperm(2560, generator=torch.Generator().manual_seed(0))
+    patterns = {"F16": (order * 12 + 1).short().view(torch.float16), "F32": order.float() * 0.37 + 0.1}[dtype]
+    vector = torch.where(order % 3 == 0, -patterns, patterns)
     for n, m in ((1, SMALL), (200, LARGE)):
-        want = torch.zeros(2560 // m, m).scatter_(1, vector.abs().view(-1, m).topk(n).indices, 1).bool()
-        assert our_masks(pruning_of("nm", n, m, True), [vector], "F32") == [want.flatten().tolist()]
-    kept = torch.zeros(2560).scatter_(0, vector.abs().topk(640).indices, 1).bool()
-    assert our_masks(Pruning("magnitude", 0.25), [vector], "F32") == [kept.tolist()]
+        want = torch.zeros(2560 // m, m).scatter_(1, vector.float().abs().view(-1, m).topk(n).indices, 1).bool()
+        assert our_masks(pruning_of("nm", n, m, True), [vector], dtype) == [want.flatten().tolist()]
+    kept = torch.zeros(2560).scatter_(0, vector.float().abs().topk(640).indices, 1).bool()
+    assert our_masks(Pruning("magnitude", 0.25), [vector], dtype) == [kept.tolist()]
 
 
 # --- random ---------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ def file_of(module: str) -> Path | None:
     return next((file for file in found if file.is_file()), None)
 
 
+@cache
 def imports(file: Path) -> set[str]:
     """The repository's modules that a file imports, at its top or in a function: from common import cli ->
     common.cli."""
