@@ -65,6 +65,7 @@ DEFAULTS = {"n": 64, "m": 256, "sparsity_level": 0.75, "seed": 0}
 
 def add_vector_flags(parser: argparse.ArgumentParser) -> None:
     """What is pruned and where to write it."""
+    # The numbered flags are the reference's, the lists are for another number of vectors; settle() makes one of both.
     add = parser.add_argument_group("vectors, in the order they are pruned").add_argument
     add("--task_vector_path1", type=cli.path_or_hub_id, metavar="DIR", help="first task vector; pruned as if alone")
     add("--task_vector_path2", type=cli.path_or_hub_id, metavar="DIR", help="second task vector")

@@ -72,6 +72,7 @@ def _one_bar():
     import lm_eval.api.task
     from transformers.utils import logging as of_transformers
 
+    # In each module, since each took the name at its import.
     places = (lm_eval.api.task, lm_eval.api.model)
     bars = [place.tqdm for place in places]
     for place in places:

@@ -88,6 +88,7 @@ def fillable(state: dict, parameters: dict, merge) -> tuple[dict, str | None]:
             return {}, f"tensor {name!r} is loaded as {tensor.dtype} {list(tensor.shape)}"
         if tensor.is_meta:
             return {}, f"tensor {name!r} does not fit into memory"
+    # By address: nothing else says that two names are one tensor. An empty tensor has no address of its own.
     places = {name: state[name].data_ptr() for name in named if state[name].numel()}
     filled = set(places.values())
     if len(filled) < len(places):
@@ -145,7 +146,7 @@ def loaded_model(recipe: EvalRecipe, merge_plan: MergePlan, settings: MergeSetti
         lm = _load(recipe, Path(place))
         tensors, reason = fillable(lm.model.state_dict(), dict(lm.model.named_parameters()), merge)
         if reason:
-            del lm
+            del lm  # before the yield: candidates are now written and loaded one by one, and would find no memory
             _free()
             yield None, reason
             return

@@ -111,6 +111,7 @@ def find_thresholds(how: TensorMerge, masks: Masks, readers: list[Reader]) -> li
             refuse(how, [readers[0], model], [base, bits])
         return out
 
+    # A callback, since only the search knows what to count in which pass; how blocks are read is this function's.
     def scan(which, spans, do) -> None:
         read = [readers[0], *(readers[1 + j] for j in which)]
 

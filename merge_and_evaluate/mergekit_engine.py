@@ -151,6 +151,7 @@ def check_complete(directory: Path, merge_plan) -> None:
         and (tensor.name not in written or written[tensor.name].shape != tensor.shape)
     ]
     if missing:
+        # By kind: of 32 layers one line says more than 32.
         patterns = Counter(re.sub(r"\d+", "*", name) for name in missing)
         some = ", ".join(f"{pattern} ({count})" for pattern, count in patterns.most_common(4))
         raise DataError(

@@ -62,6 +62,7 @@ def draw_overview(documents: Mapping[Choice, dict], chosen: Choice, path: Path, 
     figure = Figure(figsize=(8.5, 7.5 if golds else 5), layout="constrained")
     *above, axis = figure.subplots(1 + bool(golds), sharex=True, squeeze=False)[:, 0]
     tasks = [task for document in documents.values() for task in document["summary"]["tasks"].values()]
+    # Percent only for shares: a perplexity or a count is none.
     scale = 100 if all(0 <= task["value"] <= 1 for task in tasks) else 1
     draw = _draw_recipes if len(chosen.weights) == 1 and chosen.recipe else _draw_tasks
     place = draw(axis, documents, chosen, scale)

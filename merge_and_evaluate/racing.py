@@ -187,7 +187,7 @@ def summary_of(field: Field, entry: dict) -> dict:
     for row in rows:
         strata = [stratum for stratum in field.plan.strata if stratum.row == row]
         parts = [_mean_and_stderr(entry["items"][stratum.name]["value"]) for stratum in strata]
-        shares = [stratum.weight * len(rows) for stratum in strata]
+        shares = [stratum.weight * len(rows) for stratum in strata]  # weights add up to 1 over all rows
         known = None not in [stderr for _, stderr in parts]
         tasks[row] = {
             "metric": field.metrics[strata[0].name],

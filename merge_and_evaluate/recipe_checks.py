@@ -182,5 +182,5 @@ def check_method(path: str, config: dict) -> None:
         missing = [name for name in needed if parameters.get(name) in (None, [])]
         if missing and config.get("models") and where != f"model {model_path(config.get('base_model'))}":
             raise DataError(f"{path}: {where} has no {missing[0]}; merge_method {method.spec.name} needs one per model")
-    if method.spec.name == "cabs":
+    if method.spec.name == "cabs":  # last: n and m are compared with each other, so each must be a number by now
         _check_counts(path, method, holders)

@@ -49,7 +49,7 @@ def with_models(recipe: Recipe, base_model: str | None, models: list[str] | None
     if base_model is None and models is None:
         return recipe
     old_base, others = model_path(recipe.config.get("base_model")), model_paths(recipe.config)
-    others = [path for path in others if path != old_base]
+    others = [path for path in others if path != old_base]  # linear lists the base among its models
     if models is not None and len(models) != len(others):
         raise DataError(
             f"{recipe.path}: --models names {len(models)} and the recipe has {len(others)} ({', '.join(others)}); "

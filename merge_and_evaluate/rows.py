@@ -42,6 +42,7 @@ def settings_of(document: dict) -> dict:
     others = {k: v for k, v in model_args.items() if k not in ("pretrained", "dtype")} if known else {}
     template = document.get("chat_template_sha")
     instruction = document.get("system_instruction_sha")
+    # None and "none" differ: a file that does not say is not told apart from another, one without a template is.
     return {
         "limit": limit_of(document),
         "dtypes": str(dtype).removeprefix("torch.") if dtype else None,

@@ -133,7 +133,7 @@ def score(scoring: Scoring, model: Model, path: Path, **chosen) -> dict | None:
     if recipe.config.get("log_samples"):
         for written in write_samples(path, document.get("samples", {})):
             print(f"wrote {written}")
-    write_results(path, result)
+    write_results(path, result)  # after the samples: where this file is, scoring is complete
     _put_into_card(model, result)
     return result
 

@@ -94,6 +94,7 @@ def search(sweep: Sweep, making: Making, searched: Searched) -> Outcome:
             trials.append(Trial(weights, value))
             documents[candidate] = document
             tried.append(record_of(candidate, document, value) | {"generation": proposal.generation})
+            # best() of all, not a comparison with the last: of equal values the one tried first stays.
             is_best = best(trials).weights == weights
             worse = kept if is_best else candidate
             kept = candidate if is_best else kept

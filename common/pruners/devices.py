@@ -33,6 +33,7 @@ def _results(arithmetic, dtype: str) -> np.ndarray:
     out = []
 
     def read(j, start, stop):
+        # A copy, because torch shares memory with numpy on a CPU, and the probes must be the same for every method.
         return arithmetic.load(vectors[j][start:stop].copy())
 
     for pruning in _METHODS:

@@ -120,6 +120,7 @@ def _header_bytes(path: Path) -> tuple[bytes, int]:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
+        # First, because eight letters taken as a length are more than any file has, and "too few bytes" would mislead.
         if prefix.lower().startswith((b"<!doctyp", b"<html")):
             raise DataError(
                 f"{path}: a web page, not the file, as a download without access leaves it; download it again"
@@ -129,7 +130,7 @@ def _header_bytes(path: Path) -> tuple[bytes, int]:
                 f"{path}: {size} bytes, too few for its header; it is truncated or not a safetensors file, "
                 "download it again"
             )
-        if length > MAX_HEADER_BYTES:
+        if length > MAX_HEADER_BYTES:  # before it is read: JSON takes many times its size in memory
             raise DataError(
                 f"{path}: a header of {length} bytes, at most {MAX_HEADER_BYTES} are accepted; get it from a source "
                 "you trust"
@@ -206,6 +207,7 @@ def check_index(index: Path, weight_map: dict[str, str], tensors: list[Tensor]) 
                 f"tensor {name!r:.200} is not in {index.parent / file}, where {index.name} says it is; "
                 "download the checkpoint again"
             )
+    # mergekit reads what the index names, transformers what is in the files: they would not see the same model.
     for name, file in found.items():
         if name not in weight_map:
             raise DataError(

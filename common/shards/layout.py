@@ -69,7 +69,7 @@ def lay_out(filename: str, tensors: list[tuple[str, str, tuple[int, ...]]]) -> S
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # so that the first tensor is aligned too; safetensors pads by spaces as well
     header = len(text).to_bytes(8, "little") + text
     slots = (
         Slot(name, dtype, shape, len(header) + entries[name]["data_offsets"][0], tensor_bytes(dtype, shape))

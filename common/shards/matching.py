@@ -246,6 +246,8 @@ def match(base: Checkpoint, other: Checkpoint, skip: tuple[str, ...] | None = No
     advise. free_rows: tensors with a row for each token may differ in their number of rows. Raises DataError that
     counts what is missing or left over, by pattern, or names the first tensor of another shape.
     """
+    # Before names are compared: a quantised model, or one of another kind, has other names as well, and the reason
+    # says more than the names do.
     check_floats(other)
     check_kinds(base, other)
     names, found = resolve(base, other), _Sorted()

@@ -111,7 +111,7 @@ def _move_out(part: Path) -> None:
     files = [path for path in part.iterdir() if path != run]
     for path in sorted(files, key=lambda path: path.name == "config.json"):
         os.rename(path, final / path.name)
-    sync(final)
+    sync(final)  # before the record: after a power cut there must be none of files that are not there
     os.rename(run, final / MOVING)
     part.rmdir()
     os.rename(final / MOVING, final / ".run")

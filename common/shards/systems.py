@@ -60,7 +60,7 @@ def try_lock(descriptor: int, path: Path) -> bool:
         if fcntl is None:
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except BlockingIOError:  # an OSError too, so asked for first
         return False
     except OSError as error:
         if error.errno not in _NO_LOCKS:

@@ -66,7 +66,7 @@ def open_directory(label: Path | str, is_known: bool = False) -> tuple[list[Tens
             "convert, extract, prune and merge wrote can be verified"
         )
     tensors = read_headers(directory)
-    if tensors is None:
+    if tensors is None:  # a record alone: an interrupted copy, or a clone without its large files
         beside = f" beside {paths[0].name}" if paths else ""
         raise DataError(f"{label}: no weights{beside}; write or copy the directory again")
     records = {path: recorded_hashes(path) for path in paths}

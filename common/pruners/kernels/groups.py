@@ -164,7 +164,7 @@ def rest_kernel(as_key, magnitude_bits, levels):
         for start in range(size // span * span, size, m):
             group, earlier, kept = bits[start : start + m], taken[start : start + m], mask[start : start + m]
             many = group.size
-            keys[many:] = 0
+            keys[many:] = 0  # a shorter last group leaves keys of the one before
             k = (n * many + m - 1) // m
             guess, slope = _keep_largest(keys, group, earlier, many, k, levels, magnitude, top, guess, slope, kept)
         return 0
