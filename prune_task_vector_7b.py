@@ -17,9 +17,10 @@ The order is the order of the command line. Of equal magnitudes the lower index 
 vector changes nothing, it is not in another's way. Each output is the base plus the pruned vector, a model that
 mergekit reads, with prune_report.json beside it.
 
-It streams: 0.3 GB of memory on 2 cores, 0.7 GB on 8, for models of any size; magnitude reads the vectors twice and
-keeps up to 0.5 GB of them in between. If it is stopped, run the same command again: it resumes at the last complete
-shard. Several processes write the same bytes: torchrun --nproc-per-node 2 -- prune_task_vector_7b.py ...
+It streams: 0.3 GB of memory on 2 cores, 0.7 GB on 8, for models of any size; magnitude reads the vectors twice (more
+often if conflict-aware) and keeps up to 0.5 GB of them in between. If it is stopped, run the same command again: it
+resumes at the last complete shard. Several processes write the same bytes: torchrun --nproc-per-node 2 --
+prune_task_vector_7b.py ...
 
 Afterwards: draw two ways of pruning side by side from their reports, or check that files are still what was written:
 
@@ -45,12 +46,12 @@ from common.pruners.heatmaps import draw, read_pruned
 from common.pruners.prune_tensor import prune_tensor
 from common.pruners.pruning import Pruning, in_passes
 from common.pruners.report import NAME as REPORT
-from common.pruners.report import build, table
+from common.pruners.report import build, distinct, table
 from common.pruners.unchanged import zero_tensor
 from common.shards.checkpoint import Checkpoint, config_with_dtype, copy_companions
 from common.shards.documents import read_json, write_json
 from common.shards.dtypes import check_floats
-from common.shards.headers import Tensor
+from common.shards.headers import DTYPE_NAMES, Tensor
 from common.shards.job import Job, begin, describe, downloaded, identity
 from common.shards.layout import Output, plan_shards, slots_of
 from common.shards.matching import mask_names, match_all
@@ -66,11 +67,12 @@ DEFAULTS = {"n": 64, "m": 256, "sparsity_level": 0.75, "seed": 0}
 def add_vector_flags(parser: argparse.ArgumentParser) -> None:
     """What is pruned and where to write it."""
     # The numbered flags are the reference's, the lists are for another number of vectors; settle() makes one of both.
-    add = parser.add_argument_group("vectors, in the order they are pruned").add_argument
+    group = parser.add_argument_group("vectors, in the order they are pruned")
+    add = group.add_argument
     add("--task_vector_path1", type=cli.path_or_hub_id, metavar="DIR", help="first task vector; pruned as if alone")
     add("--task_vector_path2", type=cli.path_or_hub_id, metavar="DIR", help="second task vector")
-    add("--save_directory1", type=cli.path, metavar="DIR", help="where to write base + first pruned vector")
-    add("--save_directory2", type=cli.path, metavar="DIR", help="where to write base + second pruned vector")
+    add("--save_directory1", type=cli.path, metavar="DIR", help="where to write the result for the first vector")
+    add("--save_directory2", type=cli.path, metavar="DIR", help="where to write the result for the second vector")
     add(
         "--task_vector_paths",
         nargs="+",
@@ -85,7 +87,7 @@ def add_vector_flags(parser: argparse.ArgumentParser) -> None:
         metavar="DIR|ORG/NAME",
         help="default: the base recorded at extraction",
     )
-    cli.add_skip_flag(parser)
+    cli.add_skip_flag(group)
 
 
 def add_pruning_flags(parser: argparse.ArgumentParser) -> None:
@@ -107,7 +109,11 @@ def add_pruning_flags(parser: argparse.ArgumentParser) -> None:
         help="prefer positions that no earlier vector kept (default: yes for nm, no otherwise)",
     )
     add("--rescale", action="store_true", help="multiply what is kept by 1/density (DARE)")
-    add("--seed", type=int, help="random: masks depend on it, on order and names alone (default: 0)")
+    add(
+        "--seed",
+        type=int,
+        help="random: masks depend only on the seed, the vectors' order and tensor names (default: 0)",
+    )
     add(
         "--save_format",
         choices=["model", "task_vector"],
@@ -118,7 +124,7 @@ def add_pruning_flags(parser: argparse.ArgumentParser) -> None:
         "--device",
         default="cpu",
         metavar="cpu|cuda|cuda:1|mps",
-        help="where to prune: the same bits, and no faster on a GPU (default: cpu)",
+        help="where to prune; the result is the same bit for bit, and a GPU is no faster (default: cpu)",
     )
 
 
@@ -157,6 +163,8 @@ def settle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         )
     if len(args.task_vector_paths) != len(args.save_directories):
         parser.error(f"{len(args.task_vector_paths)} task vectors but {len(args.save_directories)} save directories")
+    if len(args.task_vector_paths) > 255:  # earlier vectors that kept a position are counted in a byte
+        parser.error(f"{len(args.task_vector_paths)} task vectors: at most 255 at a time")
     # None is "not given": argparse's own defaults could not be told from a flag that the method does not use.
     for flag, methods in USED_BY.items():
         if getattr(args, flag) is None:
@@ -197,52 +205,53 @@ def engine_for(device: str):
 
     own = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
     arithmetic = engine(own)
-    if device != "cpu" and not device.startswith("cuda"):  # which the tests cover
+    if device != "cpu" and not device.startswith("cuda"):  # those two are tested
         check_bits(arithmetic, device)
     return arithmetic
 
 
-def decide(
+def plan(
     base: Checkpoint | None, vectors: list[TaskVector], args: argparse.Namespace, parameters: dict, passes: int
 ) -> tuple[Job, list[dict[str, Tensor]], list[str]]:
-    """(the job, for each vector {tensor's name in the base: the vector's tensor}, notes): all that headers decide."""
+    """Everything decided before a weight is read: (job, pairs, notes).
+
+    pairs: for each vector {tensor's name in the base: the vector's tensor}. passes: how often vectors are read.
+    `base` is None when only vectors are written.
+    """
     checkpoints = [vector.checkpoint for vector in vectors]
     matches = match_all(base or checkpoints[0], checkpoints, tuple(args.skip))
     pairs = [matched.pairs for matched in matches]
     hidden = {"max_shard_size": args.max_shard_size, "skip": args.skip}  # part of what a job is, not of its report
-    job = plan(base, vectors, pairs, args.save_directories, parameters | hidden)
+    job = job_of(base, vectors, pairs, args.save_directories, parameters | hidden)
     notes = dict.fromkeys(note for matched in matches for note in matched.notes)
     return replace(job, passes=passes), pairs, list(notes)
 
 
-def here(base, vectors: list[TaskVector], inputs: list[Checkpoint]) -> tuple[Checkpoint | None, list[TaskVector]]:
+def with_checkpoints(
+    base: Checkpoint | None, vectors: list[TaskVector], inputs: list[Checkpoint]
+) -> tuple[Checkpoint | None, list[TaskVector]]:
     """Base and vectors with `inputs` for their checkpoints, the base's first where there is one."""
     own = inputs[-len(vectors) :]
     opened = [replace(vector, checkpoint=checkpoint) for vector, checkpoint in zip(vectors, own, strict=True)]
     return inputs[0] if base else None, opened
 
 
-def plan(
+def job_of(
     base: Checkpoint | None,
     vectors: list[TaskVector],
     pairs: list[dict],
     save_directories: list[Path],
     parameters: dict,
 ) -> Job:
-    """Everything decided before a weight is read.
-
-    pairs: for each vector {tensor's name in the base: the vector's tensor}.
-    `base` is None when only vectors are written.
-    """
+    """The files of every output, cut alike, and a task for each tensor; see plan()."""
     checkpoints = [vector.checkpoint for vector in vectors]
-    whole = base or checkpoints[0]
+    whole = base or checkpoints[0]  # whose names the outputs have; another copy of the base may have others
     check_floats(whole)
     check_places([c.path for c in [whole, *checkpoints]], save_directories)
-    typed = [whole.tensors if base else checkpoint.tensors for checkpoint in checkpoints]
-    described = [[(name, own[name].dtype, own[name].shape) for name in whole.tensors] for own in typed]
-    shards = [plan_shards(each, parameters["max_shard_size"]) for each in described]
-    if len({tuple(slot.name for _, slot in slots_of(each)) for each in shards}) > 1:
-        raise DataError("the task vectors differ in dtype; extract them with the same --dtype")
+    if not base:
+        refuse_mixed_dtypes(vectors, pairs)
+    described = [(name, tensor.dtype, tensor.shape) for name, tensor in whole.tensors.items()]
+    shards = tuple(plan_shards(described, parameters["max_shard_size"]))
 
     def inputs(name: str) -> tuple[Tensor, ...]:
         own = whole.tensors[name]
@@ -250,17 +259,25 @@ def plan(
             return (own,)
         return ((own,) if base else ()) + tuple(each[name] for each in pairs)
 
-    together = zip(*(slots_of(each) for each in shards), strict=True)  # each tensor's slot in every output
     inputs_of_job = [*([base] if base else []), *checkpoints]
     return Job(
         title=f"prune {parameters['pruning_method']}",
         identity=identity("prune_task_vector_7b.py", parameters, inputs_of_job, save_directories),
-        outputs=[Output(path, tuple(each)) for path, each in zip(save_directories, shards, strict=True)],
-        tasks=[
-            Task(slots[0][1].name, inputs(slots[0][1].name), tuple(slot for _, slot in slots), slots[0][0])
-            for slots in together
-        ],
+        outputs=[Output(path, shards) for path in save_directories],
+        tasks=[Task(slot.name, inputs(slot.name), (slot,) * len(vectors), shard) for shard, slot in slots_of(shards)],
     )
+
+
+def refuse_mixed_dtypes(vectors: list[TaskVector], pairs: list[dict[str, Tensor]]) -> None:
+    """Refuse to write vectors of different dtypes side by side: their shards would be cut at different tensors."""
+    for vector, own in zip(vectors[1:], pairs[1:], strict=True):
+        for name in pairs[0]:
+            if name in own and own[name].dtype != pairs[0][name].dtype:
+                raise DataError(
+                    f"tensor {name!r}: {DTYPE_NAMES[pairs[0][name].dtype]} in {vectors[0].checkpoint.label} and "
+                    f"{DTYPE_NAMES[own[name].dtype]} in {vector.checkpoint.label}; extract both with the same --dtype, "
+                    "or prune them one by one"
+                )
 
 
 # --- one tensor -----------------------------------------------------------------------------------
@@ -308,15 +325,18 @@ def check_hashes(task: Task, record: dict, want: dict, vector: TaskVector, adds_
         )
 
 
-def finish(part: Path, base: Checkpoint | None, vector: TaskVector, report: dict, records: dict) -> None:
-    """Add config, the fine-tuned model's tokenizer and the report to an output."""
+def finish(
+    part: Path, base: Checkpoint | None, first: TaskVector, vector: TaskVector, report: dict, records: dict
+) -> None:
+    """Add config, the fine-tuned model's tokenizer and the report to an output. Its tensors are named as in the base,
+    or as in the `first` vector."""
     copy_companions(vector.checkpoint.path, part)
-    source = base or vector.checkpoint
-    dtypes = {source.tensors[name].dtype for name in records if source.tensors[name].is_parameter}
-    text = config_with_dtype(source.config, dtypes.pop() if len(dtypes) == 1 else None)
+    tensors = (base or first.checkpoint).tensors
+    dtypes = {tensors[name].dtype for name in records if tensors[name].is_parameter}
+    text = config_with_dtype((base or vector.checkpoint).config, dtypes.pop() if len(dtypes) == 1 else None)
     (part / "config.json").write_text(text, encoding="utf-8")
     if base is None:
-        write_pruned_vector_json(part, vector, records)
+        write_pruned_vector_json(part, vector, first, records)
     write_json(part / REPORT, report)
 
 
@@ -343,7 +363,7 @@ def main(argv=None) -> None:
     base = open_base(vectors, args.base_model_path) if args.save_format == "model" else None
     engine = engine_for(args.device)  # numba takes a moment to import: after what headers refuse
     passes = 2 if in_passes(pruning, engine.BLOCK) else 1
-    job, pairs, notes = decide(base, vectors, args, parameters, passes)
+    job, pairs, notes = plan(base, vectors, args, parameters, passes)
     for note in notes:
         print(f"note: {note}")
     inputs = [*([base] if base else []), *(vector.checkpoint for vector in vectors)]
@@ -351,16 +371,16 @@ def main(argv=None) -> None:
         print(describe(job, inputs))
         return
     if any(checkpoint.is_remote for checkpoint in inputs):  # only now that everything fits are they downloaded
-        base, vectors = here(base, vectors, downloaded(job, inputs, args.overwrite))
-        job, pairs, _ = decide(base, vectors, args, parameters, passes)
-    whole, labels = base or vectors[0].checkpoint, [vector.checkpoint.label for vector in vectors]
+        base, vectors = with_checkpoints(base, vectors, downloaded(job, inputs, args.overwrite))
+        job, pairs, _ = plan(base, vectors, args, parameters, passes)
+    whole, labels = base or vectors[0].checkpoint, distinct([vector.checkpoint.label for vector in vectors])
     with begin(job, args.overwrite) as running:
         by = Prune(pruning, mask_names(whole), engine, vectors, pairs, base is not None)
         running.stream(partial(prune_and_check, by=by))
         for own, part, records in running.whole():
             source = {"base_model_path": whereabouts(base)} if base else {}
             report = build(parameters | source | {"hash": "xxh3_128"}, labels, own, records)
-            finish(part, base, vectors[own], report, records)
+            finish(part, base, vectors[0], vectors[own], report, records)
     if not running.is_main:
         return
     for path, output in zip(args.save_directories, job.outputs, strict=True):

@@ -9,7 +9,19 @@ from checkpoints import chain, prune_arguments, refusal, run, usage_error
 from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 
-from common.pruners.heatmaps import Pruned, axes_of, colour_range, draw, matrix, method, read_pruned, side_labels
+from common.pruners.heatmaps import (
+    COLUMNS,
+    Pruned,
+    _row_label,
+    axes_of,
+    colour_range,
+    draw,
+    matrix,
+    method,
+    read_pruned,
+    side_labels,
+)
+from common.pruners.report import KINDS
 
 NAN = math.nan
 MAGNITUDE = ["--pruning_method", "magnitude"]
@@ -144,6 +156,19 @@ def test_reports_of_earlier_versions_are_drawn(panels, tmp_path, monkeypatch):
     (tmp_path / "prune_report.json").write_text(json.dumps(old))
     draw([read_pruned([str(tmp_path)])], tmp_path / "old.svg")
     assert len(panels) == 3 and "evenness over groups of 4" in titles
+
+
+def test_rows_say_the_place_in_the_order_of_pruning():
+    first, third = (
+        report({}, vector=f"models/{n}", position=p, order=["a", "b", "c"]) for n, p in (("a", 1), ("c", 3))
+    )
+    side = Pruned((first, third), "models/a")
+    assert [_row_label([side], j) for j in (0, 1)] == ["a (pruned 1 of 3)", "c (pruned 3 of 3)"]
+    assert _row_label([Pruned((report({}, order=["a"]),), "models/a")], 0) == "a"
+
+
+def test_every_kind_of_the_report_has_a_column():
+    assert {kind for kind, _ in KINDS} | {"other"} == set(COLUMNS)
 
 
 # --- picture --------------------------------------------------------------------------------------
@@ -291,6 +316,7 @@ FORGED = [
     {"vector": 3},
     {"position": None},
     {"density": "a quarter"},
+    {"order": 2},
     {"tensors": {"a": entry("q") | {"l2_share": 1e400}}},
     {"tensors": {"a": entry("q") | {"numel": "4"}}},
     {"tensors": {"a": entry("q") | {"overlap": {"b": "0.5"}}}},

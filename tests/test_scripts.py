@@ -258,6 +258,59 @@ def test_a_copy_of_the_base_with_or_without_its_tied_head(tmp_path, recorded, gi
     expect(tmp_path / "crossed", load(tmp_path / "straight"))
 
 
+@pytest.mark.parametrize("limit", ["5GB", "2KB"])
+def test_vectors_of_two_dtypes_are_not_written_side_by_side(tmp_path, limit):
+    """Their files would be cut apart at other tensors. As models, both have the base's dtype."""
+    here = chain(tmp_path)
+    extract(here / "b", here / "base", here / "wide", "--dtype", "float32")
+    out, how = [here / "1", here / "2"], ["--n", 1, "--m", 4, "--max_shard_size", limit]
+    both = ["--task_vector_paths", here / "va", here / "wide", "--save_directories", *out, *how]
+    line = refusal("prune", *both, "--save_format", "task_vector")
+    assert line == (
+        f"tensor 'lm_head.weight': float16 in {here}/va and float32 in {here}/wide; extract both with the same "
+        "--dtype, or prune them one by one"
+    )
+    assert not out[0].exists() and not out[1].exists()
+    run("prune", *both)
+
+
+def test_vectors_of_other_names_have_the_first_ones(tmp_path):
+    """Of a copy of the base whose names have a prefix; and a base that differs behind the prefix is noticed."""
+    base = state()
+    for name, prefix, tensors in (("base", "", base), ("other", "module.", base), ("wrong", "module.", state(9))):
+        write(tmp_path / name, {prefix + key: tensor for key, tensor in tensors.items()})
+        write(tmp_path / f"{name}_tuned", {prefix + key: t for key, t in state(len(name), near=tensors).items()})
+        extract(tmp_path / f"{name}_tuned", tmp_path / name, tmp_path / f"v_{name}")
+    vectors = [tmp_path / "v_base", tmp_path / "v_other"]
+    for save_format in ("model", "task_vector"):
+        outs = [tmp_path / f"{save_format}{i}" for i in (1, 2)]
+        prune(vectors, outs, "--n", 1, "--m", 4, "--save_format", save_format)
+        second = {name.removeprefix("module."): tensor for name, tensor in load(vectors[1]).items()}
+        want = expected_pruned(base, [load(vectors[0]), second], save_format, tied=False, n=1, m=4)
+        for out, tensors in zip(outs, want, strict=True):
+            expect(out, tensors)
+    prune([tmp_path / "task_vector2"], [tmp_path / "again"], "--n", 4, "--m", 4, "--base_model_path", tmp_path / "base")
+    line = refusal(
+        "prune", "--task_vector_paths", vectors[0], tmp_path / "v_wrong", "--save_directories", *"ab", "--n", 1
+    )
+    assert line.endswith("were extracted from different bases; extract both from the same one")
+
+
+def test_one_vector_several_times(tmp_path, capsys):
+    """Random masks differ by position, so that is an ensemble; the report keeps each overlap, by number."""
+    here = chain(tmp_path)
+    capsys.readouterr()
+    prune([here / "va", here / "vb", here / "va"], [here / n for n in "123"], "--pruning_method", "random")
+    reports = [json.loads((here / n / "prune_report.json").read_text()) for n in "123"]
+    labels = [f"{here}/va (1)", f"{here}/vb", f"{here}/va (3)"]
+    for i, report in enumerate(reports):
+        assert report["vector"] == labels[i] and report["order"] == labels
+        assert list(report["totals"]["overlap"]) == labels[:i] + labels[i + 1 :]
+    first, second = reports[0]["totals"]["overlap"].values()
+    assert list(reports[2]["totals"]["overlap"].values())[0] == second != first
+    assert f"overlap 2: with {labels[2]}" in capsys.readouterr().out
+
+
 def test_buffers_are_the_bases(zoos, tmp_path):
     """inv_freq (even an infinite one), integers and booleans pass through every step unchanged."""
     for kind, names in (

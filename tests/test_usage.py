@@ -41,6 +41,10 @@ USAGE = {
         [*PAIR, "--max_shard_size", "5X"],
         "argument --max_shard_size: '5X' is not a size such as 5GB, 500MB or 4GiB",
     ),
+    "too many": (
+        ["--task_vector_paths", *["a"] * 256, "--save_directories", *["b"] * 256],
+        "256 task vectors: at most 255 at a time",
+    ),
     "unequal": (["--task_vector_paths", "a", "b", "--save_directories", "c"], "2 task vectors but 1 save directories"),
     "incomplete": (
         PAIR[:6],

@@ -17,7 +17,7 @@ from common.shards.documents import read_json
 
 MEASURES = {"overlap": "overlap rate", "l2_share": "L2 share kept", "evenness": "evenness"}
 COLOURS = {"overlap": "OrRd", "l2_share": "PuBu", "evenness": "YlGn"}
-KINDS = ("q", "k", "v", "qkv", "o", "gate", "up", "down", "norms", "other", "embeddings", "head")
+COLUMNS = ("q", "k", "v", "qkv", "o", "gate", "up", "down", "norms", "other", "embeddings", "head")
 ABOVE = {"embeddings": "embeddings"}  # bars above and below the layers: kind -> what the picture says
 BELOW = {"norms": "final norm", "other": "other", "head": "head"}
 MANY = 45  # rows, beyond which cells are too low for figures
@@ -31,10 +31,10 @@ FOOTNOTE = (
 
 @dataclass(frozen=True)
 class Pruned:
-    """Vectors that were pruned together: their reports, in the order of pruning, and where the first one is."""
+    """Vectors that were pruned together: their reports, in the order of pruning, and the first one's directory."""
 
     reports: tuple[dict, ...]
-    place: str
+    directory: str
 
     @property
     def names(self) -> list[str]:
@@ -55,21 +55,23 @@ def read_report(path: str) -> dict:
     return report
 
 
-def kind_of(entry: dict) -> str | None:
+def drawn_kind(entry: dict) -> str | None:
     """The kind of a tensor, as its entry says it; earlier versions called it its group. None: a buffer, not drawn."""
     kind = entry.get("kind", entry.get("group"))
-    return kind if kind in KINDS else None
+    return kind if kind in COLUMNS else None
 
 
 def _is_report(report: dict) -> bool:
     tensors, named = report.get("tensors"), isinstance(report.get("vector"), str)
     if not (isinstance(tensors, dict) and named and type(report.get("position")) is int):
         return False
+    if not isinstance(report.get("order", []), list):
+        return False
     if not _is_fraction(report.get("density")):
         return False
     if not all(isinstance(entry, dict) for entry in tensors.values()):
         return False
-    measured = [entry for entry in tensors.values() if kind_of(entry)]
+    measured = [entry for entry in tensors.values() if drawn_kind(entry)]
     return bool(measured) and all(_is_measured(entry) for entry in [report.get("totals"), *measured])
 
 
@@ -112,7 +114,7 @@ def side_labels(sides: list[Pruned]) -> list[str]:
     if len(set(labels)) == len(labels):
         return labels
     firsts = [f"{side.names[0]} first" for side in sides]
-    more = firsts if len(set(firsts)) == len(sides) else [Path(side.place).name for side in sides]
+    more = firsts if len(set(firsts)) == len(sides) else [Path(side.directory).name for side in sides]
     return [f"{label}\n{extra}" for label, extra in zip(labels, more, strict=True)]
 
 
@@ -137,9 +139,9 @@ def cells(report: dict, measure: str) -> dict[tuple[str, str], float]:
     """{(row, kind): figure}, the mean over the tensors there, weighted by their elements."""
     sums: dict[tuple[str, str], list[float]] = {}
     for name, entry in report["tensors"].items():
-        value = measure_of(entry, measure) if kind_of(entry) else None
+        value = measure_of(entry, measure) if drawn_kind(entry) else None
         if value is not None and entry["numel"]:
-            total = sums.setdefault(place(name, kind_of(entry)), [0.0, 0.0])
+            total = sums.setdefault(place(name, drawn_kind(entry)), [0.0, 0.0])
             total[0] += value * entry["numel"]
             total[1] += entry["numel"]
     return {where: weighted / numel for where, (weighted, numel) in sums.items()}
@@ -151,7 +153,7 @@ def axes_of(reports: list[dict]) -> tuple[list[tuple[str, str]], list[str]]:
     A row is (layer, "") or, for what belongs to no layer, ("", kind).
     """
     entries = [item for report in reports for item in report["tensors"].items()]
-    places = dict.fromkeys(place(name, kind) for name, entry in entries if (kind := kind_of(entry)))
+    places = dict.fromkeys(place(name, kind) for name, entry in entries if (kind := drawn_kind(entry)))
     outside, inside = ({kind for layer, kind in places if bool(layer) == within} for within in (False, True))
     stacks = list(dict.fromkeys(layer.rpartition(".")[0] for layer, _ in places if layer))
 
@@ -160,10 +162,10 @@ def axes_of(reports: list[dict]) -> tuple[list[tuple[str, str]], list[str]]:
         return stacks.index(stack), int(number)
 
     layers = sorted({layer for layer, _ in places if layer}, key=depth)
-    below = dict.fromkeys(kind for kind in [*BELOW, *KINDS] if kind not in ABOVE)
+    below = dict.fromkeys(kind for kind in [*BELOW, *COLUMNS] if kind not in ABOVE)
     rows = [("", kind) for kind in ABOVE if kind in outside] + [(layer, "") for layer in layers]
     rows += [("", kind) for kind in below if kind in outside]
-    return rows, [kind for kind in KINDS if kind in inside]
+    return rows, [kind for kind in COLUMNS if kind in inside]
 
 
 def matrix(report: dict, measure: str, rows: list[tuple[str, str]], kinds: list[str]) -> list[list[float]]:
@@ -240,8 +242,10 @@ def _group_length(report: dict) -> int | None:
 
 def _row_label(sides: list[Pruned], j: int) -> str:
     names = list(dict.fromkeys(side.names[j] for side in sides))
-    count = len(sides[0].reports)
-    return " | ".join(names) + (f" (pruned {j + 1} of {count})" if count > 1 else "")
+    # As the report says it: not every vector that was pruned need be in the picture.
+    report = sides[0].reports[j]
+    count = len(report.get("order", sides[0].reports))
+    return " | ".join(names) + (f" (pruned {report['position']} of {count})" if count > 1 else "")
 
 
 def _figure(value: float | None) -> str:

@@ -21,7 +21,7 @@ from common.shards.verify import PRUNE_REPORT as NAME  # noqa: F401
 KINDS = [
     ("embeddings", r"embed_tokens|wte|wpe|embed_in|embed_positions|word_embeddings|tok_embeddings"),
     ("head", r"lm_head|embed_out|score\."),
-    ("norms", r"norm|ln_\d|ln_f|layernorm"),
+    ("norms", r"norm|ln_\d|ln_f"),
     ("qkv", r"query_key_value|qkv_proj|c_attn|Wqkv"),
     ("q", r"q_proj|\.wq\b|query\b"),
     ("k", r"k_proj|\.wk\b|key\b"),
@@ -57,6 +57,11 @@ def measures(tally: Tally, labels: list[str], own: int) -> dict:
         "l2_share": _ratio(tally.energy_kept, tally.energy),
         "evenness": _ratio(tally.kept_in_groups**2, tally.groups * tally.squares),
     }
+
+
+def distinct(labels: list[str]) -> list[str]:
+    """Labels of vectors, numbered where one is given more than once: ["a", "b", "a"] -> ["a (1)", "b", "a (3)"]."""
+    return [f"{each} ({i})" if labels.count(each) > 1 else each for i, each in enumerate(labels, 1)]
 
 
 def build(parameters: dict, labels: list[str], own: int, records: dict[str, dict]) -> dict:

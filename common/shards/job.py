@@ -69,7 +69,7 @@ def describe(job: Job, inputs: list[Checkpoint]) -> str:
         for c in inputs
     ]
     if job.passes > 1:
-        lines.append(f"        vectors are read {job.passes} times (see --help)")
+        lines.append(f"        vectors are read at least {job.passes} times (see --help)")
     for output in job.outputs:
         lines.append(f"writes  {output.nbytes / 1e9:8.3f} GB  {output.final} ({len(output.shards)} files)")
         if output.final.exists() and not is_empty(output.final):

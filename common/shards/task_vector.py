@@ -40,10 +40,11 @@ def write_task_vector_json(directory: Path, finetuned: Checkpoint, base: Checkpo
     write_json(directory / NAME, content)
 
 
-def write_pruned_vector_json(directory: Path, vector: TaskVector, records: dict) -> None:
-    """task_vector.json of a pruned task vector: the same base, its own hashes."""
+def write_pruned_vector_json(directory: Path, vector: TaskVector, first: TaskVector, records: dict) -> None:
+    """task_vector.json of a pruned task vector: its own hashes, and those of the base, which all vectors share, under
+    the names that the `first` has and every output with it."""
     content = read_json(vector.checkpoint.path / NAME)
-    content["tensors"] = {n: {"base": vector.hashes[n]["base"], "vector": r["written"]} for n, r in records.items()}
+    content["tensors"] = {n: {"base": first.hashes[n]["base"], "vector": r["written"]} for n, r in records.items()}
     write_json(directory / NAME, content)
 
 
@@ -76,9 +77,10 @@ def open_vectors(paths: list[str], skip: tuple[str, ...] = ()) -> list[TaskVecto
     vectors = [read_task_vector(describe_checkpoint(path)) for path in paths]
     first = vectors[0]
     for other in vectors[1:]:
-        match(first.checkpoint, other.checkpoint, skip)
+        pairs = match(first.checkpoint, other.checkpoint, skip).pairs  # names may differ: two copies of one base
         for name, hashes in first.hashes.items():
-            if hashes["base"] != other.hashes.get(name, hashes)["base"]:
+            theirs = pairs[name].name if name in pairs else name
+            if hashes["base"] != other.hashes.get(theirs, hashes)["base"]:
                 raise DataError(
                     f"tensor {name!r}: {first.checkpoint.label} and {other.checkpoint.label} were extracted from "
                     "different bases; extract both from the same one"
