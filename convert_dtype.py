@@ -109,7 +109,7 @@ def refuse_overflow(model: Checkpoint, dtype: str, overflowed: list[str]) -> Non
     """Raise DataError for tensors with values that `dtype` cannot hold."""
     names = ", ".join(repr(name) for name in overflowed[:8]) + (" and more" if len(overflowed) > 8 else "")
     raise DataError(
-        f"{len(overflowed)} tensor(s) of {model.label} hold values beyond the largest {dtype}: {names}; "
+        f"{len(overflowed)} tensor(s) of {model.label} hold values beyond the largest {DTYPE_NAMES[dtype]}: {names}; "
         "convert to bfloat16 or float32, or accept the nearest finite value with --clamp"
     )
 

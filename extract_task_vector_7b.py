@@ -49,7 +49,7 @@ from common.shards.checkpoint import (
     open_checkpoint,
 )
 from common.shards.dtypes import check_floats
-from common.shards.headers import DTYPE_CODES, Tensor
+from common.shards.headers import DTYPE_CODES, DTYPE_NAMES, Tensor
 from common.shards.hub import local_directory
 from common.shards.job import Job, begin, describe, downloaded, identity
 from common.shards.layout import Output, plan_shards, slots_of
@@ -185,7 +185,7 @@ def refuse_difference(finetuned: Tensor, left, base: Tensor, right, dtype: str) 
             raise not_finite(tensor)
     raise DataError(
         f"tensor {base.name!r}: a value of {finetuned.path} or {base.path}, or their difference, is beyond "
-        f"the largest {dtype}; extract with --dtype bfloat16 or float32"
+        f"the largest {DTYPE_NAMES[dtype]}; extract with --dtype bfloat16 or float32"
     )
 
 

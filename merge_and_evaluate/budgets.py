@@ -117,7 +117,7 @@ def empty_norms() -> np.ndarray:
 
 
 @in_steps
-def add_norms(sums: np.ndarray, delta: np.ndarray, mask: np.ndarray) -> None:
+def add_norms(sums: np.ndarray, delta: np.ndarray, mask: np.ndarray) -> list[Step]:
     """Add |delta| of a block to sums[0], and of what mask keeps to sums[1].
 
     delta: float32 bits, uint32 [elements], all finite, as kernels.subtract(model, …, base, …, delta, "F32") forms them.

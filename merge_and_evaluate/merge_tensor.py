@@ -26,8 +26,8 @@ from merge_and_evaluate.streamed_methods import Values
 from merge_and_evaluate.sum_inputs import Block, Rule
 from merge_and_evaluate.sums import delta_sum, linear, vector_sum
 
-# A program takes two of the kernels' blocks in one call: what it leaves behind is a chunk, so a block need not stay in
-# the caches as a whole, and half as many calls of Python's save what reads twice a tenth of its time (measured).
+# A program takes two of the kernels' blocks in one call: it leaves stretches behind, so a block need not stay in the
+# caches as a whole, and half as many calls of Python's save what reads twice a tenth of its time (measured).
 _AT_ONCE = 2
 OURS = {"cabs": "nm", "magnitude": "magnitude", "random": "random"}  # {merge method: pruning method}
 
@@ -214,7 +214,7 @@ def _write(how: TensorMerge, readers: list[Reader], writer: Writer, program: Pro
     return {"inputs": [state.hexdigest() for state in inputs], "written": written.hexdigest()}
 
 
-# What a program notes, for a chunk of the output and of each input that begins at element `start` of its tensor.
+# What a program notes, for a stretch of the output and of each input that begins at element `start` of its tensor.
 
 
 def _as_blocks(bits: list[np.ndarray], readers: list[Reader]) -> list[Block]:

@@ -148,7 +148,7 @@ def _linear_kernel():
 
 
 @in_steps
-def linear(out: Block, models: list[Block], weights: tuple[float, ...], normalize: bool = True) -> bool:
+def linear(out: Block, models: list[Block], weights: tuple[float, ...], normalize: bool = True) -> list[Step]:
     """out = Σ weight·model, divided by the sum of the weights if `normalize` -> whether all of it is finite.
 
     mergekit's `linear`, bit for bit: weight times value is added with one rounding (torch's addcmul is a fused
@@ -313,7 +313,9 @@ def _delta_kernel():
 
 
 @in_steps
-def delta_sum(out: Block, base: Block, models: list[Block], rule: Rule, place: tuple[int, int], masks=None) -> bool:
+def delta_sum(
+    out: Block, base: Block, models: list[Block], rule: Rule, place: tuple[int, int], masks=None
+) -> list[Step]:
     """out = base + lambda · Σ wᵢ·(modelᵢ − base) / divisor -> whether the result is finite, and so all that went in.
 
     masks: uint8 [elements] a model, 1 = keep (default: all); what they drop is not looked at: who made them did.
@@ -403,7 +405,7 @@ def _vector_kernel():
 @in_steps
 def vector_sum(
     out: Block, base: Block, vectors: list[Block], masks, weights: tuple[float, ...], consensus: bool = False
-) -> bool:
+) -> list[Step]:
     """out = ((base + w₁·v₁) + w₂·v₂) + … where masks keep, rounded once -> whether all of it is finite.
 
     masks: uint8 [elements] a vector. weights: `weight` times what `rescale` multiplies by, as one float32 factor. Where

@@ -20,7 +20,7 @@ NUMEL = 2311
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Tensors of a few thousand elements take many chunks, groups of a small m come one by one, too."""
-    monkeypatch.setattr(program, "CHUNK", 64)
+    monkeypatch.setattr(program, "STRETCH", 64)
     monkeypatch.setattr("common.pruners.masks._GROUPS", 1)
 
 
@@ -148,7 +148,7 @@ def test_a_part_of_a_stand_in_is_refused():
         engine.all_finite(arrays[0], "F16")
         engine.drop_zeros(np.empty(64, np.uint8), arrays[1][:64], "F16")
 
-    with pytest.raises(ValueError, match="a part of a stand-in"):
+    with pytest.raises(ValueError, match="part of a stand-in"):
         Program(note).run(0, [np.zeros(64, np.uint16), np.zeros(64, np.uint16)])
 
 

@@ -163,19 +163,19 @@ CASES = {
     "overflow": (
         together(put("base", Q, 1e6, torch.float32), put("base", HEAD, -65520.0, torch.float32)),
         ["convert"],
-        f"2 tensor(s) of {{d}}/base hold values beyond the largest F16: '{HEAD}', '{Q}'; {BEYOND}",
+        f"2 tensor(s) of {{d}}/base hold values beyond the largest float16: '{HEAD}', '{Q}'; {BEYOND}",
     ),
     "overflow in a difference": (
         together(put("a", Q, 6e4), put("base", Q, -6e4)),
         ["extract"],
         f"tensor '{Q}': a value of {{d}}/a/model.safetensors or {{d}}/base/model.safetensors, or their difference, is "
-        "beyond the largest F16; extract with --dtype bfloat16 or float32",
+        "beyond the largest float16; extract with --dtype bfloat16 or float32",
     ),
     "overflow in rounding": (
         put("a", Q, 7e4, torch.float32),
         ["extract"],
         f"tensor '{Q}': a value of {{d}}/a/model.safetensors or {{d}}/base/model.safetensors, or their difference, is "
-        "beyond the largest F16; extract with --dtype bfloat16 or float32",
+        "beyond the largest float16; extract with --dtype bfloat16 or float32",
     ),
     # where vectors come from
     "no task vector": (
@@ -309,7 +309,7 @@ def test_many_overflows_are_summed_up(tmp_path):
     write(tmp_path / "base", {f"w{i}": torch.tensor([7e4]) for i in range(10)})
     names = ", ".join(f"'w{i}'" for i in range(8))
     line = refusal("convert", "--model_path", tmp_path / "base", "--save_path", tmp_path / "out")
-    assert line == f"10 tensor(s) of {tmp_path}/base hold values beyond the largest F16: {names} and more; {BEYOND}"
+    assert line == f"10 tensor(s) of {tmp_path}/base hold values beyond the largest float16: {names} and more; {BEYOND}"
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
@@ -322,7 +322,7 @@ def test_rescale_overflows(chained, save_format):
     more = ["--save_format", save_format]
     line = refusal("prune", *arguments("prune", chained, "--rescale", *more))
     assert line == (
-        f"tensor '{Q}' of {chained}/va: a result is beyond the largest F16; use base and vectors in bfloat16 or "
+        f"tensor '{Q}' of {chained}/va: a result is beyond the largest float16; use base and vectors in bfloat16 or "
         "float32, or no --rescale"
     )
     assert not list(chained.glob("p*"))

@@ -205,7 +205,7 @@ def test_bytes_do_not_depend_on_blocks_threads_or_shards(table, monkeypatch, met
     config = recipe(method, "abcde", (0.6, 0.5, 0.4, -0.3, 0.2), beside=beside)
     whole = merge(config, "whole")
     monkeypatch.setattr(kernels, "BLOCK", 32)
-    monkeypatch.setattr(program, "CHUNK", 16)
+    monkeypatch.setattr(program, "STRETCH", 16)
     monkeypatch.setattr("common.pruners.masks._GROUPS", 1)
     monkeypatch.setattr(stream, "worker_count", lambda: 1)
     cut = merge(config, "cut", "--max_shard_size", 300)
@@ -218,7 +218,7 @@ def test_bytes_do_not_depend_on_blocks_threads_or_shards(table, monkeypatch, met
 def test_draws_that_are_kept_are_those_that_are_drawn_again(table, monkeypatch, method):
     """DARE's masks go packed from the first pass to the second; where there is no room for them they are drawn
     again."""
-    monkeypatch.setattr(program, "CHUNK", 32)
+    monkeypatch.setattr(program, "STRETCH", 32)
     config, draws, real = recipe(method, "abc", (0.6, 0.5, -0.3), beside={"density": 0.4}), [], merge_tensor.Masks.drawn
     monkeypatch.setattr(merge_tensor.Masks, "drawn", lambda self, *a: (draws.append(1), real(self, *a))[1])
     kept = merge(config, "kept")

@@ -1,6 +1,7 @@
 """Which positions are kept, in reading order.
 
 pruning.py       the ranking rule: scopes, budgets, random limits
+order.py         vectors in their order: how many earlier ones kept a position
 masks.py         masks of one tensor, asked for block by block
 thresholds.py    ranking in a scope that is larger than a block
 prune_tensor.py  one tensor of all vectors: read, prune, add, count

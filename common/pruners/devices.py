@@ -8,8 +8,8 @@ from common.errors import DataError
 from common.pruners import kernels
 from common.pruners.masks import Masks
 from common.pruners.pruning import Pruning
+from common.shards.headers import DTYPE_NAMES
 
-_BITS = {"F16": np.uint16, "BF16": np.uint16, "F32": np.uint32}
 _LARGEST = {"F16": 0x7BFF, "BF16": 0x7F7F, "F32": 0x7F7FFFFF}
 _METHODS = (Pruning("nm", 0.25, 1, 4, rescale=True), Pruning("random", 0.5), Pruning("magnitude", 0.25))
 _NUMEL = 1 << 12
@@ -19,7 +19,7 @@ def _probes(dtype: str) -> list[np.ndarray]:
     """Three arrays of finite bits of every size, subnormals and both zeros among them, and ties."""
     found = []
     for seed in range(3):
-        bits = np.random.default_rng(seed).integers(0, _LARGEST[dtype] + 1, _NUMEL, _BITS[dtype])
+        bits = np.random.default_rng(seed).integers(0, _LARGEST[dtype] + 1, _NUMEL, kernels.BITS_DTYPE[dtype])
         bits[::5] >>= 6  # small ones: a GPU may take subnormals for zero
         bits[1::7] = bits[0]
         bits[::11] = 0
@@ -33,8 +33,7 @@ def _results(arithmetic, dtype: str) -> np.ndarray:
     out = []
 
     def read(j, start, stop):
-        # A copy, because torch shares memory with numpy on a CPU, and the probes must be the same for every method.
-        return arithmetic.load(vectors[j][start:stop].copy())
+        return arithmetic.load(vectors[j][start:stop])
 
     for pruning in _METHODS:
         masks = Masks([pruning] * 2, "probe", [dtype] * 2, _NUMEL, arithmetic)
@@ -42,9 +41,9 @@ def _results(arithmetic, dtype: str) -> np.ndarray:
             masks.find_thresholds(masks.scanning(read), read)
         for start, stop in masks.blocks():
             bits = [read(j, start, stop) for j in range(2)]
-            below = arithmetic.load(base[start:stop].copy())
+            below = arithmetic.load(base[start:stop])
             for j, mask in enumerate(masks.of(start, bits)):
-                added, kept = np.empty((2, stop - start), _BITS[dtype])
+                added, kept = np.empty((2, stop - start), kernels.BITS_DTYPE[dtype])
                 arithmetic.add_kept(added, below, dtype, bits[j], dtype, mask, pruning.scale)
                 arithmetic.keep_vector(kept, bits[j], dtype, mask, pruning.scale)
                 out += [added, kept]
@@ -53,7 +52,7 @@ def _results(arithmetic, dtype: str) -> np.ndarray:
 
 def check_bits(arithmetic, device: str) -> None:
     """Refuse an engine that masks or rounds a few thousand probing values otherwise than the CPU's kernels."""
-    for dtype in _BITS:
+    for dtype in kernels.BITS_DTYPE:
         try:
             differ = int((_results(arithmetic, dtype) != _results(kernels, dtype)).sum())
         except (RuntimeError, TypeError, NotImplementedError) as error:
@@ -61,6 +60,6 @@ def check_bits(arithmetic, device: str) -> None:
             raise DataError(f"--device {device}: lacks what pruning needs ({reason:.120}); use --device cpu") from None
         if differ:
             raise DataError(
-                f"--device {device}: computes other bits than the CPU ({differ} of the probing {dtype} values); "
+                f"--device {device}: computes other bits than the CPU ({differ} of the probing {DTYPE_NAMES[dtype]} values); "
                 "use --device cpu"
             )

@@ -7,11 +7,14 @@ import math
 from collections.abc import Callable, Iterator
 from copy import copy
 
+from common.pruners.order import in_order
 from common.pruners.pruning import Pruning, in_passes, random_key, random_limits, scopes
-from common.pruners.thresholds import Scope, Threshold, in_order
+from common.pruners.thresholds import Scope, Threshold
 from common.shards.blocks import blocks
 
-_GROUPS, _SMALL = 128, 1 << 14  # small groups of m are ranked so many at a time: units of up to so many elements
+# Groups of a small m are ranked so many side by side (_SIDE_BY_SIDE in kernels/ranking.py): a block that is no multiple
+# leaves the rest to a slower kernel. Only while that is at most _SMALL elements.
+_GROUPS, _SMALL = 128, 1 << 14
 _DRAWS = 32  # four random numbers come at a time, and a packed mask has a bit for each of 32
 
 
@@ -33,16 +36,17 @@ class Masks:
         block = block or engine.BLOCK
         ms = {pruning.m for pruning in prunings}
         self.in_passes = len(ms) == 1 and in_passes(self._first, block)
-        # Blocks and chunks are whole units. Groups are whole in one, so that nm ranks each without the others.
+        # Blocks and stretches are whole units. Groups are whole in one, so that nm ranks each without the others.
         self.unit = _DRAWS
         if self._first.method == "nm" and not self.in_passes:
             group = math.lcm(*ms)
             self.unit = group * _GROUPS if group * _GROUPS <= _SMALL else group
         self._step = block if self.in_passes else max(block // self.unit, 1) * self.unit
-        self._numel, self.block = numel, min(self._step, numel)  # elements of the largest block
-        self._room = engine.empty_masks(len(prunings), self.block)
-        self._limits = random_limits([pruning.density for pruning in prunings], self._first.conflict_aware)
-        self._keys = [random_key(pruning, j, name) for j, pruning in enumerate(prunings)]
+        self._numel = numel
+        self._room = engine.empty_masks(len(prunings), min(self._step, numel))  # for the largest block
+        if self._first.method == "random":
+            self._limits = random_limits([pruning.density for pruning in prunings], self._first.conflict_aware)
+            self._generator_keys = [random_key(pruning, j, name) for j, pruning in enumerate(prunings)]
         self._scopes = self._plan_scopes() if self.in_passes else []
 
     def _plan_scopes(self) -> list[Scope]:
@@ -100,7 +104,7 @@ class Masks:
         if self.in_passes:
             self._scopes[self.scope_of(start)].fill(found, vectors, self._engine)
         elif self._first.method == "random":
-            self.drawn(start, len(vectors[0]))
+            found = self.drawn(start, len(vectors[0]))
             # After the last draw: draws depend on no value, and conflicts are among draws.
             for mask, bits, dtype in zip(found, vectors, self._dtypes, strict=True):
                 self._engine.drop_zeros(mask, bits, dtype)
@@ -117,5 +121,5 @@ class Masks:
         """
         found = [mask[:size] for mask in self._room]
         for j, mask, taken, _ in in_order(found, self._first.conflict_aware, self._engine):
-            self._engine.random_mask(mask, start, self._keys[j], taken, self._limits[j])
+            self._engine.random_mask(mask, start, self._generator_keys[j], taken, self._limits[j])
         return found

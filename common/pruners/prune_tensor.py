@@ -4,7 +4,7 @@ from common.errors import DataError
 from common.pruners.masks import Masks
 from common.pruners.pruning import Pruning
 from common.pruners.tally import new_counts, tallies, to_record
-from common.shards.headers import Tensor
+from common.shards.headers import DTYPE_NAMES, Tensor
 from common.shards.stream import Task, Worker, new_hash, not_finite
 
 
@@ -59,6 +59,6 @@ def refuse_result(vector: Tensor, base: Tensor | None, below, engine) -> None:
     if base and not engine.all_finite(below, base.dtype):
         raise not_finite(base)
     raise DataError(
-        f"tensor {vector.name!r} of {vector.path.parent}: a result is beyond the largest {(base or vector).dtype}; "
-        "use base and vectors in bfloat16 or float32, or no --rescale"
+        f"tensor {vector.name!r} of {vector.path.parent}: a result is beyond the largest "
+        f"{DTYPE_NAMES[(base or vector).dtype]}; use base and vectors in bfloat16 or float32, or no --rescale"
     )

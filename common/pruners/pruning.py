@@ -1,7 +1,8 @@
 """The ranking rule: which positions each vector keeps.
 
 One rule for everything that ranks. Within a scope, order the positions by (1) fewest earlier vectors that
-already kept this position, when conflict-aware; (2) larger magnitude; (3) lower flat index. Keep the first k.
+already kept this position, when conflict-aware; (2) larger magnitude; (3) lower flat index. Keep the first k, but for
+those whose value is zero: they change nothing, so they are not part of the mask and in no later vector's way.
 
   nm         scope: each group of m consecutive elements of the flattened tensor, k = n (CABS, section 3)
   magnitude  scope: the tensor, k = round(density * numel)
@@ -49,6 +50,7 @@ def scopes(pruning: Pruning, numel: int) -> list[tuple[int, int, int]]:
 
 def in_passes(pruning: Pruning, block: int) -> bool:
     """Whether a scope is larger than a block of so many elements, and is read several times."""
+    # Up to two blocks a block grows to a whole group instead, which costs less than reading everything twice.
     return pruning.method == "magnitude" or (pruning.method == "nm" and pruning.m > 2 * block)
 
 

@@ -4,11 +4,12 @@ A sample says between which keys the threshold most likely is. The first pass co
 one, and how many are above; if the k-th largest is not among them, there is another pass where it must be.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from common.pruners.order import in_order
 from common.shards.blocks import blocks
 
 _PIECES, _PIECE = 16, 2048  # a sample: so many pieces, evenly spaced, of so many elements
@@ -23,7 +24,7 @@ _ERRORS = 3  # standard errors to either side of where a sample puts the thresho
 
 @dataclass(frozen=True)
 class Threshold:
-    """Keys above `least` are kept, and the first `ties` of those that equal it."""
+    """Keys above `least` are kept, and the first `ties` of those that equal it; zeros never."""
 
     least: int
     ties: int
@@ -95,21 +96,6 @@ def _last_to_reach(counts: np.ndarray, rank: int) -> tuple[int, int]:
     return number, int(reached[number] - counts[number])
 
 
-def in_order(masks: list, conflict_aware: bool, engine) -> Iterator[tuple]:
-    """(j, vector j's mask to fill, how many earlier vectors kept each position, how many those are), vector by vector.
-
-    The counts (uint8, None for the first vector) are formed from masks that the caller has filled in the meantime.
-    """
-    taken, room = None, None
-    for j, mask in enumerate(masks):
-        yield j, mask, taken, j if conflict_aware else 0
-        if conflict_aware and j + 1 < len(masks):
-            if taken is not None:
-                room = engine.empty_masks(1, len(mask))[0] if room is None else room
-                engine.count_taken(room, taken, mask)
-            taken = mask if taken is None else room
-
-
 def _that_fit(searches: dict[int, Search]) -> dict[int, Search]:
     """The first of these searches whose bins fit into the room for all of them, one at least."""
     chosen, room = {}, _LARGE_BINS
@@ -141,6 +127,8 @@ class Scope:
         elements in order; peek(j, start, stop) -> bits of vector j, a small part from anywhere. The threshold search
         decides what is read, and how often: hence callbacks. Vectors that do not depend on each other share a pass.
         """
+        # Conflict-aware, one by one: a search needs all earlier thresholds, and a pass uses up the ties at them; two
+        # searches in one pass would count those twice.
         together = 1 if self._conflict_aware else len(self._ks)
         for first in range(0, len(self._ks), together):
             searches = {j: self._search(j, peek, step) for j in range(first, first + together)}

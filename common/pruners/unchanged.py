@@ -3,20 +3,18 @@
 from common.shards.blocks import blocks
 from common.shards.stream import Task, Worker, new_hash, not_finite
 
-_BLOCK = 1 << 18  # elements
-
 
 def zero_tensor(task: Task, worker: Worker) -> list[dict]:
     """Write +0.0 to every output, of the dtype of its slot; the records have the hashes of what was read and written.
 
-    The base's tensor (task.inputs[0]) is read even so: its hash is what the next step knows the base by. Raises
-    DataError if it holds NaN or infinity.
+    task.inputs[0], the base's tensor, is read even so: its hash is what the next step knows the base by. (Where only
+    vectors are read it is the first one's, and nobody asks for its hash.) Raises DataError if it is not all finite.
     """
     from common.pruners import kernels
 
     source, writers, digest = worker.reader(task.inputs[0]), worker.writers(task), new_hash()
     written = [new_hash() for _ in writers]
-    for start, stop in blocks(source.numel, _BLOCK):
+    for start, stop in blocks(source.numel, kernels.BLOCK):
         bits = source.read(start, stop)
         if not kernels.all_finite(bits, source.dtype):
             raise not_finite(source.tensor)

@@ -6,7 +6,7 @@ groups.py        ranking in groups of a large m
 philox.py        random masks
 bits.py          values and their bits, arrays at addresses: what numba lacks
 compiler.py      numba: how kernels are compiled, kept on disk and called
-program.py       several kernels in one call, chunk by chunk
+program.py       several kernels in one call, stretch by stretch
 torch_engine.py  the same functions in torch, for a GPU
 
 Arrays hold bits: uint16 for float16 ("F16") and bfloat16 ("BF16"), uint32 for float32 ("F32"). The order of
@@ -17,8 +17,8 @@ Each numba kernel is built for its dtypes (and nm for its m), so the branches on
 per machine. All run without the GIL. A file calls no compiled function of another file but bits.py: numba's cache would
 not notice a change there.
 
-A function that is @in_steps returns the steps that it takes, kernels with what they are given; called, it takes them at
-once and says whether all values were finite; a program takes note of them.
+A function that is @in_steps lists steps: kernels, and what each is given. Calling it takes them at once and returns
+whether all values are finite; a program notes them instead, with those of other functions, and takes all in one call.
 """
 
 from types import SimpleNamespace

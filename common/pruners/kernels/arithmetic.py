@@ -63,9 +63,9 @@ def _bits(value, kind):
 def _largest(bits, kind):
     """The largest magnitude, as bits: at least _INFINITY[kind] if one value is not finite."""
     as_bits = bits.dtype.type
-    magnitude, most = as_bits(_MAGNITUDE[kind]), as_bits(0)
+    below_sign, most = as_bits(_MAGNITUDE[kind]), as_bits(0)
     for i in range(bits.size):
-        most = max(most, as_bits(bits[i] & magnitude))
+        most = max(most, as_bits(bits[i] & below_sign))
     return np.uint32(most)
 
 
@@ -73,9 +73,9 @@ def _largest(bits, kind):
 def _largest_and_nonzero(bits, kind):
     """(the largest magnitude, as bits; how many are not zero) in one pass, both as wide as an element: 4096 fit."""
     as_bits = bits.dtype.type
-    mask, most, count = as_bits(_MAGNITUDE[kind]), as_bits(0), as_bits(0)
+    below_sign, most, count = as_bits(_MAGNITUDE[kind]), as_bits(0), as_bits(0)
     for i in range(bits.size):
-        magnitude = as_bits(bits[i] & mask)
+        magnitude = as_bits(bits[i] & below_sign)
         most = max(most, magnitude)
         count = as_bits(count + as_bits(magnitude != as_bits(0)))
     return np.uint32(most), np.int64(count)
@@ -93,7 +93,7 @@ def _all_finite_kernel(kind):
 
 
 @in_steps
-def all_finite(bits, dtype) -> bool:
+def all_finite(bits, dtype) -> list[Step]:
     """Whether there is no NaN and no infinity among values of `dtype`."""
     return [Step(_all_finite_kernel(_KIND[dtype]), (bits,))]
 
@@ -125,6 +125,7 @@ def _convert_kernel(source, target):
 
     @kernel()
     def convert(args, size):
+        # args: counts | bits, out
         counts, bits, out = array(args[0], 2, np.int64), array(args[1], size, read), array(args[2], size, written)
         most = np.uint32(0)
         for start in range(0, size, _CHUNK):
@@ -140,7 +141,7 @@ def _convert_kernel(source, target):
 
 
 @in_steps
-def convert(bits, source, out, target, counts=None) -> bool:
+def convert(bits, source, out, target, counts=None) -> list[Step]:
     """out = values of dtype `source`, rounded to nearest even in dtype `target`; too large ones become infinite.
 
     Returns whether all of `out` is finite. To counts, int64 [2], is added how many values changed, and how many of
@@ -174,6 +175,7 @@ def _subtract_kernel(left_kind, right_kind, kind):
 
     @kernel()
     def subtract(args, size):
+        # args: differs | left, right, out
         differs, most = array(args[0], 1, np.int64), np.uint32(0)
         left, right, out = array(args[1], size, read), array(args[2], size, other), array(args[3], size, written)
         for start in range(0, size, _CHUNK):
@@ -188,7 +190,7 @@ def _subtract_kernel(left_kind, right_kind, kind):
 
 
 @in_steps
-def subtract(left, left_dtype, right, right_dtype, out, dtype, differs=None) -> bool:
+def subtract(left, left_dtype, right, right_dtype, out, dtype, differs=None) -> list[Step]:
     """out = left - right: both rounded to `dtype`, subtracted in float32, rounded once to `dtype`.
 
     Returns whether all of `out` is finite, and so the inputs. To differs, int64 [1], is added how many differences are
@@ -216,6 +218,7 @@ def _add_kernel(base_kind, vector_kind):
 
     @kernel()
     def add(args, size):
+        # args: scale | out, base, vector, mask
         scale, most = array(args[0], 1, np.float32)[0], np.uint32(0)
         out, base, vector = array(args[1], size, word), array(args[2], size, word), array(args[3], size, other)
         mask = array(args[4], size, np.uint8)
@@ -229,7 +232,7 @@ def _add_kernel(base_kind, vector_kind):
 
 
 @in_steps
-def add_kept(out, base, base_dtype, vector, vector_dtype, mask, scale) -> bool:
+def add_kept(out, base, base_dtype, vector, vector_dtype, mask, scale) -> list[Step]:
     """out = round(base + scale * vector) where mask keeps, in float32, rounded once; elsewhere base's own bits.
 
     Returns whether all of it is finite, and so all of base.
@@ -251,6 +254,7 @@ def _keep_kernel(kind):
 
     @kernel()
     def keep(args, size):
+        # args: scale | out, vector, mask
         scale, most = array(args[0], 1, np.float32)[0], np.uint32(0)
         out, vector, mask = array(args[1], size, word), array(args[2], size, word), array(args[3], size, np.uint8)
         for start in range(0, size, _CHUNK):
@@ -263,7 +267,7 @@ def _keep_kernel(kind):
 
 
 @in_steps
-def keep_vector(out, vector, dtype, mask, scale) -> bool:
+def keep_vector(out, vector, dtype, mask, scale) -> list[Step]:
     """out = round(scale * vector) where mask keeps, +0.0 elsewhere -> whether all of it is finite."""
     return [Step(_keep_kernel(_KIND[dtype]), (out, vector, mask), (np.array([scale], np.float32),))]
 
@@ -343,7 +347,7 @@ def _tally_kernel(kind, fields):
 
 
 @in_steps
-def tally(vector, dtype, masks, j, at, m, counts) -> bool:
+def tally(vector, dtype, masks, j, at, m, counts) -> list[Step]:
     """Add one block of vector number j and its mask to counts[j] -> whether all of the vector is finite.
 
     masks: of every vector, uint8 [elements]. The block begins at element `at` of its tensor.

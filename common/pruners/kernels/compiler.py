@@ -2,7 +2,7 @@
 
 A kernel is a function of addresses, kernel(args, size) -> 1 if it met a value that is not finite, else 0. So one
 compiled loop calls any of them: several kernels go over a block in one call, without Python and its lock between them,
-chunk by chunk, and what one leaves in scratch memory the next one finds in the second-level cache.
+stretch by stretch, and what one leaves in scratch memory the next one finds in the second-level cache.
 
 numba would import scipy.linalg, if installed, for linear algebra that no kernel here has: 0.1 s of every start.
 """
@@ -36,8 +36,8 @@ def _warn() -> None:
     if not _said.acquire(blocking=False):
         return
     tqdm.write(  # a line of its own, though a progress bar may be there already
-        "warning: no place for compiled kernels (neither here nor in the home directory may be written to), so they "
-        "are compiled anew at each start; set NUMBA_CACHE_DIR to a directory that can be written to",
+        "warning: compiled kernels cannot be cached (neither this directory nor your home directory is writable), so "
+        "they are compiled at every start; set NUMBA_CACHE_DIR to a writable directory",
         file=sys.stderr,
     )
 
@@ -98,15 +98,15 @@ def _call(context, address, args, size):
 
 
 @njit(nogil=True, cache=True)
-def take(listing, moves, size, chunk):
-    """Take what list_steps() lists on `size` elements, chunk by chunk -> whether all values are finite.
+def take(listing, moves, size, stretch):
+    """Take what list_steps() lists on `size` elements, stretch by stretch -> whether all values are finite.
 
-    The listing moves along; without moves (an empty array) there is one chunk.
+    The listing moves along; without moves (an empty array) there is one stretch.
     """
-    for start in range(0, size, chunk):
+    for start in range(0, size, stretch):
         at = 0
         while at < listing.size:
-            if _call(listing[at], listing.ctypes.data + 8 * (at + 2), min(chunk, size - start)):
+            if _call(listing[at], listing.ctypes.data + 8 * (at + 2), min(stretch, size - start)):
                 return False
             at += 2 + listing[at + 1]
         for i in range(moves.size):
@@ -119,7 +119,7 @@ _ALL_AT_ONCE = np.zeros(0, np.int64)
 
 def address(array) -> int:
     """Where an array begins. Raises ValueError unless it is contiguous and may be written to: the kernels do not
-    ask."""
+    check."""
     try:
         return addressof(c_char.from_buffer(array))  # array.ctypes.data takes four times as long
     except TypeError as error:
@@ -146,8 +146,9 @@ def list_steps(steps: list[Step], size: int) -> list[int]:
 
 
 def in_steps(function):
-    """Of a function that returns steps, one that takes them at once, on blocks like the first -> whether all values
-    are finite. Its attribute `steps` is the function itself, for steps among others: see program.py.
+    """Decorator of a function that lists steps: a call takes them at once and returns whether all values are finite.
+
+    The attribute `steps` is the function undecorated: program.py notes its steps, and takes them later among others.
     """
 
     @wraps(function)

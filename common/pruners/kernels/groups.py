@@ -83,7 +83,7 @@ def _fill_with_best_level(keys, bits, taken, size, k, magnitude):
 
 
 @njit(nogil=True, inline="always")
-def _keep_largest(keys, bits, taken, size, k, levels, magnitude, top, guess, slope, mask):
+def _keep_largest(keys, bits, taken, size, k, is_first, magnitude, top, guess, slope, mask):
     """mask = the k positions that rank first, but for zeros; returns threshold and slope, where the next group begins.
 
     The threshold never falls to a zero's key. That alone drops zeros of the level in question, and ties among them
@@ -91,11 +91,11 @@ def _keep_largest(keys, bits, taken, size, k, levels, magnitude, top, guess, slo
     """
     as_key = keys.dtype.type
     level, left, reached = np.uint8(0), k, np.int64(size)
-    if levels:
-        level, left, reached = _fill_with_best_level(keys, bits, taken, size, k, magnitude)
-    else:
+    if is_first:
         for i in range(size):
             keys[i] = as_key(as_key(bits[i] & magnitude) + as_key(1))
+    else:
+        level, left, reached = _fill_with_best_level(keys, bits, taken, size, k, magnitude)
     found, reached, slope = _find(keys, size, left, reached, top, guess, slope)
     surplus = reached - left if found > _ZERO else 0
     found = max(found, _ZERO + 1)
@@ -124,9 +124,9 @@ def first_guess(magnitude_bits):
 
 
 @cache
-def nm_kernel(as_key, magnitude_bits, levels, m):
-    """The kernel for whole groups of this m; args: n, first_guess(), mask, bits, taken. `levels` 0: `taken` is not
-    read; else: it ranks first. as_key: the bits' type.
+def nm_kernel(as_key, magnitude_bits, is_first, m):
+    """The kernel for whole groups of this m; args: n, first_guess(), mask, bits, taken. is_first: `taken` is not read;
+    else it ranks before magnitude. as_key: the bits' type.
 
     m is a constant of the kernel: with a loop length that it knows, LLVM unrolls and leaves no remainder.
     """
@@ -140,7 +140,7 @@ def nm_kernel(as_key, magnitude_bits, levels, m):
         guess, slope = np.int64(where[0]), np.float32(where[1])
         for start in range(0, size // m * m, m):
             group, earlier, kept = bits[start : start + m], taken[start : start + m], mask[start : start + m]
-            guess, slope = _keep_largest(keys, group, earlier, m, n, levels, magnitude, top, guess, slope, kept)
+            guess, slope = _keep_largest(keys, group, earlier, m, n, is_first, magnitude, top, guess, slope, kept)
         where[0], where[1] = guess, slope
         return 0
 
@@ -148,7 +148,7 @@ def nm_kernel(as_key, magnitude_bits, levels, m):
 
 
 @cache
-def rest_kernel(as_key, magnitude_bits, levels):
+def rest_kernel(as_key, magnitude_bits, is_first):
     """The same for what is left behind whole spans, of any m; args: n, m, span, first_guess(), mask, bits, taken. A
     last group of r elements, if it is shorter, keeps ceil(n*r/m). In a kernel of its own, because inside each nm kernel
     it doubled what is compiled.
@@ -166,7 +166,7 @@ def rest_kernel(as_key, magnitude_bits, levels):
             many = group.size
             keys[many:] = 0  # a shorter last group leaves keys of the one before
             k = (n * many + m - 1) // m
-            guess, slope = _keep_largest(keys, group, earlier, many, k, levels, magnitude, top, guess, slope, kept)
+            guess, slope = _keep_largest(keys, group, earlier, many, k, is_first, magnitude, top, guess, slope, kept)
         return 0
 
     return rest

@@ -27,7 +27,7 @@ def _philox_round(c, key0, key1, step):
     return (b >> _HALF) ^ c[1] ^ k0, b, (a >> _HALF) ^ c[3] ^ k1, a
 
 
-_CHUNK = 1024  # counters at a time: their four words, 16 kB, stay in the first-level cache
+_COUNTERS = 1024  # at a time: their four words, 16 kB, stay in the first-level cache
 
 
 @njit(nogil=True, inline="always")
@@ -59,7 +59,7 @@ def _below(word0, word1, word2, word3, last, out):
 
 @njit(nogil=True, inline="always")
 def _take(mask, below, some, taken, level, is_one_of_several):
-    """mask = below, where there is but one level; of several, each where it applies, from level 0 on."""
+    """mask = below; of several limits each call fills its own level's positions, from 0 on (`taken` says which)."""
     if not is_one_of_several:
         for i in range(mask.size):
             mask[i] = below[i] & some
@@ -74,17 +74,18 @@ def _take(mask, below, some, taken, level, is_one_of_several):
 def _random_kernel(is_one_of_several):
     @kernel()
     def keep(args, size):
+        # args: key0, key1, last, some, limits | start, mask, taken
         key0, key1, first = np.uint64(args[0]), np.uint64(args[1]), np.uint64(args[5] // 4)
-        levels = args[4] if is_one_of_several else 1
-        last, some = array(args[2], levels, np.uint32), array(args[3], levels, np.uint8)
+        limits = args[4] if is_one_of_several else 1
+        last, some = array(args[2], limits, np.uint32), array(args[3], limits, np.uint8)
         mask, taken = array(args[6], size, np.uint8), array(args[7], size, np.uint8)
-        word0, word1, word2, word3 = np.empty((4, _CHUNK), np.uint32)
-        packed = np.empty(_CHUNK, np.uint32)
+        word0, word1, word2, word3 = np.empty((4, _COUNTERS), np.uint32)
+        packed = np.empty(_COUNTERS, np.uint32)
         below = packed.view(np.uint8)
-        for start in range(0, size, 4 * _CHUNK):
-            part, earlier = mask[start : start + 4 * _CHUNK], taken[start : start + 4 * _CHUNK]
+        for start in range(0, size, 4 * _COUNTERS):
+            part, earlier = mask[start : start + 4 * _COUNTERS], taken[start : start + 4 * _COUNTERS]
             _philox(np.uint64(first + np.uint64(start // 4)), key0, key1, word0, word1, word2, word3)
-            for level in range(levels):
+            for level in range(limits):
                 _below(word0, word1, word2, word3, last[level], packed)
                 _take(part, below, some[level], earlier, np.uint8(level), is_one_of_several)
         return 0
@@ -93,7 +94,7 @@ def _random_kernel(is_one_of_several):
 
 
 @in_steps
-def random_mask(mask, start, key, taken, limits) -> None:
+def random_mask(mask, start, key, taken, limits) -> list[Step]:
     """mask[i], uint8 = whether the draw of position start + i is below limits[taken[i]] (of 2**32).
 
     With one limit `taken` is not read; else it counts earlier *draws*, so that masks depend on no value. Zeros are
@@ -129,7 +130,7 @@ def _pack_kernel():
 
 
 @in_steps
-def pack_mask(words, start, mask) -> None:
+def pack_mask(words, start, mask) -> list[Step]:
     """Keep the mask of the elements from `start` on, a multiple of 32, in words: uint32, a bit for each of a tensor."""
     return [Step(_pack_kernel(), (start, mask), (words,))]
 
@@ -153,6 +154,6 @@ def _unpack_kernel():
 
 
 @in_steps
-def unpack_mask(words, start, mask) -> None:
+def unpack_mask(words, start, mask) -> list[Step]:
     """mask, uint8 = what pack_mask() kept of the elements from `start` on."""
     return [Step(_unpack_kernel(), (start, mask), (words,))]

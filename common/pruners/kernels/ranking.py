@@ -100,6 +100,7 @@ def _small_nm_kernel(key_dtype, magnitude_bits, is_first, m):
 
     @kernel()
     def nm(args, size):
+        # args: n, levels, key_bits | mask, bits, taken
         n, levels, key_bits = args[0], 0 if is_first else args[1], magnitude_bits if is_first else args[2]
         mask, bits, taken = array(args[3], size, np.uint8), array(args[4], size, word), array(args[5], size, np.uint8)
         keys, columns = np.empty((m, _SIDE_BY_SIDE), as_key), np.empty((m, _SIDE_BY_SIDE), np.uint8)
@@ -124,8 +125,9 @@ _SMALL_M = 48  # up to here ranking groups side by side is faster than one after
 
 
 @in_steps
-def nm_mask(mask, bits, dtype, taken, levels, n, m) -> None:
-    """mask, uint8 = those of n of every m consecutive elements that are not zero; a last group of r has ceil(n*r/m).
+def nm_mask(mask, bits, dtype, taken, levels, n, m) -> list[Step]:
+    """mask, uint8 = the n of every m consecutive elements that rank first (of a last group of r, ceil(n*r/m)), but for
+    zeros.
 
     `taken[i]` (uint8) counts the `levels` earlier vectors that kept position i; with levels 0 it is not read.
     Order within a group: fewest earlier vectors, larger magnitude, lower index. Values must be finite.
@@ -140,10 +142,10 @@ def nm_mask(mask, bits, dtype, taken, levels, n, m) -> None:
         side_by_side = _small_nm_kernel(_key_dtype(dtype, levels), magnitude_bits, levels == 0, m)
         steps.append(Step(side_by_side, (mask, bits, taken), (n, levels, magnitude_bits + levels.bit_length())))
     elif bits.size >= span:
-        ranking = nm_kernel(word, magnitude_bits, min(levels, 1), m)
+        ranking = nm_kernel(word, magnitude_bits, levels == 0, m)
         steps.append(Step(ranking, (mask, bits, taken), (n, first_guess(magnitude_bits))))
     if bits.size % span:  # a kernel of its own, compiled once for every m
-        rest = rest_kernel(word, magnitude_bits, min(levels, 1))
+        rest = rest_kernel(word, magnitude_bits, levels == 0)
         steps.append(Step(rest, (mask, bits, taken), (n, m, span, first_guess(magnitude_bits))))
     return steps
 
@@ -164,6 +166,7 @@ def _count_kernel(key_dtype, magnitude_bits, is_first):
 
     @kernel()
     def count(args, size):
+        # args: low, last, shift, bins, counts, above, levels | bits, taken
         low, last, shift, bins = as_key(args[0]), as_key(args[1]), args[2], args[3]
         counts, above, levels = array(args[4], bins, np.int64), np.int64(0), 0 if is_first else args[6]
         bits, taken = array(args[7], size, word), array(args[8], size, np.uint8)
@@ -191,7 +194,7 @@ def _count_kernel(key_dtype, magnitude_bits, is_first):
 
 
 @in_steps
-def count_keys(counts, above, bits, dtype, taken, levels, low, high, shift) -> None:
+def count_keys(counts, above, bits, dtype, taken, levels, low, high, shift) -> list[Step]:
     """Count keys in bins of 2**shift keys each, from `low` to below `high`; above, how many keys are `high` and more.
 
     For the key see nm_mask. counts, int64 [bins], and above, int64 [1], are added to.
@@ -227,6 +230,7 @@ def _threshold_kernel(key_dtype, magnitude_bits, is_first):
 
     @kernel()
     def threshold(args, size):
+        # args: least, ties, levels | mask, bits, taken
         least, ties, levels = as_key(args[0]), array(args[1], 1, np.int64), 0 if is_first else args[2]
         mask, bits, taken = array(args[3], size, np.uint8), array(args[4], size, word), array(args[5], size, np.uint8)
         scratch, left, has_value = np.empty(_CHUNK, as_key), ties[0], np.uint8(as_key(least & magnitude) > as_key(0))
@@ -253,7 +257,7 @@ def _threshold_kernel(key_dtype, magnitude_bits, is_first):
 
 
 @in_steps
-def threshold_mask(mask, bits, dtype, taken, levels, least, ties) -> None:
+def threshold_mask(mask, bits, dtype, taken, levels, least, ties) -> list[Step]:
     """mask, uint8 = keys above `least` and the first ties[0] that equal it, but for zeros; ties, int64 [1], is counted
     down.
 
@@ -281,8 +285,8 @@ def _drop_kernel(magnitude_bits):
 
 
 @in_steps
-def drop_zeros(mask, bits, dtype) -> None:
-    """In place: mask, uint8, where the values are not zero; for random masks, of which no later one asks any more."""
+def drop_zeros(mask, bits, dtype) -> list[Step]:
+    """In place: mask, uint8, where the values are not zero; for random masks, once no later draw needs them."""
     return [Step(_drop_kernel(MAGNITUDE_BITS[dtype]), (mask, bits))]
 
 
@@ -303,6 +307,6 @@ def _count_taken_kernel():
 
 
 @in_steps
-def count_taken(taken, before, mask) -> None:
+def count_taken(taken, before, mask) -> list[Step]:
     """taken, uint8 = before + mask."""
     return [Step(_count_taken_kernel(), (taken, before, mask))]
