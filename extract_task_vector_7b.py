@@ -8,10 +8,10 @@
 
     task vector = round(round(finetuned) - round(base)), rounding to --dtype, subtracting in float32
 
-A LoRA adapter is taken like a model: task vector = round(scale * B * A), +0.0 for tensors that it does not adapt.
+A LoRA adapter works like a model: task vector = round(scale * B * A), +0.0 for tensors that it does not adapt.
 Models are matched by name, with transformers' help where one of them has other names, ties spelled out, constants or
-fused experts; what was resolved is printed. What only one of them has is left out with --skip, other tokens with
---vocabulary common:
+fused experts; what was resolved is printed. Use --skip to leave out tensors that only one of them has, and --vocabulary
+common if their tokens differ:
 
     python extract_task_vector_7b.py --finetuned_model_path models/with-value-head --skip 'v_head.*' ...
     python extract_task_vector_7b.py --finetuned_model_path models/with-two-more-tokens --vocabulary common ...
@@ -92,7 +92,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--vocabulary",
         choices=["same", "common"],
         default="same",
-        help="common: of embeddings and output head subtract only rows of tokens that both tokenizers have under the "
+        help="common: in embeddings and output head, subtract only rows of tokens that both tokenizers have under the "
         "same id; the vector then has the base's tokenizer (default: same, both have the same tokens)",
     )
     cli.add_skip_flag(parser)

@@ -1,4 +1,4 @@
-"""Merge models by a recipe, score the merged model, keep every figure: step 4 of the chain.
+"""Merge models by a recipe, score the merged model, save every score: step 4 of the chain.
 
     merged = base + sum of weight_i * (model_i - base)        (task_arithmetic; the recipe says the method)
 
@@ -21,7 +21,7 @@ scores stay in results_weight_<weight>.json:
     python merge_and_evaluate_7b.py --recipe recipes/recipe.yml --weights 0.6 0.9 1.2 \\
         --choose_on arc_challenge winogrande --report_on hellaswag mmlu truthfulqa_mc2 gsm8k
 
-The same for fewer GPU hours: a race scores all weights on the same random questions, in growing batches, and drops
+The same in fewer GPU hours: a race scores all weights on the same random questions, in growing batches, and drops
 those that cannot be better than the leader by more than half a point:
 
     python merge_and_evaluate_7b.py --recipe recipes/recipe.yml --weights 0.6 0.9 1.2 --race 0.5 \\
@@ -43,7 +43,7 @@ One weight per model, all combinations (two models in the recipe, 3 x 2 merges):
         --weight_grid 0.6 0.9 1.2 --weight_grid 0.9 1.2
 
 Score a model without merging, and ask which of several results is better: the differences on the same questions, a
-verdict in words, a plot. Scores that the same content got before by the same recipe are taken, not made again:
+verdict in words, a plot. Scores already made for the same weights by the same recipe are reused:
 
     python merge_and_evaluate_7b.py --eval_only \\
         --save_path ./models/WestSeverus-7B-DPO-v2 --output_path west.json

@@ -18,7 +18,7 @@ def _everyday_flags(parser: argparse.ArgumentParser) -> None:
     """What is merged, what is scored, where it goes."""
     # Here and below defaults are only in the help: parsed() fills them in, once it has refused what does not go with
     # what was given.
-    add = parser.add_argument_group("every day").add_argument
+    add = parser.add_argument_group("common options").add_argument
     add(
         "--recipe",
         type=cli.path,
@@ -37,7 +37,7 @@ def _everyday_flags(parser: argparse.ArgumentParser) -> None:
         "--eval_recipe",
         type=cli.path,
         metavar="FILE",
-        help=f"what `lm_eval run --config` takes; flags win (default: {EVAL_DEFAULTS['eval_recipe']})",
+        help=f"what `lm_eval run --config` takes; flags override it (default: {EVAL_DEFAULTS['eval_recipe']})",
     )
     add(
         "--output_path",
@@ -149,7 +149,7 @@ def _choosing_flags(add: Callable) -> None:
     add(
         "--keep_models",
         action="store_true",
-        help="write and keep every model, as <save_path>_weight_<weight>; the best is in --save_path anyhow",
+        help="write and keep every model, as <save_path>_weight_<weight>; the best is in --save_path either way",
     )
     add(
         "--choose_by",
@@ -203,7 +203,7 @@ def _compare_flags(parser: argparse.ArgumentParser) -> None:
         help="the row that the others are compared with, by its name or file (default: the first)",
     )
     add("--plot_path", type=cli.path, metavar="FILE", help="the picture of --compare (default: results_comparison.png)")
-    cli.add_verify_flag(parser.add_argument_group("look at what was written"))
+    cli.add_verify_flag(parser.add_argument_group("inspecting outputs"))
 
 
 def check_combination(parser: argparse.ArgumentParser, given: set[str], recipes: int) -> None:
