@@ -139,11 +139,28 @@ CONFIG = st.fixed_dictionaries(
         "models_": st.just(1),
     },
 )
+FITTING = {float: [0.5, 1, 0.0, -1.0], int: [64, 256], bool: [True, False]}
+
+
+@st.composite
+def usual(draw) -> dict:
+    """A recipe as people write them: known parameters, each where it may stand, with values of its type."""
+    method = draw(st.sampled_from(list(METHODS)))
+
+    def some(per_model: bool) -> dict:
+        names = sorted(name for name, p in METHODS[method].items() if p.per_model == per_model)
+        chosen = draw(st.lists(st.sampled_from(names), max_size=2, unique=True)) if names else []
+        parameters = {name: METHODS[method][name] for name in chosen}
+        return {name: draw(st.sampled_from(p.choices or FITTING[p.kind])) for name, p in parameters.items()}
+
+    models = [{"model": name, "parameters": {"weight": 0.5} | some(True)} for name in "ab"]
+    config = {"merge_method": method, "models": models, "parameters": some(False), "dtype": "float32"}
+    return config if method == "linear" else {**config, "base_model": "base"}
 
 
 @pytest.mark.slow
 @settings(max_examples=400, deadline=None)
-@given(CONFIG)
+@given(st.one_of(usual(), CONFIG))
 def test_what_the_quick_check_accepts_the_full_one_accepts(config):
     if is_plain(deepcopy(config)):
         assert refusal(config) is None
@@ -247,7 +264,7 @@ def test_values_are_those_of_mergekits_reader(method, first, base):
 
 
 @settings(max_examples=100, deadline=None)
-@given(CONFIG)
+@given(st.one_of(usual(), CONFIG))
 def test_plain_values_are_those_of_mergekits_reader(config):
     if is_plain(config) and refusal(config) is None:
         ours = plain_values(config)

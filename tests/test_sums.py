@@ -62,6 +62,11 @@ def expect(out: Block, wanted: list, code: str) -> None:
     assert not wrong, wrong[:5]
 
 
+def fits(wanted: list, code: str) -> bool:
+    """Whether every value is finite once written."""
+    return bool(torch.isfinite(torch.tensor([float(value) for value in wanted]).to(TORCH[code])).all())
+
+
 def by_mergekit(method: str, base, models, out: str, **parameters) -> torch.Tensor:
     """mergekit's own result for a recipe with `dtype: float32`; base None: no base_model."""
     tensors = [*models, *([] if base is None else [base])]
@@ -146,10 +151,12 @@ def test_ties(numel, weights, dtypes, seed, normalize, int8_mask, density):
     out, rule = empty(numel, code), Rule(tuple(weights), normalize, 0.5, elect=True)
     arrays = [np.array(mask, np.uint8) for mask in masks]
     finite = sums.delta_sum(out, block(base), [block(model) for model in models], rule, (0, numel), arrays)
+    arguments = (values(block(base)), [values(block(model)) for model in models], weights, masks)
+    wanted = oracle.delta_sum(*arguments, normalize=normalize, scale=0.5, elect=True)
+    assert finite == fits(wanted, code)
     if not finite:
         return
-    arguments = (values(block(base)), [values(block(model)) for model in models], weights, masks)
-    expect(out, oracle.delta_sum(*arguments, normalize=normalize, scale=0.5, elect=True), code)
+    expect(out, wanted, code)
     if not any(tied(delta, mask) for delta, mask in zip(deltas, masks, strict=True)):
         parameters = {"density": density, "normalize": normalize, "int8_mask": int8_mask, "lambda": 0.5}
         same_but_for_zeros(out, by_mergekit("ties", base, models, code, weight=weights, **parameters), base)
@@ -175,10 +182,12 @@ def test_dare_with_the_masks_that_mergekit_drew(numel, weights, dtypes, seed, el
     torch.manual_seed(seed)
     method = "dare_ties" if elect else "dare_linear"
     theirs = by_mergekit(method, base, models, "F32", weight=weights, density=0.4, rescale=rescale)
+    arguments = (values(block(base)), [values(block(model)) for model in models], weights, masks)
+    wanted = oracle.delta_sum(*arguments, scales=scales if rescale else None, elect=elect)
+    assert finite == fits(wanted, code)
     if not finite:
         return
-    arguments = (values(block(base)), [values(block(model)) for model in models], weights, masks)
-    expect(out, oracle.delta_sum(*arguments, scales=scales if rescale else None, elect=elect), code)
+    expect(out, wanted, code)
     if not rescale:
         same_but_for_zeros(out, theirs.to(TORCH[code]), base)
     elif not elect:  # norms summed in float32 by mergekit: the last bits of the factor differ
@@ -211,6 +220,7 @@ def test_pruned_vectors(numel, weights, dtypes, seed, consensus):
     out = empty(numel, dtypes[2])
     finite = sums.vector_sum(out, block(base), [block(v) for v in vectors], masks, tuple(weights), consensus)
     wanted = oracle.vector_sum(values(block(base)), [values(block(v)) for v in vectors], masks, weights, consensus)
+    assert finite == fits(wanted, dtypes[2])
     if finite:
         expect(out, wanted, dtypes[2])
     if dtypes[0] == dtypes[2]:
