@@ -1,4 +1,4 @@
-"""What TIES keeps, and what DARE multiplies the rest by, as mergekit 0.1.5 has it."""
+"""How many TIES keeps, and what `rescale` multiplies what is kept by, as mergekit 0.1.5 has it."""
 
 from functools import cache
 

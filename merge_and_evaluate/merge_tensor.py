@@ -1,7 +1,7 @@
 """One tensor of a streamed merge: read blocks of all models, sum them by the recipe's method, write.
 
-What a method keeps (masks, thresholds, DARE's factors) does not depend on the weights. It is found once, in a pass of
-its own where a method needs one, and kept in `Found`, so that the next weight of a sweep does without that pass.
+What a method keeps (masks, thresholds, the factors of `rescale`) does not depend on the weights. It is found once, in
+passes of its own where a method needs them, and kept in `Found`, so that the next weight of a sweep does without those.
 """
 
 import math
@@ -48,11 +48,19 @@ class TensorMerge:
 
     @property
     def reads_twice(self) -> bool:
-        """Whether the models are read twice: once for thresholds or DARE's factors, once for the sum."""
+        """Whether the models are read twice or more: for thresholds, for the factors of `rescale`, for the sum."""
         if self.method == "magnitude":
             return True
-        rescales = self.method.startswith("dare") and self.values.shared["rescale"]
-        return (self.method == "ties" or rescales) and min(self.densities) < 1
+        return self.rescales or (self.method == "ties" and min(self.densities) < 1)
+
+    @property
+    def rescales(self) -> bool:
+        """Whether mergekit's `rescale` multiplies what is kept: of the methods that share it, all that drop something.
+
+        task_arithmetic accepts `rescale` as well, and drops nothing.
+        """
+        drops = self.method in ("ties", "dare_linear", "dare_ties") and min(self.densities) < 1
+        return drops and self.values.shared["rescale"]
 
     @property
     def common_group(self) -> int:
@@ -67,8 +75,8 @@ class TensorMerge:
 
 @dataclass
 class Found:
-    """What does not depend on the weights: thresholds of each scope, and what each model's kept values are multiplied
-    by."""
+    """What does not depend on the weights: thresholds of each scope, and what `rescale` multiplies each model's kept
+    values by."""
 
     thresholds: list | None = None
     scales: tuple[float, ...] | None = None
@@ -127,22 +135,24 @@ def find_thresholds(how: TensorMerge, masks: Masks, readers: list[Reader]) -> li
 def find_scales(how: TensorMerge, masks: Masks, readers: list[Reader], worker: Worker) -> tuple[tuple, list | None]:
     """mergekit's `rescale`: each model's kept differences are brought to the L1 norm of all of them; reads all once.
 
-    Returns the factors, and each model's mask with a bit an element (see pack_mask), which need not be drawn again;
-    None where the worker has no room for them.
+    Returns the factors, and each model's mask with a bit an element (see pack_mask), which need not be made again;
+    None where the worker has no room for them. Thresholds, if masks are made by them, have to be found before.
     """
     norms = [empty_norms() for _ in how.values.models]
     rooms = [worker.room(4 * -(-readers[0].numel // 32)) for _ in norms]
-    drawn = None if any(room is None for room in rooms) else [room.view(np.uint32) for room in rooms]
+    packed = None if any(room is None for room in rooms) else [room.view(np.uint32) for room in rooms]
 
     def note(engine, start: int, bits: list) -> None:
         vectors = _differences(engine, bits, readers, "F32")
-        for j, mask in enumerate(masks.by(engine).drawn(start, len(bits[0]))):
+        own = masks.by(engine)
+        kept = own.of(start, vectors) if how.method == "ties" else own.drawn(start, len(bits[0]))
+        for j, mask in enumerate(kept):
             engine.add(add_norms.steps, norms[j], vectors[j], mask)
-            if drawn:
-                engine.add(pack_mask.steps, drawn[j], start, mask)
+            if packed:
+                engine.add(pack_mask.steps, packed[j], start, mask)
 
     _scan(how, readers, masks.blocks(), Program(note, masks.unit))
-    return tuple(float(rescale_factor(sums)) for sums in norms), drawn
+    return tuple(float(rescale_factor(sums)) for sums in norms), packed
 
 
 def _scan(how: TensorMerge, readers: list[Reader], spans, program: Program) -> None:
@@ -180,20 +190,22 @@ def merge_tensor(task: Task, worker: Worker, how: TensorMerge | None, found: Fou
     if not prunings:
         note = partial(_note_linear if how.method == "linear" else _note_differences, how, readers)
         return [_write(how, readers, writer, Program(note), blocks(numel, block))]
-    dtypes, drawn = [vector_dtype_of(how)] * len(prunings), None
+    dtypes, packed = [vector_dtype_of(how)] * len(prunings), None
     masks = Masks(prunings, how.mask_name, dtypes, numel, kernels, block)
     if masks.in_passes:
         if found.thresholds is None:
             found.thresholds = find_thresholds(how, masks, readers)
         masks.thresholds = found.thresholds
-    if how.method.startswith("dare") and how.reads_twice and found.scales is None:
-        # `drawn` is not for `found`: a sweep would hold the masks of the whole model.
-        found.scales, drawn = find_scales(how, masks, readers, worker)
+    if how.rescales and found.scales is None:
+        # `packed` is not for `found`: a sweep would hold the masks of the whole model.
+        found.scales, packed = find_scales(how, masks, readers, worker)
+    if masks.in_passes:
+        masks.thresholds = found.thresholds  # a pass over the blocks uses up the ties at them: from the first again
     counts = new_counts(len(prunings))
     if how.method in OURS:
         note = partial(_note_vectors, how, readers, masks=masks, prunings=prunings, counts=counts)
     else:
-        note = partial(_note_differences, how, readers, masks=masks, drawn=drawn, scales=found.scales)
+        note = partial(_note_differences, how, readers, masks=masks, packed=packed, scales=found.scales)
     record = _write(how, readers, writer, Program(note, masks.unit), masks.blocks(), masks.scope_of)
     if how.method in OURS:
         record["tallies"] = [to_record(tally) for tally in tallies(counts, numel)]
@@ -228,16 +240,16 @@ def _note_linear(how: TensorMerge, readers: list[Reader], engine, _: int, arrays
 
 
 def _note_differences(
-    how: TensorMerge, readers: list[Reader], engine, start: int, arrays: list, masks=None, drawn=None, scales=None
+    how: TensorMerge, readers: list[Reader], engine, start: int, arrays: list, masks=None, packed=None, scales=None
 ) -> None:
-    """task_arithmetic, ties, dare_linear, dare_ties. drawn: masks that need not be drawn again, from find_scales()."""
+    """task_arithmetic, ties, dare_linear, dare_ties. packed: masks that need not be made again, from find_scales()."""
     out, *bits = arrays
     shared, elect = how.values.shared, how.method in ("ties", "dare_ties")
     base, *models = _as_blocks(bits, readers)
     kept = None
-    if drawn:
+    if packed:
         kept = engine.empty_masks(len(models), out.size)
-        for words, mask in zip(drawn, kept, strict=True):
+        for words, mask in zip(packed, kept, strict=True):
             engine.add(unpack_mask.steps, words, start, mask)
     elif masks and how.method == "ties":
         kept = masks.by(engine).of(start, _differences(engine, bits, readers, vector_dtype_of(how)))

@@ -22,7 +22,7 @@ class Rule:
     """How the differences of one tensor are summed. weights and scales: one number a model, in the recipe's order.
 
     normalize: divide by the sum of the weights (with `elect`: of those that agree, position by position).
-    elect: TIES' sign election. scale: the recipe's `lambda`. scales: what kept values are multiplied by (DARE).
+    elect: TIES' sign election. scale: the recipe's `lambda`. scales: what kept values are multiplied by (`rescale`).
     """
 
     weights: tuple[float, ...]

@@ -1,0 +1,108 @@
+"""Recipes that merged something else than they say, or ended in a traceback: each is refused, or right, now."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from checkpoints import load, state, write
+
+import merge_and_evaluate_7b as script
+from common.errors import DataError
+from common.pruners import kernels
+from common.pruners.kernels import program
+from common.shards import stream
+
+SHAPES = {
+    "lm_head.weight": (11, 7),
+    "model.embed_tokens.weight": (11, 7),
+    **{f"model.layers.{i}.{part}.weight": (13, 9) for i in range(3) for part in ("mlp.up_proj", "self_attn.q_proj")},
+    "model.norm.weight": (7,),
+}
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch) -> Path:
+    """A working directory with base, a and b, three models of one shape in float32, all differences distinct."""
+    monkeypatch.chdir(tmp_path)
+    base = state(0, torch.float32, SHAPES)
+    write(tmp_path / "base", base)
+    for seed, name in enumerate("ab", 1):
+        write(tmp_path / name, state(seed, torch.float32, SHAPES, near=base))
+    return tmp_path
+
+
+def recipe(method: str, *beside: dict, base: str | None = "./base", **parameters) -> dict:
+    """A recipe of ./a and ./b, with `beside` under each model's `parameters` (default: weights 0.6 and 0.5)."""
+    beside = beside or ({"weight": 0.6}, {"weight": 0.5})
+    listed = [{"model": f"./{name}", "parameters": own} for name, own in zip("ab", beside, strict=False)]
+    config = {"merge_method": method, "base_model": base, "models": listed, "parameters": parameters}
+    return {key: value for key, value in config.items() if value} | {"dtype": "float32"}
+
+
+def run(config: dict | str, *flags) -> None:
+    """Merge by a recipe into out/."""
+    Path("r.yml").write_text(config if isinstance(config, str) else yaml.safe_dump(config, sort_keys=False))
+    script.main(["--recipe", "r.yml", "--save_path", "out", "--merge_only", *map(str, flags)])
+
+
+def merge(config: dict, *flags) -> dict[str, torch.Tensor]:
+    """Merge by a recipe -> what was written."""
+    run(config, *flags)
+    return load(Path("out"))
+
+
+def refused(config: dict | str, *flags) -> str:
+    """The one line that a merge by a recipe is refused with; nothing may be left of it."""
+    with pytest.raises(DataError) as error:
+        run(config, *flags)
+    assert not Path("out").exists() and not Path("out.part").exists()
+    line = str(error.value)
+    assert line and "\n" not in line
+    return line
+
+
+# --- the values that hold ---------------------------------------------------------------------------
+
+
+def by_mergekit(method: str, name: str, models: list[dict], base: dict, **parameters) -> torch.Tensor:
+    """One tensor as a merge method of mergekit merges it."""
+    from mergekit.merge_methods import registry
+    from mergekit.merge_methods.base import TensorGroup
+
+    tensors, ids = [model[name] for model in [*models, base]], [*"ab"[: len(models)], "base"]
+    group = TensorGroup.from_tensors(tensors, ids=ids, base_index=len(models), name=name)
+    (merged,) = registry.get(method)([group], parameters=parameters)
+    return merged
+
+
+@pytest.mark.parametrize("density", [0.3, (0.3, 1.0), (0.0, 0.5)])
+def test_ties_rescales_as_mergekit_does(table, density):
+    """To the last bit but of the norm, which mergekit sums in float32, and where a filter says so only."""
+    densities = density if isinstance(density, tuple) else (density, density)
+    beside = [{"weight": weight, "density": own} for weight, own in zip((0.6, 0.5), densities, strict=True)]
+    rescale = [{"filter": "mlp", "value": True}, {"value": False}]
+    found, models = merge(recipe("ties", *beside, rescale=rescale)), [load(table / name) for name in "ab"]
+    plain, base = merge(recipe("ties", *beside), "--overwrite"), load(table / "base")
+    for name in SHAPES:
+        wanted = by_mergekit(
+            "ties", name, models, base, weight=[0.6, 0.5], density=list(densities), rescale="mlp" in name
+        )
+        assert torch.allclose(found[name], wanted, rtol=1e-6, atol=1e-8), name
+        assert torch.equal(found[name], plain[name]) == ("mlp" not in name), name
+
+
+def test_ties_rescales_alike_however_it_is_cut(table, monkeypatch):
+    """Of equal magnitudes at a threshold the first are kept in every pass, those that follow the norms' included."""
+    coarse = {name: torch.randint(-2, 3, shape) / 8 for name, shape in SHAPES.items()}
+    write(table / "zero", {name: torch.zeros(shape) for name, shape in SHAPES.items()})
+    for name, sign in (("p", 1), ("q", -1)):
+        write(table / name, {key: sign * value.roll(3) for key, value in coarse.items()})
+    config = recipe("ties", rescale=True, density=0.4) | {"base_model": "./zero"}
+    config["models"] = [{"model": f"./{name}", "parameters": {"weight": w}} for name, w in (("p", 1.0), ("q", 0.25))]
+    whole = merge(config)
+    monkeypatch.setattr(kernels, "BLOCK", 32)
+    monkeypatch.setattr(program, "STRETCH", 32)
+    monkeypatch.setattr(stream, "SHELVES", 0)  # no room for masks: they are made again
+    cut = merge(config, "--overwrite")
+    assert all(torch.equal(whole[name], cut[name]) for name in SHAPES)
