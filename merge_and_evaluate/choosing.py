@@ -79,9 +79,14 @@ def average_to_choose_by(document: dict, path) -> float:
     return -summary["average"] if less_is_better else summary["average"]
 
 
-def log_gold(probability: float) -> float:
-    """The log-probability of a right answer, in nats: 0.5 -> -0.693."""
-    return math.log(max(probability, LEAST_PROBABILITY))
+def log_golds(golds: list[float | None], path, task: str, model: str = "") -> list[float]:
+    """The log-probabilities of a task's right answers, in nats: [0.5] -> [-0.693]. Raises DataError where one has none,
+    or NaN; path and model: for the error."""
+    if None in golds:
+        raise no_gold(path, task)
+    if any(map(math.isnan, golds)):
+        raise gives_nan(path, task, model)
+    return [math.log(max(gold, LEAST_PROBABILITY)) for gold in golds]
 
 
 def gold_average(document: dict, path) -> tuple[float, float | None]:
@@ -92,14 +97,18 @@ def gold_average(document: dict, path) -> tuple[float, float | None]:
         leaves = leaves_of(document, row)
         for leaf in leaves:
             golds = document.get("items", {}).get(leaf, {}).get("gold") or [None]
-            if None in golds:
-                raise no_gold(path, leaf)
-            logs, share = [log_gold(gold) for gold in golds], 1 / len(rows) / len(leaves)
+            logs, share = log_golds(golds, path, leaf), 1 / len(rows) / len(leaves)
             middle = math.fsum(logs) / len(logs)
             mean += share * middle
             squares = math.fsum((value - middle) ** 2 for value in logs)
             variance += share**2 * squares / (len(logs) - 1) / len(logs) if len(logs) > 1 else math.nan
     return mean, None if math.isnan(variance) else math.sqrt(variance)
+
+
+def gives_nan(path, task: str, model: str = "") -> DataError:
+    """What to raise for a model whose outputs are not numbers; model: its name, where the path does not tell."""
+    of_model = f"the model of {model}" if model else "the model"
+    return DataError(f"{path}: task {task!r}: {of_model} gives NaN; lower its weight, or score with --dtype bfloat16")
 
 
 def no_gold(path, task: str) -> DataError:

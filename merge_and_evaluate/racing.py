@@ -16,7 +16,7 @@ import numpy as np
 from common.errors import DataError
 from common.shards.documents import read_json, write_json
 from merge_and_evaluate.candidates import Candidate, Making, drop_model, model_to_score
-from merge_and_evaluate.choosing import gold_average, log_gold
+from merge_and_evaluate.choosing import gives_nan, gold_average, log_golds
 from merge_and_evaluate.eval_log import logged_to
 from merge_and_evaluate.eval_machine import on_this_machine
 from merge_and_evaluate.eval_recipes import EvalRecipe
@@ -97,17 +97,23 @@ def add_scored(entry: dict, samples: dict[str, list[int]], found: dict[str, dict
             kept[key] += found[leaf][key]
 
 
-def values_of(field: Field, entry: dict, path: Path) -> dict[str, np.ndarray]:
+def deciding(field: Field, leaf: str, record: dict, path: Path, said: str) -> list[float]:
+    """What decides of a record's items, larger is better. Raises DataError for NaN, which would read as "not scored
+    yet" and be asked for for ever; path and said, the candidate's name: for the error."""
+    if field.by == "gold":
+        return log_golds(record["gold"], path, leaf, said)
+    if any(map(math.isnan, record["value"])):
+        raise gives_nan(path, leaf, said)
+    sign = 1 if larger_is_better(field.loaded, leaf, field.metrics[leaf]) else -1
+    return [sign * value for value in record["value"]]
+
+
+def values_of(field: Field, entry: dict, path: Path, said: str) -> dict[str, np.ndarray]:
     """What decides, item by item: {leaf: float64 (items,), larger is better, NaN = not scored}."""
     values = unscored(field.plan)
     for leaf, kept in entry.get("items", {}).items():
-        if leaf not in values:
-            continue
-        sign = 1 if larger_is_better(field.loaded, leaf, field.metrics[leaf]) else -1
-        if field.by == "gold" and None in kept["gold"]:
-            raise DataError(f"{path}: task {leaf!r} has items without a right answer to choose; use --choose_by score")
-        numbers = [log_gold(g) for g in kept["gold"]] if field.by == "gold" else [sign * v for v in kept["value"]]
-        values[leaf][kept["number"]] = numbers
+        if leaf in values:
+            values[leaf][kept["number"]] = deciding(field, leaf, kept, path, said)
     return values
 
 
@@ -122,7 +128,10 @@ def race(sweep: Sweep, making: Making, field: Field) -> Outcome:
     # Each turn decides anew from everything that is scored, and carries nothing over: so a race that was stopped
     # anywhere resumes by the same steps.
     while True:
-        scored = {label: values_of(field, entries.get(label, {}), path) for label in candidates}
+        scored = {
+            label: values_of(field, entries.get(label, {}), path, candidate.choice.said)
+            for label, candidate in candidates.items()
+        }
         step = next_step(field.plan, scored)
         for drop in step.dropped:
             if drop.candidate not in told_of:
@@ -135,6 +144,8 @@ def race(sweep: Sweep, making: Making, field: Field) -> Outcome:
             samples = {leaf: numbers.tolist() for leaf, numbers in wanted.items()}
             found, asked = _score(sweep, making, candidates[label], field, samples, step)
             merges, requests = merges + 1, requests + asked
+            for leaf, record in found.items():  # before it is written: what is in the file is never scored again
+                deciding(field, leaf, record, path, candidates[label].choice.said)
             entry = entries.setdefault(label, {"identity": _identity(sweep, candidates[label]), "items": {}})
             add_scored(entry, samples, found)
             # After every batch: what a kill may cost is one candidate's round.
