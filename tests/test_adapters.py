@@ -82,7 +82,7 @@ def adapted(folder: Path, kind: str, settings: dict, dtype=torch.float32):
     """folder/base, folder/lora as peft saves it; returns peft's own merged state dict."""
     base = model(kind)
     base.save_pretrained(folder / "base")
-    import peft  # five seconds, which only the slow tests here need
+    import peft  # five seconds, not paid where no adapter is made
 
     wrapped = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
     generator = torch.Generator().manual_seed(3)
@@ -141,12 +141,14 @@ def test_bit_for_bit(tmp_path, dtype):
 
 @pytest.mark.slow
 def test_to_the_end(tmp_path):
-    """An adapter as .bin, its base wrapped by torch.compile; extracted, pruned and loaded."""
+    """An adapter as .bin gives the vector of the same adapter in safetensors; pruned, it loads."""
     adapted(tmp_path, "llama", ADAPTERS["rsLoRA"][1])
+    want = extract(tmp_path)
     lora = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     (tmp_path / "lora" / "adapter_model.safetensors").unlink()
     torch.save(lora, tmp_path / "lora" / "adapter_model.bin")
-    extract(tmp_path)
+    got = extract(tmp_path, "--overwrite")
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
     run("prune", "--task_vector_paths", tmp_path / "v", "--save_directories", tmp_path / "p", "--n", 1, "--m", 4)
     transformers.LlamaForCausalLM.from_pretrained(tmp_path / "p")
 

@@ -4,9 +4,11 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import time
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -135,7 +137,7 @@ def test_thousands_of_mutations(path):
         if found is not None:
             expect_sound(path, found)
             accepted += 1
-    assert accepted < 5_000
+    assert 100 < accepted < 5_000
 
 
 @pytest.mark.slow
@@ -279,7 +281,7 @@ def _zip(records: dict[str, bytes]) -> bytes:
 @pytest.mark.slow
 def test_mutated_bins(tmp_path):
     """Bytes of a .bin changed anywhere, and of its pickle with the zip made to fit: 800 files."""
-    out, chance = io.BytesIO(), random.Random(0)
+    out, chance, accepted = io.BytesIO(), random.Random(0), 0
     torch.save({"a": torch.ones(4, 3), "b": torch.ones(2).half()}, out)
     sound, path = out.getvalue(), tmp_path / "pytorch_model.bin"
     records = {name: zipfile.ZipFile(out).read(name) for name in zipfile.ZipFile(out).namelist()}
@@ -296,10 +298,31 @@ def test_mutated_bins(tmp_path):
         else:
             size = path.stat().st_size
             assert all(t.offset > 0 and t.offset + t.nbytes <= size for t in found)
+            accepted += 1
+    assert accepted > 50
     assert not (set(os.listdir(tmp_path)) - {path.name}), "a pickle did something"
 
 
 # --- time and memory ------------------------------------------------------------------------------
+
+
+@contextmanager
+def memory_below(kilobytes: int):
+    """What is done within takes less, at its highest. Where the kernel cannot forget an earlier peak (macOS), only what
+    rises above that is seen."""
+    forget, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+    def peak() -> int:
+        if not forget.exists():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
+
+    if forget.exists():
+        forget.write_text("5")
+    before = peak()
+    yield
+    assert peak() - before < kilobytes
+
 
 HOSTILE = {
     "many names, one twice": b"{" + b"".join(b'"%d":1,' % i for i in range(300_000)) + b'"299999":1}',
@@ -319,14 +342,13 @@ HOSTILE = {
 def test_large_hostile_headers(path, text):
     """Megabytes made to be slow or large: answered in seconds, in memory of the order of the header."""
     path.write_bytes(len(text).to_bytes(8, "little") + text)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.monotonic()
-    try:
-        headers.read_file_header(path)
-    except DataError as error:
-        assert len(str(error)) < 1500
+    with memory_below(500_000):
+        try:
+            headers.read_file_header(path)
+        except DataError as error:
+            assert len(str(error)) < 1500
     assert time.monotonic() - started < 20
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000, "KB"
 
 
 def test_headers_are_not_read_beyond_their_limit(path):
@@ -334,6 +356,5 @@ def test_headers_are_not_read_beyond_their_limit(path):
     with open(path, "wb") as file:
         file.write((2**42).to_bytes(8, "little"))
         file.truncate(2**42 + 100)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert attempt(headers.read_file_header, path) is None
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000
+    with memory_below(20_000):
+        assert attempt(headers.read_file_header, path) is None

@@ -52,7 +52,7 @@ def test_an_architecture_that_transformers_does_not_know(here, changes, brings):
     assert refused("--dry_run", "--output_path", "r.json", call=lambda *f: score("base", *f)).removeprefix("./") == (
         line.replace("merge alone with --merge_only, or take", "take")
     )
-    assert "model_type" not in refused(call=_with_other_backend(here))
+    assert "model 'vllm' needs the package vllm" in refused(call=_with_other_backend(here))
 
 
 def _with_other_backend(here: Path):
@@ -66,7 +66,7 @@ def _with_other_backend(here: Path):
 
 
 def test_code_of_a_hub_repository_may_be_run_by_those_who_ask(here):
-    """The merged model names it, too; lm-eval's own flag runs it."""
+    """Refused, unless trust_remote_code is asked for by flag."""
     own(here, "base", "config.json", model_type="unheard_of", auto_map={"AutoConfig": "org/name--configuration_x.X"})
     assert "which is never run here" in refused("--dry_run")
     merge_and_score("--dry_run", "--model_args", "trust_remote_code=True")

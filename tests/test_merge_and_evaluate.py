@@ -72,7 +72,7 @@ def test_a_relative_path_with_one_slash_works_offline(here):
     for name in ("base", "wild", "west"):
         (here / "models" / name).symlink_to((here / name).resolve())
     write_yaml(here / "recipe.yml", yaml.safe_load(yaml.safe_dump(RECIPE).replace("./", "models/")))
-    merge()
+    merge("--engine", "mergekit")
     assert (here / "merged" / "tokenizer.json").is_file()
 
 
@@ -86,7 +86,7 @@ def test_a_hub_id_is_merged_from_its_download(here, monkeypatch):
     )
     models = [RECIPE["models"][0], {"model": "org/west", "parameters": {"weight": 0.7}}]
     write_yaml(here / "recipe.yml", {**RECIPE, "models": models})
-    merge()
+    merge("--engine", "mergekit")
     report = json.loads((here / "merged" / "merge_report.json").read_text())
     assert list(report["models"]) == ["./base", "./wild", "org/west"]
 

@@ -17,6 +17,7 @@ from recipes_and_models import set_the_table, write_yaml
 from workplace import shell
 
 import merge_and_evaluate_7b
+from common.errors import DataError
 
 SPELLINGS = {
     "plain": "{path}",
@@ -147,7 +148,7 @@ def test_a_name_with_a_tilde_inside_is_no_home(place):
 def test_an_output_over_an_input_is_refused_in_every_spelling(place, spelling):
     """Also where both are the same directory only after the spelling is resolved."""
     before = files(place)
-    with pytest.raises(Exception, match="overlap"):
+    with pytest.raises(DataError, match="output and .* overlap"):
         run(
             "convert",
             "--model_path",

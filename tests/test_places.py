@@ -260,6 +260,8 @@ def test_stopped_at_any_step_of_moving_out(model, tmp_path, mounted, monkeypatch
         convert(model, mounted, "--max_shard_size", 300, *(["--overwrite"] if untouched else []))
         assert files(mounted) == files(tmp_path / "plain")
         assert not [path for path in mounted.iterdir() if path.name.startswith(".")]
+    else:
+        pytest.fail("never ran to its end")
     assert at > 10
 
 

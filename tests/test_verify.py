@@ -93,7 +93,8 @@ def test_a_model_that_mergekit_merged_is_sound(models, tmp_path, capsys, monkeyp
     shutil.copytree(models / "wild", tmp_path / "pa")
     shutil.copytree(models / "base", tmp_path / "base")
     Path("recipe.yml").write_text(RECIPE_TEXT.format("."))
-    merge_and_evaluate_7b.main(["--recipe", "recipe.yml", "--save_path", "merged", "--merge_only"])
+    flags = ["--engine", "mergekit", "--merge_only"]
+    merge_and_evaluate_7b.main(["--recipe", "recipe.yml", "--save_path", "merged", *flags])
     merge_and_evaluate_7b.main(["--verify", "merged"])
     assert "GB, every byte of them as it was written\nmerged: not known: whether its inputs" in capsys.readouterr().out
     path = flip(Path("merged"), "model.norm.weight")

@@ -99,7 +99,7 @@ def test_common_rows(tmp_path, capsys, kind, mine, theirs, rows):
 
 @pytest.mark.slow
 def test_the_pruned_model_generates_with_its_tokenizer(tmp_path):
-    """C7 to the end: every id that the tokenizer makes has a row."""
+    """To the end: every id that the tokenizer makes has a row."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model(tmp_path / "base", "MistralForCausalLM", WORDS, 1)
@@ -113,7 +113,7 @@ def test_the_pruned_model_generates_with_its_tokenizer(tmp_path):
     inputs = tokens("<|im_start|> the sky is", return_tensors="pt")
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     out = loaded.float().generate(**inputs, max_new_tokens=3, do_sample=False)
-    assert isinstance(tokens.decode(out[0]), str) and len(tokens) == loaded.get_input_embeddings().num_embeddings
+    assert int(out.max()) < len(tokens) == loaded.get_input_embeddings().num_embeddings
 
 
 def test_a_tokenizer_is_needed(tmp_path):
