@@ -34,9 +34,11 @@ def _depth(index: int, stack: set[int]) -> float:
     return index / (len(stack) - 1) if len(stack) > 1 else 1.0
 
 
-def parameters_of(recipe: Recipe, names: Iterable[str]) -> dict[str, Values]:
+def parameters_of(recipe: Recipe, names: Iterable[str], depths: dict[str, float] | None = None) -> dict[str, Values]:
     """{tensor: the value of every parameter}, for a recipe that streams; models as in summed_models.
 
+    depths: where each tensor's layer is in its stack, as layer_depths() says of all tensors of the model; without it
+    `names` are all there are. Of some of them alone it would say another thing: a stack with a gap is none.
     Raises DataError where a tensor has no value, or one that the method cannot use, before a weight is read.
     """
     names = list(names)
@@ -44,13 +46,13 @@ def parameters_of(recipe: Recipe, names: Iterable[str]) -> dict[str, Values]:
         values = plain_values(recipe.config)
         found = dict.fromkeys(names, values)
     else:
-        found = _by_mergekit(recipe, names)
+        found = _by_mergekit(recipe, names, layer_depths(names) if depths is None else depths)
     for name, values in found.items():
         _check(recipe, name, values)
     return found
 
 
-def _by_mergekit(recipe: Recipe, names: list[str]) -> dict[str, Values]:
+def _by_mergekit(recipe: Recipe, names: list[str], depths: dict[str, float]) -> dict[str, Values]:
     """The same for filters, gradients and values in other types, evaluated by mergekit's own resolver."""
     from mergekit.config import MergeConfiguration
     from mergekit.merge_methods import registry
@@ -63,7 +65,7 @@ def _by_mergekit(recipe: Recipe, names: list[str]) -> dict[str, Values]:
     beside = {str(entry.model): entry.parameters for entry in config.models or []}
     paths = summed_models(recipe.config)
     # Tensor by tensor: a filter looks at the name, a gradient at how deep its layer is, so no two need have the same.
-    depths, found = layer_depths(names), {}
+    found = {}
     for name in names:
         resolve = partial(
             resolve_parameters,

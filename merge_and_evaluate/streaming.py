@@ -13,20 +13,21 @@ from pathlib import Path
 from common.errors import DataError
 from common.pruners import report
 from common.shards import stream
-from common.shards.checkpoint import Checkpoint, config_with_dtype, copy_companions
-from common.shards.companions import has_tokenizer
+from common.shards.checkpoint import Checkpoint, config_with_dtype
+from common.shards.companions import copy_companions, has_tokenizer
 from common.shards.documents import write_json
+from common.shards.dtypes import check_floats
 from common.shards.hashing import text_hash
 from common.shards.headers import Tensor
 from common.shards.job import Job, begin, identity
 from common.shards.layout import Output, plan_shards, slots_of
-from common.shards.matching import Match, check_floats, mask_names, match_all
+from common.shards.matching import Match, mask_names, match_all
 from common.shards.memory import MemorySink
 from common.shards.stream import Task, Worker, same_bytes
 from common.shards.verify import MERGE_REPORT, recorded_hashes_of
 from merge_and_evaluate.card import write_card
 from merge_and_evaluate.merge_tensor import OURS, Found, TensorMerge, merge_tensor
-from merge_and_evaluate.parameters import parameters_of, written_dtype
+from merge_and_evaluate.parameters import layer_depths, parameters_of, written_dtype
 from merge_and_evaluate.recipe_paths import with_paths
 from merge_and_evaluate.recipes import Recipe
 from merge_and_evaluate.streamed_methods import model_path, summed_models
@@ -112,9 +113,11 @@ def how_merged(recipe: Recipe, whole: Checkpoint, inputs: dict, seed: int) -> di
     by."""
     mask_name, method = mask_names(whole), recipe.config["merge_method"]
     dtypes = {name: written_dtype(recipe.config, [tensor.dtype for tensor in read]) for name, read in inputs.items()}
+    # Of all tensors: where a layer is in its stack cannot be told without those that --skip leaves out.
+    depths = layer_depths(whole.tensors)
     return {
         name: TensorMerge(method, values, dtypes[name], mask_name[name], seed)
-        for name, values in parameters_of(recipe, list(inputs)).items()
+        for name, values in parameters_of(recipe, inputs, depths).items()
     }
 
 

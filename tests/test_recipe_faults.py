@@ -106,3 +106,13 @@ def test_ties_rescales_alike_however_it_is_cut(table, monkeypatch):
     monkeypatch.setattr(stream, "SHELVES", 0)  # no room for masks: they are made again
     cut = merge(config, "--overwrite")
     assert all(torch.equal(whole[name], cut[name]) for name in SHAPES)
+
+
+def test_a_gradient_is_over_all_layers_of_the_model(table):
+    """A layer that --skip leaves out is still one of the stack: the others are as deep as with it."""
+    config = recipe("task_arithmetic", {"weight": [0, 1]}, {"weight": [1, 0]})
+    whole = merge(config)
+    part, base = merge(config, "--skip", "model.layers.0.*", "--overwrite"), load(table / "base")
+    for name in SHAPES:
+        assert torch.equal(part[name], base[name] if "layers.0." in name else whole[name]), name
+    assert not torch.equal(part["model.layers.2.mlp.up_proj.weight"], base["model.layers.2.mlp.up_proj.weight"])
