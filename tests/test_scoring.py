@@ -5,11 +5,13 @@ reused.
 import json
 import shutil
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import recipes_and_models
 import yaml
-from conftest import save_tasks
+from recipes_and_models import EVAL, RECIPE, write_yaml
 
 import merge_and_evaluate_7b as script
 from common.errors import DataError
@@ -17,37 +19,11 @@ from merge_and_evaluate import results, scoring
 from merge_and_evaluate.eval_settings import members, part_of_recipe
 from merge_and_evaluate.recipes import read_recipe, with_models
 
-RECIPE = {
-    "merge_method": "task_arithmetic",
-    "base_model": "./base",
-    "models": [
-        {"model": "./wild", "parameters": {"weight": 1.2}},
-        {"model": "./west", "parameters": {"weight": 0.7}},
-    ],
-    "dtype": "float32",
-    "out_dtype": "float16",
-}
-EVAL = {"include_path": "./tasks", "tasks": ["colours", "shades"], "batch_size": 4}
-
-
-@pytest.fixture
-def here(models, tmp_path, monkeypatch):
-    for model in models.iterdir():
-        (tmp_path / model.name).symlink_to(model)
-    save_tasks(tmp_path / "tasks", ("colours", "shades"))
-    write(tmp_path / "recipe.yml", RECIPE)
-    write(tmp_path / "eval.yml", EVAL)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def write(path, value) -> None:
-    path.write_text(yaml.safe_dump(value, sort_keys=False))
-
 
 def score(*flags: str) -> dict:
-    script.main(["--eval_only", "--save_path", "west", "--eval_recipe", "eval.yml", *flags])
-    return json.loads(open("results.json").read())
+    """results.json of `west`, scored by eval.yml."""
+    recipes_and_models.score("west", *flags)
+    return json.loads(Path("results.json").read_text())
 
 
 def dry_run(*flags: str) -> None:
@@ -109,8 +85,8 @@ def test_lm_eval_builds_the_part_with_them(here):
     """A group in the recipe's folder gives colours 2 shots; named alone, in a sweep's dry run and for real, it has
     2."""
     group = {"group": "both", "task": [{"task": "colours", "num_fewshot": 2, "fewshot_split": "test"}, "shades"]}
-    write(here / "tasks" / "both.yaml", group)
-    write(here / "eval.yml", {**EVAL, "tasks": ["both"], "log_samples": True})
+    write_yaml(here / "tasks" / "both.yaml", group)
+    write_yaml(here / "eval.yml", {**EVAL, "tasks": ["both"], "log_samples": True})
     flags = ["--recipe", "recipe.yml", "--eval_recipe", "eval.yml", "--save_path", "merged", "--weights", "1"]
     script.main([*flags, "--choose_on", "shades", "--report_on", "colours"])
     document = json.loads((here / "results.json").read_text())
@@ -123,8 +99,10 @@ def test_lm_eval_builds_the_part_with_them(here):
 
 def test_what_is_left_of_a_group_is_reported(here, capsys):
     """--choose_on alone: the recipe's other tasks report, also where it names them by one group."""
-    write(here / "tasks" / "both.yaml", {"group": "both", "task": ["colours", {"task": "shades", "num_fewshot": 0}]})
-    write(here / "eval.yml", {**EVAL, "tasks": ["both"]})
+    write_yaml(
+        here / "tasks" / "both.yaml", {"group": "both", "task": ["colours", {"task": "shades", "num_fewshot": 0}]}
+    )
+    write_yaml(here / "eval.yml", {**EVAL, "tasks": ["both"]})
     dry_run("--weights", "0.5", "1", "--choose_on", "colours")
     printed = capsys.readouterr().out.splitlines()
     assert printed[-8:] == [
@@ -154,7 +132,7 @@ def test_float16_on_a_cpu_is_scored_in_float32_and_says_so(here, capsys):
 
 
 def test_flags_win_over_the_recipe(here, capsys):
-    write(here / "eval.yml", {**EVAL, "model_args": "dtype=float32,max_length=32"})
+    write_yaml(here / "eval.yml", {**EVAL, "model_args": "dtype=float32,max_length=32"})
     document = score("--dtype", "float16", "--limit", "2", "--model_args", "max_length=16")
     assert document["config"]["model_dtype"] == "torch.float16"
     assert document["provenance"]["model_args"] == {"dtype": "float16", "max_length": 16}
@@ -247,7 +225,7 @@ def test_what_cannot_run_is_refused_by_the_dry_run(here):
             "apply_chat_template out, or copy a chat_template.jinja there",
         ),
     ]:
-        write(here / "eval.yml", recipe)
+        write_yaml(here / "eval.yml", recipe)
         with pytest.raises(DataError) as error:
             dry_run()
         assert str(error.value).startswith(line) and "\n" not in str(error.value)
@@ -256,13 +234,13 @@ def test_what_cannot_run_is_refused_by_the_dry_run(here):
 def test_the_model_with_a_template_is_named(here):
     shutil.copytree((here / "wild").resolve(), here / "chatty")
     (here / "chatty" / "chat_template.jinja").write_text("{{ messages }}")
-    write(here / "recipe.yml", {**RECIPE, "models": [{"model": "./chatty", "parameters": {"weight": 1}}]})
-    write(here / "eval.yml", {**EVAL, "apply_chat_template": True})
+    write_yaml(here / "recipe.yml", {**RECIPE, "models": [{"model": "./chatty", "parameters": {"weight": 1}}]})
+    write_yaml(here / "eval.yml", {**EVAL, "apply_chat_template": True})
     with pytest.raises(
         DataError, match="./chatty has one: copy its chat_template.jinja there, or set `chat_template: auto`"
     ):
         dry_run()
-    write(
+    write_yaml(
         here / "recipe.yml",
         {**RECIPE, "base_model": "./chatty", "models": [{"model": "./west", "parameters": {"weight": 1}}]},
     )
