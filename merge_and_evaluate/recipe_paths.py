@@ -1,6 +1,7 @@
 """The models that a recipe names, and their paths: of its config, mergekit's YAML as Python has it."""
 
 import os
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
@@ -37,13 +38,27 @@ def safe_path(path: str) -> str:
     return str(place) if place.is_absolute() or str(place).startswith(".") else f"./{place}"
 
 
+def one_spelling() -> Callable[[str], str]:
+    """A function that spells paths as safe_path() does, and a directory always as it was given first.
+
+    'models/x' -> './models/x', and from then on '/work/models/x' -> './models/x': mergekit tells models apart by text.
+    """
+    first: dict[str, str] = {}
+
+    def spelled(path: str) -> str:
+        path = safe_path(path)
+        return first.setdefault(os.path.abspath(path), path) if os.path.isdir(path) else path
+
+    return spelled
+
+
 def explicit_path(path: str) -> str | dict:
     """A directory with '+' or '@' in its path in mergekit's longer form: as text it would be a LoRA or a revision."""
     return {"model": {"path": path}} if set(path) & set("+@") and os.path.isdir(path) else path
 
 
-def with_paths(config: dict, new_path) -> dict:
-    """The recipe's config with new_path(path) in place of every model's path."""
+def with_paths(config: dict, new_path: Callable[[str], str | dict]) -> dict:
+    """The recipe's config with new_path(path) in place of every model's path, the base's first."""
     config = deepcopy(config)
     for holder, key in [(config, "base_model")] + [(entry, "model") for entry in entries(config)]:
         if isinstance(holder.get(key), str):

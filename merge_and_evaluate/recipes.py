@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.errors import DataError
 from merge_and_evaluate.recipe_checks import check_keys, check_method, is_number, method_of
-from merge_and_evaluate.recipe_paths import entries, model_paths, safe_path, with_paths
+from merge_and_evaluate.recipe_paths import entries, model_paths, one_spelling, with_paths
 from merge_and_evaluate.streamed_methods import METHODS, is_plain, model_path
 from merge_and_evaluate.yaml_files import read_yaml
 
@@ -30,11 +30,9 @@ class Recipe:
 def read_recipe(path: str) -> Recipe:
     """The recipe at `path`, with every key, parameter and weight checked and paths made safe for mergekit."""
     text, config = read_yaml(path)
-    checked = is_plain(config)  # then the checks below, which import mergekit, have nothing to find
-    if not checked:
+    config = with_paths(config, one_spelling())  # first, or a model that is listed twice would count as two
+    if not is_plain(config):  # else the checks, which import mergekit, have nothing to find
         check_keys(path, config)
-    config = with_paths(config, safe_path)
-    if not checked:
         check_method(path, config)
     return Recipe(path, text, config)
 
@@ -58,7 +56,8 @@ def with_models(recipe: Recipe, base_model: str | None, models: list[str] | None
     if base_model is not None and old_base is None:
         raise DataError(f"{recipe.path}: has no base_model that --base_model could replace; leave the flag out")
     new = dict(zip(others, models or others, strict=True)) | ({old_base: base_model or old_base} if old_base else {})
-    config = with_paths(recipe.config, lambda path: safe_path(new.get(path, path)))
+    spelled = one_spelling()
+    config = with_paths(recipe.config, lambda path: spelled(new.get(path, path)))
     if not is_plain(config):
         check_method(recipe.path, config)
     return replace(recipe, config=config, text=yaml.safe_dump(config, sort_keys=False))

@@ -116,3 +116,25 @@ def test_a_gradient_is_over_all_layers_of_the_model(table):
     for name in SHAPES:
         assert torch.equal(part[name], base[name] if "layers.0." in name else whole[name]), name
     assert not torch.equal(part["model.layers.2.mlp.up_proj.weight"], base["model.layers.2.mlp.up_proj.weight"])
+
+
+# --- models that are named more than once -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("again", ["./a/", "a", "../{here}/a", "{whole}/a"])
+def test_a_model_under_two_spellings_is_listed_twice(table, again):
+    """mergekit refuses that; of two weights for one model the last held for both."""
+    config = recipe("task_arithmetic", {"weight": 1.0}, {"weight": 0.25})
+    config["models"][1]["model"] = again.format(here=table.name, whole=table)
+    assert "merge_method task_arithmetic: Duplicate merge inputs" in refused(config)
+    config["models"][1]["model"] = "./b"
+    assert "Duplicate merge inputs" in refused(config, "--models", "a", again.format(here=table.name, whole=table))
+
+
+@pytest.mark.parametrize("again", ["base/", "{whole}/base"])
+def test_a_base_under_another_spelling_is_the_base(table, again):
+    config = recipe("task_arithmetic", {"weight": 1.0}, {"weight": 0.25})
+    without = merge(config)
+    config["models"].append({"model": again.format(whole=table)})
+    found = merge(config, "--overwrite")
+    assert all(torch.equal(tensor, without[name]) for name, tensor in found.items())
