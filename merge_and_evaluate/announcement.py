@@ -6,7 +6,7 @@ from merge_and_evaluate.eval_settings import children
 from merge_and_evaluate.eval_tasks import Tasks
 
 
-def _documents(task):
+def documents_of(task):
     """A task's documents; lm-eval keeps them, and maps the data set anew whenever it is asked for `eval_docs`."""
     return getattr(task, "task_docs", None) or task.eval_docs
 
@@ -15,7 +15,7 @@ def items_to_score(recipe: EvalRecipe, task) -> int:
     """How many of a task's documents are scored, with the recipe's limit (a count, or a share below 1)."""
     from lm_eval.evaluator_utils import get_sample_size
 
-    count, limit = len(_documents(task)), get_sample_size(task, recipe.config.get("limit"))
+    count, limit = len(documents_of(task)), get_sample_size(task, recipe.config.get("limit"))
     return count if limit is None else min(count, limit)
 
 
@@ -26,7 +26,7 @@ def requests_of(task, items: int) -> int:
     fixed = task.config.doc_to_choice
     if isinstance(fixed, list):
         return items * len(fixed)
-    return sum(len(task.doc_to_choice(doc)) for _, doc in zip(range(items), _documents(task), strict=False))
+    return sum(len(task.doc_to_choice(doc)) for _, doc in zip(range(items), documents_of(task), strict=False))
 
 
 def requests_to_make(recipe: EvalRecipe, loaded: dict) -> int:

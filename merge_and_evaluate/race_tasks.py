@@ -1,14 +1,17 @@
 """What a race asks of lm-eval's tasks: which items count how much, by which metric; scoring some of them."""
 
+import json
 from contextlib import nullcontext
+from itertools import islice
 
 from common.errors import DataError, reason_of
-from merge_and_evaluate.announcement import items_to_score, leaves_below, requests_of
+from common.shards.hashing import text_hash
+from merge_and_evaluate.announcement import documents_of, items_to_score, leaves_below, requests_of
 from merge_and_evaluate.choosing import no_gold
 from merge_and_evaluate.eval_log import logged_to
 from merge_and_evaluate.eval_recipes import EvalRecipe, evaluator_config
 from merge_and_evaluate.evaluation import load_tasks
-from merge_and_evaluate.items import items_of_task
+from merge_and_evaluate.items import DOC_DIGITS, items_of_task
 from merge_and_evaluate.race_plan import Stratum
 from merge_and_evaluate.scores import OPENED_GROUPS, PLAIN_MEAN_GROUPS, main_metric
 from merge_and_evaluate.scoring import Scoring
@@ -124,6 +127,16 @@ def strata_of_tasks(recipe: EvalRecipe, loaded: dict) -> tuple[Stratum, ...]:
     return tuple(strata)
 
 
+def documents_hash(task, items: int) -> str:
+    """One hash of a task's first `items` documents, in their order: of the first DOC_DIGITS digits of each one's hash,
+    which lm-eval gives it in its samples."""
+    from lm_eval.utils import handle_non_serializable, hash_string
+
+    how = {"indent": 2, "default": handle_non_serializable, "ensure_ascii": False}  # as lm-eval's evaluator does
+    hashes = (hash_string(json.dumps(doc, **how))[:DOC_DIGITS] for doc in islice(documents_of(task), items))
+    return text_hash(" ".join(hashes))
+
+
 # --- scoring some items ---------------------------------------------------------------------------
 
 
@@ -136,6 +149,7 @@ def _prepare(config, task) -> None:
         task.set_config(key="num_fewshot", value=config.num_fewshot)
     elif own is None:
         task.set_config(key="num_fewshot", value=0)
+    # Anew before every batch: all candidates of a round answer the same batch, each item after the same demonstrations.
     task.set_fewshot_seed(seed=config.seed and config.seed[3])
 
 

@@ -2,9 +2,12 @@
 why.
 
 <results>_race.json holds what every candidate scored, item by item, and is written after each batch: a race that was
-stopped resumes with the next one. What a candidate scored also counts for another race over the same tasks.
+stopped resumes with the next one. What a candidate scored also counts for another race with the same seed over the same
+tasks and documents, of other candidates or with another margin. With another seed it does not: lm-eval draws the
+demonstrations in a prompt one item after another, so what precedes an item depends on the batch that it is in.
 """
 
+import json
 import math
 import time
 from collections.abc import Mapping
@@ -14,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import DataError
-from common.shards.documents import read_json, write_json
+from common.shards.documents import read_json
+from common.shards.staging import write_file
 from merge_and_evaluate.candidates import Candidate, Making, drop_model, model_to_score
 from merge_and_evaluate.choosing import gives_nan, gold_average, log_golds
 from merge_and_evaluate.eval_log import logged_to
@@ -24,7 +28,15 @@ from merge_and_evaluate.evaluation import eval_identity
 from merge_and_evaluate.in_memory import opened
 from merge_and_evaluate.race import Step, next_step, outcome, told, unscored
 from merge_and_evaluate.race_plan import Plan, most, plan
-from merge_and_evaluate.race_tasks import check_choice, check_race, larger_is_better, score_items, strata_of_tasks
+from merge_and_evaluate.race_tasks import (
+    check_choice,
+    check_race,
+    documents_hash,
+    larger_is_better,
+    score_items,
+    strata_of_tasks,
+)
+from merge_and_evaluate.results import MAX_RESULTS_BYTES
 from merge_and_evaluate.scores import mean_stderr
 from merge_and_evaluate.sweep import Outcome, Sweep
 
@@ -33,11 +45,12 @@ UNITS = {"score": "points", "gold": "hundredths of a nat"}  # a hundredth of wha
 
 @dataclass(frozen=True, eq=False)
 class Field:
-    """What is raced on: the plan, lm-eval's tasks with their documents, the metric of each, and whether gold
-    decides."""
+    """What is raced on: the plan, lm-eval's tasks with their documents and a hash of those, the metric of each, and
+    whether gold decides."""
 
     plan: Plan
     loaded: dict
+    documents: dict[str, str]
     metrics: dict[str, str]
     by: str
 
@@ -54,46 +67,61 @@ def plan_race(recipe: EvalRecipe, loaded: dict, labels: list[str], margin: tuple
     points, by = margin
     metrics = check_choice(recipe, loaded, by)
     check_race(recipe, loaded, metrics)
-    return Field(plan(strata_of_tasks(recipe, loaded), labels, points / 100, seed), loaded, metrics, by)
+    strata = strata_of_tasks(recipe, loaded)
+    documents = {stratum.name: documents_hash(loaded["tasks"][stratum.name], stratum.items) for stratum in strata}
+    return Field(plan(strata, labels, points / 100, seed), loaded, documents, metrics, by)
 
 
 # --- what was scored ------------------------------------------------------------------------------
 
 
-def read_scored(sweep: Sweep, overwrite: bool) -> dict[str, dict]:
-    """{candidate's label: {"identity", "items": {leaf: {"number", "doc", "value", "gold"}}}} out of the race's file.
-    Raises DataError for a file that is no race's, or whose entry of a candidate is of other models, tasks or settings,
-    unless it may be replaced."""
+def read_scored(sweep: Sweep, field: Field, overwrite: bool) -> dict[str, dict]:
+    """{candidate's label: {"identity", "documents": {leaf: hash}, "items": {leaf: {"number", "value", "gold"}}}} out of
+    the race's file. Raises DataError for a file that is not a race's, or whose entry of a candidate is of other models,
+    tasks, documents or settings, unless it may be replaced."""
     path = race_path(sweep.output_path)
     if not path.is_file():
         return {}
-    found = read_json(path).get("candidates")
+    found = read_json(path, most_bytes=MAX_RESULTS_BYTES).get("candidates")
     if not isinstance(found, dict):
         if overwrite:
             return {}
         raise DataError(f"{path}: already there, and not what a race scored; give --overwrite to replace it")
     for candidate in sweep.candidates:
         entry = found.get(candidate.label, {})
-        if entry and entry.get("identity") != _identity(sweep, candidate):
+        if entry and (other := _other_than(entry, sweep, field, candidate)):
             if not overwrite:
                 raise DataError(
-                    f"{path}: {candidate.choice.said} was scored there with other models, tasks or settings; give "
-                    "--overwrite to score it again, or another --output_path"
+                    f"{path}: {candidate.choice.said} was scored there with other {other}; give --overwrite to score "
+                    "it again, or another --output_path"
                 )
             del found[candidate.label]
     return found
 
 
-def _identity(sweep: Sweep, candidate: Candidate) -> str:
-    return eval_identity(sweep.choosing.recipe, sweep.choosing.tasks, candidate.identity)
+def _other_than(entry: dict, sweep: Sweep, field: Field, candidate: Candidate) -> str:
+    """What an entry differs in from what this race would record; "" if it counts here."""
+    new = _new_entry(sweep, field, candidate)
+    if entry.get("identity") != new["identity"]:
+        return "models, tasks or settings"
+    # Items are kept by number: of a data set that was changed since, the same numbers are other questions.
+    changed = [leaf for leaf, of_leaf in new["documents"].items() if entry.get("documents", {}).get(leaf) != of_leaf]
+    return f"documents in {', '.join(changed)}" if changed else ""
+
+
+def _new_entry(sweep: Sweep, field: Field, candidate: Candidate) -> dict:
+    """A candidate's entry before its first item."""
+    # --seed, which draws the items, is in the merge's identity: another one makes other batches, and so other prompts.
+    identity = eval_identity(sweep.choosing.recipe, sweep.choosing.tasks, candidate.identity)
+    return {"identity": identity, "documents": field.documents, "items": {}}
 
 
 def add_scored(entry: dict, samples: dict[str, list[int]], found: dict[str, dict]) -> None:
     """Put a batch into a candidate's entry, item by item in the order in which they were scored."""
     for leaf, numbers in samples.items():
-        kept = entry["items"].setdefault(leaf, {"number": [], "doc": [], "value": [], "gold": []})
+        kept = entry["items"].setdefault(leaf, {"number": [], "value": [], "gold": []})
         kept["number"] += numbers
-        for key in ("doc", "value", "gold"):
+        for key in ("value", "gold"):
             kept[key] += found[leaf][key]
 
 
@@ -123,7 +151,7 @@ def values_of(field: Field, entry: dict, path: Path, said: str) -> dict[str, np.
 def race(sweep: Sweep, making: Making, field: Field) -> Outcome:
     """Race until one is left, saying who drops out; what it took is said at the end."""
     path, began = race_path(sweep.output_path), time.monotonic()
-    entries, merges, requests = read_scored(sweep, making.overwrite), 0, 0
+    entries, merges, requests = read_scored(sweep, field, making.overwrite), 0, 0
     candidates, told_of = {candidate.label: candidate for candidate in sweep.candidates}, set()
     # Each turn decides anew from everything that is scored, and carries nothing over: so a race that was stopped
     # anywhere resumes by the same steps.
@@ -146,10 +174,11 @@ def race(sweep: Sweep, making: Making, field: Field) -> Outcome:
             merges, requests = merges + 1, requests + asked
             for leaf, record in found.items():  # before it is written: what is in the file is never scored again
                 deciding(field, leaf, record, path, candidates[label].choice.said)
-            entry = entries.setdefault(label, {"identity": _identity(sweep, candidates[label]), "items": {}})
+            entry = entries.setdefault(label, _new_entry(sweep, field, candidates[label]))
             add_scored(entry, samples, found)
-            # After every batch: what a kill may cost is one candidate's round.
-            write_json(path, {"tasks": sweep.choosing.tasks.names, "candidates": entries})
+            # After every batch: what a kill may cost is one candidate's round. In one line, since a line for each
+            # number would double what is written so often.
+            write_file(path, json.dumps({"tasks": sweep.choosing.tasks.names, "candidates": entries}).encode())
     print(outcome(field.plan, step, UNITS[field.by]))
     print(spent_line(field.plan, scored, merges, requests, time.monotonic() - began), flush=True)
     return outcome_of(sweep, field, step, entries, scored)

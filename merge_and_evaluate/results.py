@@ -16,6 +16,10 @@ from merge_and_evaluate import scores
 from merge_and_evaluate.eval_recipes import EvalRecipe
 from merge_and_evaluate.leaderboard_v2 import leaderboard_v2
 
+# A results file has about 90 bytes an item, a race's file 25 an item and candidate: room for millions of either. Python
+# takes some ten times as much to read it.
+MAX_RESULTS_BYTES = 500_000_000
+
 PACKAGES = ("lm_eval", "mergekit", "transformers", "torch", "datasets")
 
 
@@ -82,7 +86,7 @@ def write_samples(path: Path, samples: dict) -> list[Path]:
 def read_results(path: str) -> dict:
     """A results file of this script, or one that `lm_eval run` wrote, which gets its summary here."""
     try:
-        document = read_json(Path(path))
+        document = read_json(Path(path), most_bytes=MAX_RESULTS_BYTES)
     except FileNotFoundError:
         raise DataError(f"{path}: no such results file; --output_path of an earlier run is one") from None
     if not isinstance(document.get("results"), dict):

@@ -17,6 +17,7 @@ from merge_and_evaluate.eval_tasks import Tasks
 from merge_and_evaluate.evaluation import eval_identity, evaluate
 from merge_and_evaluate.in_memory import LoadedModel
 from merge_and_evaluate.results import (
+    MAX_RESULTS_BYTES,
     limit_of,
     print_results,
     provenance,
@@ -71,7 +72,7 @@ def finished(scoring: Scoring, model: Model, path: Path) -> dict | None:
     """The document at `path`, if it holds the scores of this model on these tasks."""
     if not path.is_file():
         return None
-    document = read_json(path)
+    document = read_json(path, most_bytes=MAX_RESULTS_BYTES)
     identity = document.get("provenance", {}).get("identity")
     if identity != eval_identity(scoring.recipe, scoring.tasks, model.identity):
         return None

@@ -25,7 +25,7 @@ from merge_and_evaluate.choices import Choice
 from merge_and_evaluate.choosing import gold_average, value_of
 from merge_and_evaluate.evaluation import eval_identity
 from merge_and_evaluate.overview import write_overview
-from merge_and_evaluate.results import percent, write_results
+from merge_and_evaluate.results import MAX_RESULTS_BYTES, percent, write_results
 from merge_and_evaluate.scoring import Scoring
 
 
@@ -152,7 +152,8 @@ def already_done(sweep: Sweep) -> bool:
     """Whether the results file is the outcome of this sweep, and a model is where its winner was put."""
     if not sweep.output_path.is_file() or not (sweep.save_path / merging.REPORT_NAME).is_file():
         return False
-    return read_json(sweep.output_path).get("summary", {}).get("chosen", {}).get("sweep") == sweep.identity
+    document = read_json(sweep.output_path, most_bytes=MAX_RESULTS_BYTES)
+    return document.get("summary", {}).get("chosen", {}).get("sweep") == sweep.identity
 
 
 def chosen_record(sweep: Sweep, outcome: Outcome) -> dict:

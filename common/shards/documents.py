@@ -64,13 +64,13 @@ def _is_deeper(value, depth: int) -> bool:
     return depth == 0 or any(_is_deeper(item, depth - 1) for item in inner)
 
 
-def read_json(path: Path, strict: bool = True) -> dict:
-    """The object in a JSON file of at most MAX_HEADER_BYTES, nested at most MAX_DEPTH deep; see parse_json."""
+def read_json(path: Path, strict: bool = True, most_bytes: int = MAX_HEADER_BYTES) -> dict:
+    """The object in a JSON file of at most `most_bytes`, nested at most MAX_DEPTH deep; see parse_json."""
     refuse_lfs_pointer(path)
-    if path.stat().st_size > MAX_HEADER_BYTES:
+    if path.stat().st_size > most_bytes:
         raise DataError(
-            f"{path}: {path.stat().st_size} bytes, more than the {MAX_HEADER_BYTES} a JSON file here may have; get "
-            "the checkpoint from a source you trust"
+            f"{path}: {path.stat().st_size} bytes, more than the {most_bytes} a JSON file here may have; get the "
+            "checkpoint from a source you trust"
         )
     value = parse_json(path.read_bytes(), str(path), strict)
     if not isinstance(value, dict):
