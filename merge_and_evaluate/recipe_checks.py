@@ -20,20 +20,34 @@ def _refuse_unknown(path: str, where: str, mapping, known) -> None:
             raise DataError(f"{path}: unknown key {key!r} in {where}; known are {', '.join(known)}")
 
 
+def _check_holder(path: str, where: str, holder, known) -> None:
+    """The same of a mapping with `parameters`, whose conditions (filter, value) have keys as well."""
+    from mergekit.config import ConditionalParameter
+
+    _refuse_unknown(path, where, holder, known)
+    parameters = holder.get("parameters")
+    for name, setting in parameters.items() if isinstance(parameters, dict) else ():
+        for part in setting if isinstance(setting, list) else [setting]:
+            if isinstance(part, dict):
+                _refuse_unknown(path, f"a condition of {name}", part, ConditionalParameter.model_fields)
+
+
 def _check_slices(path: str, slices) -> None:
     from mergekit.config import InputSliceDefinition, OutputSliceDefinition
 
     for part in as_list(slices):
-        _refuse_unknown(path, "slices", part, OutputSliceDefinition.model_fields)
+        _check_holder(path, "slices", part, OutputSliceDefinition.model_fields)
+        if part.get("sources") == []:
+            raise DataError(f"{path}: slices: `sources` is empty; name a model there and a layer_range")
         for source in as_list(part.get("sources")):
-            _refuse_unknown(path, "slices: sources", source, InputSliceDefinition.model_fields)
+            _check_holder(path, "slices: sources", source, InputSliceDefinition.model_fields)
 
 
 def _check_models(path: str, models) -> None:
     from mergekit.config import InputModelDefinition
 
     for entry in as_list(models):
-        _refuse_unknown(path, "models", entry, InputModelDefinition.model_fields)
+        _check_holder(path, "models", entry, InputModelDefinition.model_fields)
 
 
 def check_keys(path: str, config: dict) -> None:
@@ -42,11 +56,11 @@ def check_keys(path: str, config: dict) -> None:
     from mergekit.tokenizer.config import TokenizerConfig
     from pydantic import ValidationError
 
-    _refuse_unknown(path, "the recipe", config, MergeConfiguration.model_fields)
+    _check_holder(path, "the recipe", config, MergeConfiguration.model_fields)
     modules = config.get("modules") if isinstance(config.get("modules"), dict) else {}
     for part in [config, *modules.values()]:
         if part is not config:
-            _refuse_unknown(path, "modules", part, OutputModuleDefinition.model_fields)
+            _check_holder(path, "modules", part, OutputModuleDefinition.model_fields)
         _check_models(path, part.get("models"))
         _check_slices(path, part.get("slices"))
     if isinstance(config.get("tokenizer"), dict):

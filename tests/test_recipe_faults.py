@@ -138,3 +138,14 @@ def test_a_base_under_another_spelling_is_the_base(table, again):
     config["models"].append({"model": again.format(whole=table)})
     found = merge(config, "--overwrite")
     assert all(torch.equal(tensor, without[name]) for name, tensor in found.items())
+
+
+# --- what is no recipe ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_misspelled_condition_is_refused(table, shared):
+    """mergekit ignores the key, so that the value held everywhere."""
+    weight = [{"fliter": "mlp", "value": 0.5}, {"value": 1}]
+    config = recipe("ties", {}, {}, weight=weight) if shared else recipe("ties", {"weight": weight}, {"weight": 1})
+    assert "unknown key 'fliter' in a condition of weight; " in refused(config)
