@@ -71,7 +71,13 @@ def weighted_entries(recipe: Recipe) -> list[dict]:
     base = model_path(recipe.config.get("base_model"))
     models = [entry for entry in entries(recipe.config) if model_path(entry.get("model")) != base]
     found = [entry for entry in [*models, recipe.config] if "weight" in (entry.get("parameters") or {})]
-    found = [entry for entry in found if entry is not recipe.config] or found
+    own = [entry for entry in found if entry is not recipe.config]
+    if own and len(own) < len(models):
+        raise DataError(
+            f"{recipe.path}: some models have a `weight` of their own and others share one; a sweep needs one beside "
+            "each, or the shared one alone"
+        )
+    found = own or found
     for entry in found:
         weight = entry["parameters"]["weight"]
         if not is_number(weight):

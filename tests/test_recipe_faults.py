@@ -12,6 +12,7 @@ from common.errors import DataError
 from common.pruners import kernels
 from common.pruners.kernels import program
 from common.shards import stream
+from merge_and_evaluate.recipes import read_recipe, with_weights
 
 SHAPES = {
     "lm_head.weight": (11, 7),
@@ -149,3 +150,21 @@ def test_a_misspelled_condition_is_refused(table, shared):
     weight = [{"fliter": "mlp", "value": 0.5}, {"value": 1}]
     config = recipe("ties", {}, {}, weight=weight) if shared else recipe("ties", {"weight": weight}, {"weight": 1})
     assert "unknown key 'fliter' in a condition of weight; " in refused(config)
+
+
+# --- sweeps -----------------------------------------------------------------------------------------------
+
+
+def swept(config: dict, *weights: float) -> dict:
+    """The config of a recipe with weights set."""
+    Path("r.yml").write_text(yaml.safe_dump(config, sort_keys=False))
+    return with_weights(read_recipe("r.yml"), weights).config
+
+
+def test_a_sweep_sets_the_weight_of_every_model(table):
+    """Not only of those that have one of their own, beside others that share one."""
+    with pytest.raises(DataError, match="some models have a `weight` of their own and others share one; a sweep needs"):
+        swept(recipe("task_arithmetic", {"weight": 1}, {}, weight=0.5), 0.9)
+    assert swept(recipe("task_arithmetic", {}, {}, weight=0.5), 0.9)["parameters"] == {"weight": 0.9}
+    found = swept(recipe("task_arithmetic", {"weight": 1}, {"weight": 2}, weight=0.5), 0.9, 0.8)["models"]
+    assert [model["parameters"]["weight"] for model in found] == [0.9, 0.8]
