@@ -79,8 +79,7 @@ def fillable(state: dict, parameters: dict, merge) -> tuple[dict, str | None]:
     StreamedMerge.
     """
     shapes = {slot.name: slot.shape for shard in merge.job.outputs[0].shards for slot in shard.slots}
-    named = [name for name, how in merge.how.items() if how is not None]
-    for name in named:
+    for name in merge.how:
         if name not in state:
             return {}, f"the loaded model has no tensor {name!r}"
         tensor = state[name]
@@ -89,14 +88,14 @@ def fillable(state: dict, parameters: dict, merge) -> tuple[dict, str | None]:
         if tensor.is_meta:
             return {}, f"tensor {name!r} does not fit into memory"
     # By address: nothing else says that two names are one tensor. An empty tensor has no address of its own.
-    places = {name: state[name].data_ptr() for name in named if state[name].numel()}
+    places = {name: state[name].data_ptr() for name in merge.how if state[name].numel()}
     filled = set(places.values())
     if len(filled) < len(places):
         return {}, "it stores tied tensors twice"
     for name, parameter in parameters.items():
         if parameter.numel() and parameter.data_ptr() not in filled:
             return {}, f"the loaded model's parameter {name!r} is not in the checkpoint"
-    return {name: state[name] for name in named}, None
+    return {name: state[name] for name in merge.how}, None
 
 
 def model_bytes(recipe: EvalRecipe, merge) -> int:
@@ -198,7 +197,7 @@ def form_of(merge_plan: MergePlan, settings: MergeSettings) -> tuple:
     with TemporaryDirectory(prefix="merged_form_") as place:
         settle(Path(place), merge)
         files = sorted((path.name, file_hash(path)) for path in Path(place).iterdir() if path.is_file())
-    return str(merge.whole.path), frozenset(name for name, how in merge.how.items() if how is not None), tuple(files)
+    return str(merge.whole.path), frozenset(merge.how), tuple(files)
 
 
 @contextmanager

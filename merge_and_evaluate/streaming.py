@@ -39,7 +39,7 @@ LARGEST_GROUP = 1 << 24
 
 @dataclass(frozen=True)
 class StreamedMerge:
-    """What is decided: the job, and for each tensor how it is merged (None: carried over).
+    """What is decided: the job, and how each tensor is merged (one that is not in `how` is carried over).
 
     `whole` lends names and config.
     """
@@ -47,20 +47,23 @@ class StreamedMerge:
     job: Job
     whole: Checkpoint
     models: tuple[Checkpoint, ...]
-    how: dict[str, TensorMerge | None]
+    how: dict[str, TensorMerge]
     equal: dict[str, list[tuple[Tensor, Tensor]]]
     recorded: dict[str, dict[str, str]]  # {label of a model: {tensor: hash}}, where an earlier step left them
     notes: tuple[str, ...]  # what was resolved: other names, ties, constants
 
     @property
     def one_dtype(self) -> str | None:
-        """What all parameters are written in; None where they differ."""
+        """What all tensors that are merged are written in; None where they differ. The config says it.
+
+        What --skip leaves out is converted when the model is loaded: of the two dtypes the merge's is kept whole.
+        """
         dtypes = {how.dtype for how in self.how.values()}
         return dtypes.pop() if len(dtypes) == 1 else None
 
     def sources(self, task: Task) -> list[Checkpoint]:
         """The model that each input of a task is from."""
-        if self.how.get(task.name) is None:
+        if task.name not in self.how:
             return [self.whole]
         return [*self.models] if self.how[task.name].method == "linear" else [self.whole, *self.models]
 
@@ -74,7 +77,11 @@ def plan_streamed(recipe: Recipe, checkpoints: tuple[Checkpoint, ...], save_path
     check_floats(whole)
     matches = match_all(whole, list(models), settings.skip)
     inputs = inputs_of(recipe, whole, [matched.pairs for matched in matches])
-    how = how_merged(recipe, whole, inputs, settings.seed)
+    if not inputs:
+        raise DataError(f"{recipe.path}: --skip leaves nothing to merge; leave out a pattern")
+    ties = mask_names(whole)
+    how = how_merged(recipe, whole, inputs, ties, settings.seed)
+    check_ties(recipe, how, ties)
     check_groups(recipe, how)
     written = [(t.name, how[t.name].dtype if t.name in how else t.dtype, t.shape) for t in whole.tensors.values()]
     shards = plan_shards(written, settings.shard_bytes("stream"))
@@ -108,15 +115,19 @@ def inputs_of(recipe: Recipe, whole: Checkpoint, pairs: list[dict[str, Tensor]])
     }
 
 
-def how_merged(recipe: Recipe, whole: Checkpoint, inputs: dict, seed: int) -> dict[str, TensorMerge]:
-    """How each tensor of `inputs` is merged: the recipe's values for it, the dtype written, the name its draws go
-    by."""
-    mask_name, method = mask_names(whole), recipe.config["merge_method"]
+def how_merged(
+    recipe: Recipe, whole: Checkpoint, inputs: dict, ties: dict[str, str], seed: int
+) -> dict[str, TensorMerge]:
+    """How each tensor of `inputs` is merged: the recipe's values for it, the dtype written, the name its draws go by.
+
+    ties: {tensor: first of its tie group}, as mask_names() says.
+    """
+    method = recipe.config["merge_method"]
     dtypes = {name: written_dtype(recipe.config, [tensor.dtype for tensor in read]) for name, read in inputs.items()}
     # Of all tensors: where a layer is in its stack cannot be told without those that --skip leaves out.
     depths = layer_depths(whole.tensors)
     return {
-        name: TensorMerge(method, values, dtypes[name], mask_name[name], seed)
+        name: TensorMerge(method, values, dtypes[name], ties[name], seed)
         for name, values in parameters_of(recipe, inputs, depths).items()
     }
 
@@ -128,6 +139,17 @@ def tied_copies(matches: list[Match]) -> dict[str, list[tuple[Tensor, Tensor]]]:
         for name, extras in matched.equal.items():
             copies.setdefault(name, []).extend((extra, matched.pairs[name]) for extra in extras)
     return copies
+
+
+def check_ties(recipe: Recipe, how: dict[str, TensorMerge], ties: dict[str, str]) -> None:
+    """Refuse to merge tensors that the config ties, each of them stored, in different ways: loaded they are one."""
+    for name, first in ties.items():
+        mine, theirs = how.get(name), how.get(first)
+        if mine != theirs and (mine is None or theirs is None or mine.values != theirs.values):
+            raise DataError(
+                f"{recipe.path}: tensor {name!r} is tied to {first!r} and would be merged differently; give both the "
+                "same `parameters`, and leave out both with --skip or neither"
+            )
 
 
 def check_groups(recipe: Recipe, how: dict[str, TensorMerge]) -> None:
@@ -180,7 +202,7 @@ def run_in_memory(merge: StreamedMerge, tensors: Mapping[str, object], found: di
     In the tensors' own dtype. Every tensor is computed from the inputs anew, whatever it held before; buffers stay as
     they are.
     """
-    tasks = [task for task in merge.job.tasks if merge.how.get(task.name)]
+    tasks = [task for task in merge.job.tasks if task.name in merge.how]
     do = partial(merge_and_check, merge=merge, found=found)
     with stream.progress(title, sum(task.nbytes for task in tasks)) as moved:
         stream.run(tasks, do, moved, stream.worker_count(), MemorySink(tensors))

@@ -1,11 +1,12 @@
 """Recipes that merged something else than they say, or ended in a traceback: each is refused, or right, now."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from checkpoints import load, state, write
+from checkpoints import CONFIG, load, state, write
 
 import merge_and_evaluate_7b as script
 from common.errors import DataError
@@ -117,6 +118,37 @@ def test_a_gradient_is_over_all_layers_of_the_model(table):
     for name in SHAPES:
         assert torch.equal(part[name], base[name] if "layers.0." in name else whole[name]), name
     assert not torch.equal(part["model.layers.2.mlp.up_proj.weight"], base["model.layers.2.mlp.up_proj.weight"])
+
+
+@pytest.fixture
+def tied(table) -> Path:
+    """The same models, their head tied to the embedding and stored all the same."""
+    for path in (table / name for name in ("base", "a", "b")):
+        tensors = load(path)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        shutil.rmtree(path)
+        write(path, tensors, CONFIG | {"tie_word_embeddings": True})
+    return table
+
+
+TIED = "tensor 'lm_head.weight' is tied to 'model.embed_tokens.weight' and would be merged differently; give both the "
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "random"])
+def test_tied_tensors_are_not_torn_apart(tied, method):
+    """Stored twice they would differ, and the config would still say that they are one."""
+    base, beside = None if method == "linear" else "./base", ({"weight": 0.6}, {"weight": 0.5})
+    weight = [{"filter": "lm_head", "value": 0.2}, {"value": 0.6}]
+    assert TIED in refused(recipe(method, {"weight": weight}, beside[1], base=base))
+    assert TIED in refused(recipe(method, *beside, base=base), "--skip", "lm_head*")
+    assert TIED in refused(recipe(method, *beside, base=base), "--skip", "model.embed_tokens.weight")
+    for flags in ([], ["--skip", "lm_head*", "*.embed_tokens.weight", "--overwrite"]):
+        merged = merge(recipe(method, *beside, base=base), *flags)
+        assert torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
+
+
+def test_skip_may_not_leave_out_everything(table):
+    assert refused(recipe("ties"), "--skip", "*") == "r.yml: --skip leaves nothing to merge; leave out a pattern"
 
 
 # --- models that are named more than once -------------------------------------------------------------
