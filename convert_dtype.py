@@ -24,8 +24,9 @@ from common import cli
 from common.errors import DataError
 from common.exits import run_and_leave
 from common.shards.blocks import blocks
-from common.shards.checkpoint import Checkpoint, code_notes, config_with_dtype, copy_companions
-from common.shards.dtypes import check_floats
+from common.shards.checkpoint import Checkpoint, code_notes, config_with_dtype
+from common.shards.companions import copy_companions
+from common.shards.dtypes import check_floats, wider_than
 from common.shards.headers import DTYPE_CODES, DTYPE_NAMES
 from common.shards.job import Job, begin, describe, downloaded, identity
 from common.shards.layout import Output, plan_shards, slots_of
@@ -110,7 +111,7 @@ def refuse_overflow(model: Checkpoint, dtype: str, overflowed: list[str]) -> Non
     names = ", ".join(repr(name) for name in overflowed[:8]) + (" and more" if len(overflowed) > 8 else "")
     raise DataError(
         f"{len(overflowed)} tensor(s) of {model.label} hold values beyond the largest {DTYPE_NAMES[dtype]}: {names}; "
-        "convert to bfloat16 or float32, or accept the nearest finite value with --clamp"
+        f"convert to {wider_than(dtype)}, or accept the nearest finite value with --clamp"
     )
 
 

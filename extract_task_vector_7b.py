@@ -25,6 +25,7 @@ again: it resumes at the last complete shard.
 """
 
 import argparse
+import json
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -38,24 +39,19 @@ from common import cli
 from common.errors import DataError
 from common.exits import run_and_leave
 from common.pruners.unchanged import zero_tensor
-from common.shards.adapters import Adapter, is_adapter, match_adapter, open_adapter, without
+from common.shards.adapters import Adapter, Product, is_adapter, match_adapter, open_adapter, without
 from common.shards.blocks import blocks
-from common.shards.checkpoint import (
-    Checkpoint,
-    code_notes,
-    companion_files,
-    config_with_dtype,
-    copy_companions,
-    open_checkpoint,
-)
-from common.shards.dtypes import check_floats
+from common.shards.checkpoint import Checkpoint, code_notes, config_with_dtype, open_checkpoint
+from common.shards.companions import copy_companions, has_tokenizer
+from common.shards.dtypes import check_floats, wider_than
+from common.shards.hashing import text_hash
 from common.shards.headers import DTYPE_CODES, DTYPE_NAMES, Tensor
 from common.shards.hub import local_directory
 from common.shards.job import Job, begin, describe, downloaded, identity
 from common.shards.layout import Output, plan_shards, slots_of
 from common.shards.matching import match_all
 from common.shards.places import check_places, refuse_existing_outputs
-from common.shards.remote import describe_checkpoint, described
+from common.shards.remote import describe_checkpoint, remote_checkpoint
 from common.shards.settings import config_notes
 from common.shards.stream import Task, Worker, copy_tensor, new_hash, not_finite, same_bytes
 from common.shards.task_vector import write_task_vector_json
@@ -115,7 +111,7 @@ class Extraction:
     pairs: dict[str, Tensor]
     equal: dict[str, tuple[Tensor, ...]]
     common: dict[str, tuple]
-    products: dict[str, object]
+    products: dict[str, Product]
 
     def inputs(self, base: Tensor) -> tuple[Tensor, ...]:
         """What is read for one tensor of the base; the base's own comes last."""
@@ -183,9 +179,10 @@ def refuse_difference(finetuned: Tensor, left, base: Tensor, right, dtype: str) 
     for tensor, bits in ((finetuned, left), (base, right)):
         if not kernels.all_finite(bits, tensor.dtype):
             raise not_finite(tensor)
+    wider = wider_than(dtype)
     raise DataError(
         f"tensor {base.name!r}: a value of {finetuned.path} or {base.path}, or their difference, is beyond "
-        f"the largest {DTYPE_NAMES[dtype]}; extract with --dtype bfloat16 or float32"
+        f"the largest {DTYPE_NAMES[dtype]}; {f'extract with --dtype {wider}' if wider else 'is one of them damaged?'}"
     )
 
 
@@ -202,7 +199,7 @@ def refuse_untied(extra: Tensor, tied: Tensor) -> None:
 
 def open_finetuned(label: str, base: Checkpoint, skip: tuple, vocabulary: str) -> tuple[Checkpoint, Adapter | None]:
     """The fine-tuned side, its weights still on the Hub where they are; and the adapter, where it is one."""
-    remote = described(label)
+    remote = remote_checkpoint(label)
     directory = remote.path if remote else local_directory(label)
     if not remote and is_adapter(directory):
         adapter = open_adapter(label, directory, base, free_rows=vocabulary == "common")
@@ -210,33 +207,46 @@ def open_finetuned(label: str, base: Checkpoint, skip: tuple, vocabulary: str) -
     return remote or open_checkpoint(label), None
 
 
-def compare(
-    finetuned: Checkpoint, base: Checkpoint, adapter: Adapter | None, how: argparse.Namespace
+def decide(
+    finetuned: Checkpoint, base: Checkpoint, adapter: Adapter | None, parameters: dict
 ) -> tuple[Extraction, list[str]]:
-    """(what is done with every tensor, notes): all that headers, configs and tokenizers decide. how: skip, vocabulary,
-    dtype."""
-    free_rows, common = how.vocabulary == "common", {}
-    (matched,) = [match_adapter(base, adapter)] if adapter else match_all(base, [finetuned], tuple(how.skip), free_rows)
+    """(what is done with every tensor, notes): all that headers, configs and tokenizers decide. parameters: dtype,
+    skip, vocabulary."""
+    free_rows, common, skip = parameters["vocabulary"] == "common", {}, tuple(parameters["skip"])
+    (matched,) = [match_adapter(base, adapter)] if adapter else match_all(base, [finetuned], skip, free_rows)
     notes = list(matched.notes)
     if free_rows:
         vocabulary = common_vocabulary(base, finetuned)
         common = common_elements(base, matched.pairs, vocabulary)
         notes += vocabulary.notes
     products = adapter.products if adapter else {}
-    return Extraction(DTYPE_CODES[how.dtype], matched.pairs, matched.equal, common, products), notes
+    return Extraction(DTYPE_CODES[parameters["dtype"]], matched.pairs, matched.equal, common, products), notes
 
 
 def plan(finetuned: Checkpoint, base: Checkpoint, by: Extraction, save_path: Path, parameters: dict) -> Job:
     """The job, before a weight is read."""
     check_places([finetuned.path, base.path], [save_path])
-    described = [(t.name, by.dtype if t.is_parameter else t.dtype, t.shape) for t in base.tensors.values()]
-    shards = plan_shards(described, parameters["max_shard_size"])
+    written = [(t.name, by.dtype if t.is_parameter else t.dtype, t.shape) for t in base.tensors.values()]
+    shards = plan_shards(written, parameters["max_shard_size"])
+    # Tokenizers decide which rows are common, and are not among the files that a job is known by.
+    parameters = parameters | {"common": text_hash(json.dumps(sorted(by.common.items())))}
     return Job(
         title="extract",
         identity=identity("extract_task_vector_7b.py", parameters, [finetuned, base], [save_path]),
         outputs=[Output(save_path, tuple(shards))],
         tasks=[Task(slot.name, by.inputs(base.tensors[slot.name]), (slot,), i) for i, slot in slots_of(shards)],
     )
+
+
+def companion_sources(finetuned: Checkpoint, base: Checkpoint, vocabulary: str) -> list[Checkpoint]:
+    """Whose tokenizer and generation config the vector gets, later ones over earlier ones.
+
+    The fine-tuned model's, unless its tokens were left out; what comes without a tokenizer (an adapter, a model as
+    save_pretrained alone writes it) has the base's.
+    """
+    if vocabulary == "common":
+        return [base]
+    return [finetuned] if has_tokenizer(finetuned.path) else [base, finetuned]
 
 
 def size_note(finetuned: Checkpoint, base: Checkpoint, records: dict[str, dict]) -> list[str]:
@@ -260,7 +270,7 @@ def main(argv=None) -> None:
     finetuned, adapter = open_finetuned(args.finetuned_model_path, base, tuple(args.skip), args.vocabulary)
     parameters = {name: getattr(args, name) for name in ("dtype", "max_shard_size", "skip", "vocabulary")}
     parameters |= {"adapter": adapter.config if adapter else None}
-    by, notes = compare(finetuned, base, adapter, args)
+    by, notes = decide(finetuned, base, adapter, parameters)
     job = plan(finetuned, base, by, args.save_path, parameters)
     for note in notes:
         print(f"note: {note}")
@@ -269,13 +279,13 @@ def main(argv=None) -> None:
         return
     if finetuned.is_remote or base.is_remote:  # only now that everything fits are they downloaded
         finetuned, base = downloaded(job, [finetuned, base], args.overwrite)
-        by, _ = compare(finetuned, base, adapter, args)
+        by, _ = decide(finetuned, base, adapter, parameters)
         job = plan(finetuned, base, by, args.save_path, parameters)
     with begin(job, args.overwrite) as running:
         running.stream(partial(extract_tensor, by=by))
         for _, part, records in running.whole():
-            has_tokens = args.vocabulary == "same" and companion_files(finetuned.path)  # an adapter may come without
-            copy_companions((finetuned if has_tokens else base).path, part)
+            for source in companion_sources(finetuned, base, args.vocabulary):
+                copy_companions(source.path, part)
             (part / "config.json").write_text(config_with_dtype(base.config, by.dtype), encoding="utf-8")
             write_task_vector_json(part, finetuned, base, by.dtype, records)
             values = sum(tensor.numel for tensor in base.tensors.values() if tensor.is_parameter)

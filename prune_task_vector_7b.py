@@ -48,7 +48,8 @@ from common.pruners.pruning import Pruning, in_passes
 from common.pruners.report import NAME as REPORT
 from common.pruners.report import build, distinct, table
 from common.pruners.unchanged import zero_tensor
-from common.shards.checkpoint import Checkpoint, config_with_dtype, copy_companions
+from common.shards.checkpoint import Checkpoint, config_with_dtype
+from common.shards.companions import copy_companions
 from common.shards.documents import read_json, write_json
 from common.shards.dtypes import check_floats
 from common.shards.headers import DTYPE_NAMES, Tensor

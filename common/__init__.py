@@ -1,4 +1,4 @@
-"""What the scripts share: two rooms, and two files that every script uses.
+"""What the scripts share: two rooms, and three files that every script uses.
 
 shards/     checkpoints in and out: headers, matching, planned files, blocks through threads, files complete or absent
 pruners/    which positions are kept: the ranking rule, its kernels, what it did

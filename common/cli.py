@@ -22,6 +22,10 @@ def path(text: str) -> Path:
         raise argparse.ArgumentTypeError("an empty path; is a shell variable in it not set?")
     if expanded.startswith("~") and not os.path.lexists(expanded):
         raise argparse.ArgumentTypeError(f"{text!r}: there is no such home directory; write the path out")
+    try:
+        expanded.encode()
+    except UnicodeEncodeError:  # reports and JSON files name it, in UTF-8
+        raise argparse.ArgumentTypeError(f"{ascii(text)} is not valid UTF-8; rename it") from None
     return plain(Path(expanded))
 
 
@@ -30,10 +34,10 @@ def path_or_hub_id(text: str) -> str:
 
     What is not a Hub id as typed does not become one: './org/name' and 'org/name/' that do not exist -> './org/name'.
     """
-    if is_hub_id(text) and not os.path.isdir(text):
+    if is_hub_id(text):
         return text
     place = str(path(text))
-    return f"./{place}" if is_hub_id(place) and not os.path.isdir(place) else place
+    return f"./{place}" if is_hub_id(place) else place
 
 
 def positive_int(text: str) -> int:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import gc
 import os
+import resource
 import signal
 import sys
 
@@ -75,6 +76,9 @@ def _safe_streams():
         opened.append(os.open(os.devnull, os.O_RDWR))
     os.close(opened[-1])
     streams = sys.stdout, sys.stderr
+    for stream in streams:
+        with contextlib.suppress(AttributeError):  # closed from the start, or a test's own
+            stream.reconfigure(errors="backslashreplace")  # rather than fail on a name that the terminal cannot show
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     try:
         yield sys.stdout
@@ -100,12 +104,22 @@ def _call(main) -> str | int | None:
         return f"error: {_one_line(error)}"
     except (KeyboardInterrupt, Stopped) as stop:
         print(
-            "\ninterrupted; nothing half-written was published. Run the same command again: it resumes at the last "
-            "complete shard.",
+            "\ninterrupted; nothing half-written was published. Run the same command again: a job that writes a "
+            "checkpoint resumes at the last complete shard.",
             file=sys.stderr,
         )
         return 128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT)
     return None
+
+
+def _allow_many_files() -> None:
+    """Raise the number of files that may be open: each worker holds every shard of every input open, twice (through the
+    page cache and past it), and the usual 1024 are too few for five models on 8 cores."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # macOS says that there is no limit, and refuses more than 10240.
+    wanted = hard if hard != resource.RLIM_INFINITY else max(soft, 10240)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def run(main) -> None:
@@ -117,6 +131,7 @@ def run(main) -> None:
     # Importing torch and transformers makes 400,000 objects, none of them garbage. With Python's own threshold, some
     # hundred new ones, looking for it takes a fifth of the time of importing them.
     gc.set_threshold(100_000, 50, 50)
+    _allow_many_files()
     signal.signal(signal.SIGTERM, _on_signal)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it, and that must stay so
         signal.signal(signal.SIGHUP, _on_signal)

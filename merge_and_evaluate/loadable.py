@@ -5,8 +5,8 @@ from tempfile import TemporaryDirectory
 
 from common.errors import DataError, reason_of
 from common.shards.architecture import quiet_transformers
-from common.shards.checkpoint import Checkpoint, config_with_dtype, copy_companions
-from common.shards.companions import has_tokenizer, without_code
+from common.shards.checkpoint import Checkpoint, config_with_dtype
+from common.shards.companions import copy_companions, has_tokenizer, without_code
 from merge_and_evaluate.eval_machine import TRANSFORMERS
 from merge_and_evaluate.eval_recipes import EvalRecipe
 

@@ -9,8 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from common.errors import DataError, reason_of
-from common.shards.checkpoint import Checkpoint, copy_companions
-from common.shards.companions import has_tokenizer
+from common.shards.checkpoint import Checkpoint
+from common.shards.companions import copy_companions, has_tokenizer
 from common.shards.documents import write_json
 from common.shards.hashing import tensor_hashes
 from common.shards.headers import DTYPE_CODES, DTYPE_NAMES, FLOAT_DTYPES, Tensor, read_headers

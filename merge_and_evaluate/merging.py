@@ -11,7 +11,8 @@ from pathlib import Path
 
 from common.errors import DataError
 from common.shards import stream
-from common.shards.checkpoint import Checkpoint, companion_files
+from common.shards.checkpoint import Checkpoint
+from common.shards.companions import companion_files
 from common.shards.documents import read_json
 from common.shards.hashing import file_hash, text_hash
 from common.shards.job import downloaded, input_files

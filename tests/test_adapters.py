@@ -94,7 +94,7 @@ def adapted(folder: Path, kind: str, settings: dict, dtype=torch.float32):
     return wrapped.float().merge_and_unload().state_dict()
 
 
-def extract(folder: Path, *more) -> dict:
+def extract_lora(folder: Path, *more) -> dict:
     run(
         "extract",
         "--finetuned_model_path",
@@ -113,7 +113,7 @@ def extract(folder: Path, *more) -> dict:
 def test_as_peft_merges(tmp_path, kind, settings):
     """base + vector is peft's merged model within float32; +0.0 for every tensor that is not adapted."""
     merged = adapted(tmp_path, kind, settings)
-    vector, base = extract(tmp_path, "--dtype", "float32"), load(tmp_path / "base")
+    vector, base = extract_lora(tmp_path, "--dtype", "float32"), load(tmp_path / "base")
     assert vector.keys() == base.keys()
     changed = {name for name in base if not torch.equal(base[name], merged[name])}
     assert changed and changed == {name for name in vector if vector[name].any()}
@@ -125,7 +125,7 @@ def test_as_peft_merges(tmp_path, kind, settings):
 def test_bit_for_bit(tmp_path, dtype):
     """Every adapted tensor is the oracle's, rounded once; A and B in bfloat16."""
     adapted(tmp_path, "llama", ADAPTERS["plain"][1], torch.bfloat16)
-    vector = extract(tmp_path, "--dtype", dtype)
+    vector = extract_lora(tmp_path, "--dtype", dtype)
     factors = {n: t.float().numpy() for n, t in load_file(tmp_path / "lora" / "adapter_model.safetensors").items()}
     checked = 0
     for name, tensor in vector.items():
@@ -143,11 +143,11 @@ def test_bit_for_bit(tmp_path, dtype):
 def test_to_the_end(tmp_path):
     """An adapter as .bin gives the vector of the same adapter in safetensors; pruned, it loads."""
     adapted(tmp_path, "llama", ADAPTERS["rsLoRA"][1])
-    want = extract(tmp_path)
+    want = extract_lora(tmp_path)
     lora = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     (tmp_path / "lora" / "adapter_model.safetensors").unlink()
     torch.save(lora, tmp_path / "lora" / "adapter_model.bin")
-    got = extract(tmp_path, "--overwrite")
+    got = extract_lora(tmp_path, "--overwrite")
     assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
     run("prune", "--task_vector_paths", tmp_path / "v", "--save_directories", tmp_path / "p", "--n", 1, "--m", 4)
     transformers.LlamaForCausalLM.from_pretrained(tmp_path / "p")
@@ -156,10 +156,10 @@ def test_to_the_end(tmp_path):
 MERGE = "merge it with peft's merge_and_unload(), save the model and extract from that"
 REFUSED = {
     "DoRA": ({"use_dora": True}, "DoRA (use_dora in adapter_config.json), and only plain LoRA is read here; " + MERGE),
-    "IA3": ({"peft_type": "IA3"}, "an adapter of the type 'IA3', and only LORA is read here; " + MERGE),
+    "IA3": ({"peft_type": "IA3"}, "an adapter of type 'IA3'; only LORA is read here; " + MERGE),
     "a prefix": (
         {"peft_type": "PREFIX_TUNING"},
-        "an adapter of the type 'PREFIX_TUNING', and only LORA is read here; " + MERGE,
+        "an adapter of type 'PREFIX_TUNING'; only LORA is read here; " + MERGE,
     ),
     "PiSSA": (
         {"init_lora_weights": "pissa_niter_4"},
@@ -173,7 +173,7 @@ REFUSED = {
     ),
     "no alpha": (
         {"lora_alpha": None},
-        "lora_alpha of 'model.layers.0.mlp.up_proj' is None, not a number; download the adapter again",
+        "lora_alpha of 'model.layers.0.mlp.up_proj' is None, not a finite number; download the adapter again",
     ),
 }
 
@@ -242,7 +242,7 @@ def test_a_copy_of_the_base_that_differs(tmp_path):
 def test_skip(tmp_path):
     """Products and whole tensors are left out by the base's names; a pattern that matches nothing is refused."""
     adapted(tmp_path, "llama", ADAPTERS["modules to save"][1])
-    vector = extract(tmp_path, "--skip", "lm_head.*", "*.layers.0.*")
+    vector = extract_lora(tmp_path, "--skip", "lm_head.*", "*.layers.0.*")
     rest = {f"model.layers.1.{n}.weight" for n in ("self_attn.o_proj", "input_layernorm", "post_attention_layernorm")}
     assert {n for n, t in vector.items() if t.any()} == rest | {"model.norm.weight"}  # peft goes by the ends of names
     got = refusal(

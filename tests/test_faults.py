@@ -235,8 +235,8 @@ def test_signals(jobs, script, kind, status):
         assert done["status"] == status
         assert "Traceback" not in done["stderr"]
         assert done["stderr"].strip().splitlines()[-1] == (
-            "interrupted; nothing half-written was published. Run the same command again: it resumes at the last "
-            "complete shard."
+            "interrupted; nothing half-written was published. Run the same command again: a job that writes a "
+            "checkpoint resumes at the last complete shard."
         )
         assert job.published() == []
         job.finish()

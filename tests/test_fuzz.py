@@ -21,8 +21,9 @@ from safetensors.torch import save
 from common.errors import DataError
 from common.shards import bins, headers
 from common.shards.checkpoint import config_with_dtype, open_checkpoint
+from common.shards.dtypes import check_floats
 from common.shards.layout import lay_out, plan_shards
-from common.shards.matching import check_floats, match
+from common.shards.matching import match
 
 QUICK = 10.0  # seconds for one small file on a busy machine; it takes well under a millisecond
 EXAMPLES = 500

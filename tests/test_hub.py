@@ -135,6 +135,18 @@ def test_a_dry_run_downloads_no_weights(hub, tmp_path, files):
     assert "(2 tensors)" in done.stdout and hub.sent - before < 50_000, "now it is here"
 
 
+@pytest.mark.slow
+def test_what_is_in_the_cache_needs_no_network(hub, tmp_path):
+    """Downloaded once, then the Hub is out of reach and nobody says HF_HUB_OFFLINE: the cache does."""
+    write(hub.root / "org" / "base", tensors(), CONFIG)
+    assert call(hub, tmp_path, "convert_dtype.py", "--model_path", "org/base", "--save_path", "one").returncode == 0
+    hub.shutdown()
+    hub.server_close()
+    done = call(hub, tmp_path, "convert_dtype.py", "--model_path", "org/base", "--save_path", "two")
+    assert done.returncode == 0, done.stderr
+    assert load(tmp_path / "two").keys() == tensors().keys()
+
+
 MISFITS = {
     "another vocabulary": (tensors(rows=SIDE + 2), "the vocabularies differ: extract with --vocabulary common"),
     "a value head": (
@@ -182,7 +194,7 @@ UNUSABLE = {
     ),
     "no config": (
         ["model.safetensors", "README.md"],
-        "no config.json in it; download the weights and copy it there from the model they are of",
+        "no config.json in it; download the weights and add the config.json of the model they come from",
     ),
 }
 

@@ -7,6 +7,7 @@ from common.pruners import kernels
 from common.pruners.kernels.lora import delta_rows
 from common.shards.adapters import MERGE, Product
 from common.shards.blocks import blocks
+from common.shards.dtypes import wider_than
 from common.shards.headers import DTYPE_NAMES, Tensor
 from common.shards.stream import Task, Worker, new_hash, not_finite
 
@@ -50,7 +51,7 @@ def lora_tensor(task: Task, worker: Worker, product: Product, dtype: str) -> lis
         if not kernels.convert(bits, "F32", out, dtype):
             raise DataError(
                 f"tensor {base.name!r}: a value of scale · B·A of {product.b.path} is beyond the largest "
-                f"{DTYPE_NAMES[dtype]}; extract with --dtype bfloat16 or float32"
+                f"{DTYPE_NAMES[dtype]}; {f'extract with --dtype {wider}' if (wider := wider_than(dtype)) else MERGE}"
             )
         own = source.read(start * width, stop * width)
         if not kernels.all_finite(own, base.dtype):

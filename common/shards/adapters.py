@@ -11,7 +11,9 @@ from pathlib import Path
 from common.errors import DataError
 from common.shards import bins, headers
 from common.shards.checkpoint import Checkpoint
+from common.shards.companions import check_companions
 from common.shards.documents import read_json
+from common.shards.findings import has_weights
 from common.shards.headers import FLOAT_DTYPES, Tensor
 from common.shards.leftover import check_skip, skipped
 from common.shards.matching import Match, check_shapes
@@ -70,19 +72,18 @@ class Adapter:
 
 def is_adapter(directory: Path) -> bool:
     """Whether a directory holds an adapter and no model."""
-    has_model = any((directory / name).is_file() for name in (headers.SINGLE_NAME, headers.INDEX_NAME))
-    return (directory / CONFIG).is_file() and not has_model
+    return (directory / CONFIG).is_file() and not has_weights(directory)
 
 
 def _check_kind(label: str, config: dict) -> None:
     """Refuse what is not a plain LoRA, by name."""
     if "peft_type" not in config and ("lora_parameters" in config or "fine_tune_type" in config):
         raise DataError(
-            f"{label}: an adapter of mlx_lm, and peft's are read here; fuse it with mlx_lm.fuse, extract from that"
+            f"{label}: an mlx_lm adapter, and only peft's are read here; fuse it with mlx_lm.fuse and extract from the result"
         )
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise DataError(f"{label}: an adapter of the type {kind!r:.40}, and only LORA is read here; {MERGE}")
+        raise DataError(f"{label}: an adapter of type {kind!r:.40}; only LORA is read here; {MERGE}")
     for key, name in UNLIKE_LORA.items():
         if config.get(key):
             raise DataError(f"{label}: {name} ({key} in {CONFIG}), and only plain LoRA is read here; {MERGE}")
@@ -130,8 +131,10 @@ def _scale(label: str, config: dict, module: str, rank: int) -> float:
             f"{label}: module {inner!r} has rank {rank} in its tensors but {said!r:.40} in {CONFIG}; download the "
             "adapter again"
         )
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise DataError(f"{label}: lora_alpha of {inner!r} is {alpha!r:.40}, not a number; download the adapter again")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 2**63:
+        raise DataError(
+            f"{label}: lora_alpha of {inner!r} is {alpha!r:.40}, not a finite number; download the adapter again"
+        )
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
@@ -165,8 +168,13 @@ def _sorted_out(label: str, tensors: list[Tensor]) -> tuple[dict[str, dict[str, 
                 embeddings.add(name)
         elif "lora_" in tensor.name or "trainable_tokens" in tensor.name:
             raise DataError(f"tensor {tensor.name!r} in {label}: of a kind that plain LoRA does not have; {MERGE}")
+        elif (name := _WHOLE.sub("", tensor.name)) in whole:  # one of them is the layer as it was before training
+            raise DataError(
+                f"tensors {whole[name].name!r} and {tensor.name!r} of {label} replace the same tensor; save the adapter "
+                "with peft's save_pretrained"
+            )
         else:
-            whole[_WHOLE.sub("", tensor.name)] = tensor
+            whole[name] = tensor
     return factors, embeddings, whole
 
 
@@ -195,6 +203,7 @@ def open_adapter(label: str, directory: Path, base: Checkpoint, free_rows: bool 
     """
     config = read_json(directory / CONFIG)
     _check_kind(label, config)
+    check_companions(directory)
     tensors = _read_tensors(label, directory)
     factors, embeddings, whole = _sorted_out(label, tensors)
     place = names_in(base, [*factors, *whole])

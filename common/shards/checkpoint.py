@@ -8,8 +8,6 @@ from common.errors import DataError
 from common.shards import bins, headers
 from common.shards.architecture import with_constants
 from common.shards.companions import check_companions, code_note, without_code
-from common.shards.companions import companion_files as companion_files  # where scripts look for these two
-from common.shards.companions import copy_companions as copy_companions
 from common.shards.documents import read_json
 from common.shards.findings import not_gathered, what_is_there
 from common.shards.headers import DTYPE_NAMES, Tensor

@@ -63,10 +63,19 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def check_companions(directory: Path) -> None:
-    """Refuse companion files that Git LFS has not fetched: their copies would be pointers, too."""
+    """Refuse companion files whose copies would be no good: Git LFS pointers, and configs that are no JSON.
+
+    Before a weight is read: they are copied when everything else is done.
+    """
     for path in companion_files(directory):
         if is_lfs_pointer(path):
             raise DataError(f"{path}: a Git LFS pointer, not the file; run `git lfs pull` in {directory}")
+        if _is_config(path):
+            read_json(path, strict=False)
+
+
+def _is_config(path: Path) -> bool:
+    return path.name.endswith("_config.json")
 
 
 def without_code(value):
@@ -119,7 +128,7 @@ def copy_companions(source: Path, target: Path) -> None:
     for path in companion_files(source):
         place = target / path.relative_to(source)
         place.parent.mkdir(exist_ok=True)
-        if path.suffix == ".json" and path.name.endswith("_config.json"):
+        if _is_config(path):
             _copy_config(path, place)
         else:
             shutil.copyfile(path, place)

@@ -12,6 +12,7 @@ import ctypes
 import errno
 import mmap
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from common.shards.systems import make_durable
 PAGE = 4096  # offsets, sizes and addresses of direct I/O are multiples of it: enough for every common disk
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _MINCORE = getattr(_LIBC, "mincore", None)
-_CACHESTAT = 451  # the system call's number, one for all processors (Linux 6.5)
+_CACHESTAT = 451  # the system call's number, one for all processors (Linux 6.5); on another system it is another call
 
 
 def aligned(nbytes: int) -> np.ndarray:
@@ -60,7 +61,7 @@ class PageCache:
     """
 
     def __init__(self, descriptor: int):
-        self._descriptor, self._map, self._counts = descriptor, None, hasattr(_LIBC, "syscall")
+        self._descriptor, self._map, self._counts = descriptor, None, sys.platform == "linux"
 
     def holds(self, begin: int, end: int) -> bool:
         """Whether it holds all of begin:end, `begin` a multiple of the page size; False where nobody can say.

@@ -34,10 +34,18 @@ def check_floats(checkpoint: Checkpoint) -> None:
         )
 
 
-def check_kinds(base: Checkpoint, other: Checkpoint) -> None:
-    """Refuse a tensor that is a parameter (floating point) in one model and a buffer in the other."""
-    for name, theirs in other.tensors.items():
-        mine = base.tensors.get(name, theirs)
+def wider_than(dtype: str) -> str | None:
+    """Which dtypes hold larger values, in words: wider_than("F16") -> "bfloat16 or float32"; None where none does."""
+    return {"F16": "bfloat16 or float32", "BF16": "float32"}.get(dtype)
+
+
+def check_kinds(base: Checkpoint, other: Checkpoint, own: dict[str, Tensor], others: dict[str, Tensor]) -> None:
+    """Refuse a tensor that is a parameter (floating point) in one model and a buffer in the other.
+
+    own, others: their tensors under names that agree, however each model spells them.
+    """
+    for name, theirs in others.items():
+        mine = own.get(name, theirs)
         if mine.is_parameter != theirs.is_parameter and not (mine.is_constant or theirs.is_constant):
             raise DataError(
                 f"tensor {name!r} is {theirs.dtype} in {other.label} but {mine.dtype} in {base.label}; "

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.shards.headers import INDEX_NAME, SINGLE_NAME, Tensor
+from common.shards.places import RUN
 
 _SHARD = re.compile(r"(model|pytorch_model)-\d{5}-of-(\d{5})(\.safetensors|\.bin)")
 _WEIGHTS = (SINGLE_NAME, INDEX_NAME, "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -103,7 +104,7 @@ def what_is_there(directory: Path) -> str:
 
 
 def _job(directory: Path) -> Iterator[str]:
-    if (directory / ".run" / "run.json").is_file():
+    if (directory / RUN / "run.json").is_file():
         yield "left by a job of these scripts that has not finished; run its command again, then point at its output"
     elif (directory / ".part").is_dir():
         yield "a job of these scripts that writes there has not finished; run its command again"
@@ -155,7 +156,7 @@ def _shards(directory: Path) -> Iterator[str]:
         index = f"{stem}{suffix}.index.json"
         if len(own) < int(count):
             yield f"{len(own)} of {int(count)} shards ({_names(own)}) and no {index}; finish the download"
-        yield f"{len(own)} shard(s) ({path.name}, …) but no {index}, which says what is in them; download it to them"
+        yield f"{len(own)} shard(s) ({path.name}, …) but no {index}, which says what is in them; download it into this directory"
 
 
 def _variant(directory: Path) -> Iterator[str]:

@@ -1,11 +1,12 @@
 """Hugging Face Hub ids to local directories."""
 
+import os
 import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from common.errors import DataError
+from common.errors import DataError, reason_of
 from common.shards.companions import COMPANIONS
 from common.shards.findings import what_file, what_is_there
 from common.shards.places import check_disk
@@ -21,8 +22,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether a path is no directory and could be a Hub id: 'org/name'."""
-    return not Path(path).is_dir() and bool(_HUB_ID.fullmatch(path)) and not path.startswith(".")
+    """Whether there is nothing at a path and it could be a Hub id: 'org/name'."""
+    return not os.path.lexists(path) and bool(_HUB_ID.fullmatch(path)) and not path.startswith(".")
 
 
 def refuse_unusable(hub_id: str, files: list[str]) -> None:
@@ -46,8 +47,15 @@ def refuse_unusable(hub_id: str, files: list[str]) -> None:
             raise DataError(f"{hub_id}: {what_is_there(Path(place)).replace(place, hub_id)}")
     if "config.json" not in top:
         raise DataError(
-            f"{hub_id}: no config.json in it; download the weights and copy it there from the model they are of"
+            f"{hub_id}: no config.json in it; download the weights and add the config.json of the model they come from"
         )
+
+
+def transport_errors() -> tuple[type[Exception], ...]:
+    """What huggingface_hub lets through of its HTTP library where the network fails: no OSError, none of its own."""
+    from httpx2 import TransportError
+
+    return ConnectionError, TransportError
 
 
 def download(hub_id: str) -> Path:
@@ -69,10 +77,12 @@ def download(hub_id: str) -> Path:
             check_disk({folder: sum(file.file_size or 0 for file in files if file.will_download)})
             folder = Path(snapshot_download(hub_id, **wanted))
         return folder
-    except (LocalEntryNotFoundError, ConnectionError) as error:
+    except (LocalEntryNotFoundError, *transport_errors()) as error:
         reason = f"it is in no local cache and the Hub cannot be reached ({type(error).__name__})"
     except (HFValidationError, OSError, ValueError) as error:
-        reason = f"the Hub answered: {str(error).strip().splitlines()[0]:.120}"
+        if isinstance(error, OSError) and error.errno:  # of this machine: the disk is full, no permission
+            raise
+        reason = f"the Hub answered: {reason_of(error):.120}"
     raise DataError(
         f"{hub_id!r}: no such directory, and as a Hugging Face Hub id: {reason}; "
         "check the path, or the id and the network"

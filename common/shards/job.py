@@ -44,7 +44,10 @@ class Job:
 
 
 def identity(script: str, parameters: dict, inputs: list[Checkpoint], outputs: list[Path]) -> dict:
-    """What tells a job from every other: JSON that decides every byte it writes, and where it writes them."""
+    """What tells a job from every other: JSON that decides every byte it writes, and where it writes them.
+
+    What else decides bytes (an adapter's settings, tokens that two vocabularies share) belongs into `parameters`.
+    """
     places = [whole_path(path) for path in outputs]
     return {"script": script, "parameters": parameters | {"outputs": places}, "inputs": input_files(inputs)}
 
@@ -74,9 +77,10 @@ def describe(job: Job, inputs: list[Checkpoint]) -> str:
         lines.append(f"writes  {output.nbytes / 1e9:8.3f} GB  {output.final} ({len(output.shards)} files)")
         if output.final.exists() and not is_empty(output.final):
             lines.append(f"exists             {output.final}: refused without --overwrite")
+    lines += [f"disk    {nbytes / 1e9:8.3f} GB  for the download" for nbytes in to_download(inputs).values()]
     total = sum(output.nbytes for output in job.outputs)
     workers = stream.worker_count()
-    lines.append(f"disk    {total / 1e9:8.3f} GB  to be free; there are: {_free(job)}")
+    lines.append(f"disk    {total / 1e9:8.3f} GB  needed; free: {_free(job)}")
     lines.append(f"memory  {memory_needed(job, workers) / 1e9:8.3f} GB  at most ({workers} threads)")
     return "\n".join(lines)
 
@@ -89,7 +93,7 @@ def memory_needed(job: Job, workers: int) -> int:
 
 def _free(job: Job) -> str:
     """ "12.345 GB under models" for every place that is written to."""
-    places = sorted({existing_parent(output.final.absolute().parent) for output in job.outputs})
+    places = sorted({existing_parent(output.part.parent) for output in job.outputs})
     return ", ".join(f"{shutil.disk_usage(place).free / 1e9:.3f} GB under {place}" for place in places)
 
 
@@ -175,7 +179,7 @@ def begin(job: Job, overwrite: bool) -> Iterator[Running]:
         wait_for_everyone(processes)  # until all have seen what is there, before anyone adds to it or publishes
         yield Running(job, processes, done)
         if processes.is_main:
-            publish.publish(job.outputs)
+            publish.publish(job.outputs, overwrite)
     except DataError:
         if processes.is_main:
             publish.discard(job.outputs)

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from common.errors import DataError
 from common.shards.architecture import architecture
 from common.shards.checkpoint import Checkpoint
-from common.shards.dtypes import check_floats as check_floats  # where scripts look for it
-from common.shards.dtypes import check_kinds
+from common.shards.dtypes import check_floats, check_kinds
 from common.shards.headers import Tensor
 from common.shards.leftover import check_skip, refuse_left_over, skipped
 from common.shards.names import left_over
@@ -249,8 +248,8 @@ def match(base: Checkpoint, other: Checkpoint, skip: tuple[str, ...] | None = No
     # Before names are compared: a quantised model, or one of another kind, has other names as well, and the reason
     # says more than the names do.
     check_floats(other)
-    check_kinds(base, other)
     names, found = resolve(base, other), _Sorted()
+    check_kinds(base, other, names.mine, names.theirs)
     _pair_parameters(names, other, skip or (), found)
     _sort_extra(names, base, other, skip or (), found)
     refuse_left_over(base, other, found.pairs, (found.only_base, found.only_other), skip)

@@ -76,8 +76,8 @@ def patterns(names: Iterable[str], others: Iterable[str]) -> dict[str, int]:
     count = Counter(_shortest(name, kept) for name in names)
     exact = Counter(p if count[p := _shortest(name, kept)] > 1 else name for name in names)
     folded: dict[str, Counter] = {}
-    for pattern, count in exact.items():
-        folded.setdefault(re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", pattern), Counter())[pattern] = count
+    for pattern, times in exact.items():
+        folded.setdefault(re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", pattern), Counter())[pattern] = times
     found = {}
     for fold, members in folded.items():
         clash = len(members) > 1 and any(fnmatchcase(name, fold) for name in others)
@@ -88,6 +88,8 @@ def patterns(names: Iterable[str], others: Iterable[str]) -> dict[str, int]:
 def left_over(names: list[str], others: Iterable[str]) -> tuple[str, list[str]]:
     """('v_head.* (2 tensors), layers.*.q.b (2 tensors)', the patterns): what an error says of left-over names."""
     found = patterns(names, others)
-    shown = [f"{p} ({n} tensor{'s' * (n > 1)})" for p, n in list(found.items())[:SHOWN]]
+    # A name may hold anything, line ends and colours for the terminal too: a stranger wrote it.
+    said = {p: p if p.isprintable() else ascii(p) for p in found}
+    shown = [f"{said[p]} ({n} tensor{'s' * (n > 1)})" for p, n in list(found.items())[:SHOWN]]
     more = sum(list(found.values())[SHOWN:])
     return ", ".join(shown) + (f" and {more} more" if more else ""), list(found)

@@ -1,5 +1,6 @@
 """Where outputs go: is the place free, is there room for them?"""
 
+import errno
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 from common.errors import DataError
 
 INSIDE = ".part"  # where an output is made that has to be made within the directory it goes to; see staging.part_of
+RUN = ".run"  # in a directory that is being made: whose it is, what of it is complete
 MOVING = ".run.moving"  # there while files are moved out of it; see staging.move
 LOST_AND_FOUND = "lost+found"  # a disk's own
 
@@ -40,16 +42,22 @@ def whole_path(path: Path | str) -> str:
 
 
 def check_places(inputs: list[Path], outputs: list[Path]) -> None:
-    """Refuse outputs that overlap with an input or one another, or that are or contain the working directory."""
+    """Refuse outputs that overlap with an input or one another, or that are or contain the working directory.
+
+    An output's names include those it has while it is made: see staging.py.
+    """
     places = [path.resolve() for path in outputs]
+    taken = [path.resolve() for path in inputs]
     for i, place in enumerate(places):
         if place in (Path.cwd(), *Path.cwd().parents):
             raise DataError(
                 f"{outputs[i]}: is the working directory or holds it; give the output a directory of its own"
             )
-        for other in [path.resolve() for path in inputs] + places[:i]:
-            if place == other or other in place.parents or place in other.parents:
+        names = [place, *(place.with_name(place.name + ending) for ending in (".part", ".part.old"))]
+        for other in taken:
+            if any(name == other or other in name.parents or name in other.parents for name in names):
                 raise DataError(f"{outputs[i]}: output and {other} overlap; give the output a directory of its own")
+        taken += names
 
 
 def existing_parent(path: Path) -> Path:
@@ -83,7 +91,7 @@ def is_empty(path: Path) -> bool:
 
 def is_half_published(path: Path) -> bool:
     """Whether a job was stopped while it moved its files out of path/.part; see staging.move."""
-    return (path / INSIDE / ".run" / MOVING).is_file() or (path / MOVING).is_dir()
+    return (path / INSIDE / RUN / MOVING).is_file() or (path / MOVING).is_dir()
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
@@ -92,13 +100,23 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
         raise DataError(f"{path}: already there; give --overwrite to replace it, or write elsewhere")
 
 
+def refuse_what_appeared(path: Path, overwrite: bool) -> None:
+    """The same when a job is done, hours after it was asked first. FileExistsError, as the job's work is to stay."""
+    try:
+        refuse_existing(path, overwrite)
+    except DataError:
+        raise FileExistsError(
+            errno.EEXIST, "appeared while this job ran, and would be deleted; move it away", str(path)
+        ) from None
+
+
 def refuse_existing_outputs(paths: list[Path], overwrite: bool) -> None:
     """The same of all outputs of a job, before its inputs are opened, which may mean to download them.
 
     A job that was stopped while it renamed its outputs leaves its record in the first: whether that is this very job
     is known once its inputs are.
     """
-    if not (paths[0] / ".run" / "run.json").is_file():
+    if not (paths[0] / RUN / "run.json").is_file():
         for path in paths:
             refuse_existing(path, overwrite)
 

@@ -3,8 +3,6 @@
 import os
 from dataclasses import dataclass
 
-from common.errors import DataError
-
 
 @dataclass(frozen=True)
 class Group:
@@ -24,7 +22,10 @@ def group() -> Group:
 
 
 def wait_for_everyone(processes: Group) -> None:
-    """Return when every process of the job is here. Raises DataError if one has failed."""
+    """Return when every process of the job is here. Raises ConnectionError if one has stopped.
+
+    No DataError: why it stopped is unknown here, and complete shards stay for the next attempt.
+    """
     if processes.count == 1:
         return
     from accelerate import PartialState
@@ -32,7 +33,7 @@ def wait_for_everyone(processes: Group) -> None:
     try:
         PartialState(cpu=True).wait_for_everyone()
     except RuntimeError:
-        raise DataError("another process of this job has stopped; its own line says why") from None
+        raise ConnectionError("another process of this job has stopped; its own line says why") from None
 
 
 def deal(sizes: list[int], processes: Group) -> set[int]:

@@ -14,14 +14,14 @@ from pathlib import Path
 from common.errors import DataError
 from common.shards.headers import INDEX_NAME
 from common.shards.layout import Output, index_text
-from common.shards.places import refuse_existing
-from common.shards.sink import RUN, record_path
+from common.shards.places import MOVING, RUN, is_half_published, refuse_existing, refuse_what_appeared
+from common.shards.sink import record_path
 from common.shards.staging import lock, move, sync, write_file
 
 
-def _state(directory: Path) -> dict | None:
+def _state(directory: Path, run: str = RUN) -> dict | None:
     try:
-        return json.loads((directory / RUN / "run.json").read_text())
+        return json.loads((directory / run / "run.json").read_text())
     except FileNotFoundError:
         return None
     except ValueError:
@@ -63,10 +63,22 @@ def refuse_another_job(part: Path, identity: dict, overwrite: bool) -> None:
         )
 
 
+def refuse_half_published(final: Path, part: Path, identity: dict) -> None:
+    """DataError if another job was stopped while it moved its files to a mount point: nothing there may be deleted."""
+    theirs = _state(part) or _state(final, MOVING)
+    if theirs and theirs != identity:
+        raise DataError(
+            f"{final}: half published by another job ({difference(theirs, identity)}); finish that job with its own "
+            "command, or give --overwrite to start afresh"
+        )
+
+
 def claim(output: Output, identity: dict, overwrite: bool) -> int:
     """Lock the output's .part for this job; returns a descriptor to hold. Raises DataError if it is not ours."""
     refuse_existing(output.final, overwrite)
     part = output.part
+    if is_half_published(output.final) and not overwrite:
+        refuse_half_published(output.final, part, identity)
     fresh = not part.exists()
     descriptor = lock(part)
     if not fresh and _state(part) == identity:
@@ -109,10 +121,11 @@ def records(output: Output) -> dict[str, dict]:
     }
 
 
-def publish(outputs: list[Output]) -> None:
+def publish(outputs: list[Output], overwrite: bool) -> None:
     """Make every output durable, then rename each to its final name, in order.
 
-    If this is interrupted anywhere, the same command resumes: the first output's record is deleted last.
+    If this is interrupted anywhere, the same command resumes: the first output's record is deleted last. Raises
+    FileExistsError if something has appeared under a final name while the job ran.
     """
     waiting = [output for output in outputs if output.part.is_dir()]
     for output in waiting:
@@ -122,6 +135,8 @@ def publish(outputs: list[Output]) -> None:
             if RUN not in path.relative_to(output.part).parts:  # the job's own record, which is deleted
                 sync(path)
         sync(output.part)
+    for output in waiting:
+        refuse_what_appeared(output.final, overwrite)
     for output in waiting:
         move(output.part, output.final)
     for output in reversed(outputs):

@@ -14,7 +14,7 @@ from common.shards.checkpoint import Checkpoint, open_checkpoint
 from common.shards.documents import read_json
 from common.shards.findings import not_gathered
 from common.shards.headers import DTYPE_BYTES, INDEX_NAME, SINGLE_NAME, Tensor, check_index, read_index
-from common.shards.hub import CONFIGS_AND_TOKENIZER, NEVER, is_hub_id, refuse_unusable
+from common.shards.hub import CONFIGS_AND_TOKENIZER, NEVER, is_hub_id, refuse_unusable, transport_errors
 from common.shards.layout import tensor_bytes
 from common.shards.places import check_disk
 
@@ -40,7 +40,7 @@ def _remote_tensors(hub_id: str, revision: str, path: Path) -> list[Tensor]:
     return sorted(tensors, key=lambda tensor: tensor.offset)
 
 
-def described(hub_id: str) -> Checkpoint | None:
+def remote_checkpoint(hub_id: str) -> Checkpoint | None:
     """A checkpoint from remote headers; None for no Hub id, for what is here already, and without headers to read."""
     if not is_hub_id(hub_id):
         return None
@@ -50,29 +50,31 @@ def described(hub_id: str) -> Checkpoint | None:
     small = [*CONFIGS_AND_TOKENIZER, "*.safetensors.index.json"]
     try:
         folder = Path(snapshot_download(hub_id, allow_patterns=small, ignore_patterns=[*NEVER]))
-        refuse_unusable(hub_id, HfApi().list_repo_files(hub_id, revision=folder.name))
         index, config = folder / INDEX_NAME, folder / "config.json"
-        if not config.is_file():
-            return None
         weight_map = read_index(index, ".safetensors") if index.is_file() else {}
         paths = [folder / name for name in sorted(set(weight_map.values()) or {SINGLE_NAME})]
-        if all(path.is_file() for path in paths):
+        if config.is_file() and all(
+            path.is_file() for path in paths
+        ):  # before the Hub is asked: it may be out of reach
+            return None
+        refuse_unusable(hub_id, HfApi().list_repo_files(hub_id, revision=folder.name))
+        if not config.is_file():
             return None
         tensors = [tensor for path in paths for tensor in _remote_tensors(hub_id, folder.name, path)]
-    except (OfflineModeIsEnabled, HfHubHTTPError, SafetensorsParsingError, OSError, ValueError):
+    except (OfflineModeIsEnabled, HfHubHTTPError, SafetensorsParsingError, *transport_errors(), OSError, ValueError):
         return None  # the download that follows says what is wrong, or brings what has no such header
     if weight_map:
         check_index(index, weight_map, tensors)
     if reason := not_gathered(tensors):
         raise DataError(f"{hub_id}: {reason}")
-    settings = read_json(config)
+    settings = read_json(config, strict=False)  # as open_checkpoint() does
     tensors = with_constants(tensors, settings)
     return Checkpoint(hub_id, folder, {tensor.name: tensor for tensor in tensors}, settings, is_remote=True)
 
 
 def describe_checkpoint(label: str) -> Checkpoint:
     """open_checkpoint(), but the weights of a Hub id stay there until fetch(): `is_remote` says so."""
-    return described(label) or open_checkpoint(label)
+    return remote_checkpoint(label) or open_checkpoint(label)
 
 
 def to_download(checkpoints: list[Checkpoint]) -> dict[Path, int]:

@@ -12,9 +12,8 @@ from common.shards.blocks import Writer
 from common.shards.buffers import OutputBuffer
 from common.shards.direct import File
 from common.shards.layout import Output
+from common.shards.places import RUN
 from common.shards.staging import sync, write_file
-
-RUN = ".run"
 
 
 def record_path(output: Output, shard: int) -> Path:

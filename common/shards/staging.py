@@ -9,7 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common.errors import DataError
-from common.shards.places import INSIDE, LOST_AND_FOUND, MOVING, cannot_be_renamed, refuse_existing
+from common.shards.places import (
+    INSIDE,
+    LOST_AND_FOUND,
+    MOVING,
+    RUN,
+    cannot_be_renamed,
+    refuse_existing,
+    refuse_what_appeared,
+)
 from common.shards.systems import make_durable, try_lock
 
 
@@ -41,7 +49,7 @@ def lock(directory: Path) -> int:
 
     Raises DataError if another process holds it.
     """
-    path = directory / ".run" / "lock"  # a file, because a directory cannot be locked on NFS
+    path = directory / RUN / "lock"  # a file, because a directory cannot be locked on NFS
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -66,7 +74,7 @@ def _remove(path: Path) -> None:
 
 def _empty(directory: Path) -> None:
     for path in directory.iterdir():
-        if path.name != ".run":
+        if path.name != RUN:
             _remove(path)
 
 
@@ -81,7 +89,8 @@ def settle(part: Path) -> None:
 
 
 def move(part: Path, final: Path) -> None:
-    """Make `part` what is under the new name; what was there is deleted once the new one is in its place."""
+    """Make `part` what is under the new name; what was there is deleted once the new one is in its place (at a mount
+    point: just before)."""
     if part.name == INSIDE:
         _move_out(part)
         return
@@ -102,7 +111,7 @@ def _move_out(part: Path) -> None:
     one for all of it. The job's record gets its own name once .part is deleted: if this is killed anywhere, the same
     command makes again what has left .part and gets to the end, or finds that the job is done.
     """
-    final, run = part.parent, part / ".run"
+    final, run = part.parent, part / RUN
     (run / MOVING).touch()
     (final / "config.json").unlink(missing_ok=True)
     for path in final.iterdir():
@@ -114,23 +123,41 @@ def _move_out(part: Path) -> None:
     sync(final)  # before the record: after a power cut there must be none of files that are not there
     os.rename(run, final / MOVING)
     part.rmdir()
-    os.rename(final / MOVING, final / ".run")
+    os.rename(final / MOVING, final / RUN)
     sync(final)
+
+
+def _is_anothers(part: Path) -> bool:
+    """Whether `part` holds something that staged_directory(), killed, has not left there: a lock beside files."""
+    if not part.is_dir() or not any(part.iterdir()):
+        return False
+    return (part / RUN / "run.json").is_file() or not (part / RUN / "lock").is_file()
 
 
 @contextmanager
 def staged_directory(final: Path, overwrite: bool):
-    """An empty directory `<final>.part` to fill; renamed to `final` on success, deleted on any failure."""
+    """An empty directory `<final>.part` to fill; renamed to `final` on success, deleted on any failure.
+
+    Raises DataError if that holds what another job has written, unless it may be replaced.
+    """
     refuse_existing(final, overwrite)
     final = final.absolute()
     part = part_of(final)
+    left = _is_anothers(part)  # before lock() makes a file in it
     descriptor = lock(part)
+    if left and not overwrite:
+        os.close(descriptor)
+        raise DataError(
+            f"{part}: left by another job; finish that job with its own command, delete the directory, or give "
+            "--overwrite to start afresh"
+        )
     try:
         _empty(part)
         yield part
+        refuse_what_appeared(final, overwrite)
         settle(part)
         move(part, final)
-        shutil.rmtree(final / ".run")
+        shutil.rmtree(final / RUN)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise

@@ -8,7 +8,7 @@ every header. What the record says of other directories, the inputs, is known on
 from pathlib import Path
 
 from common.errors import DataError
-from common.shards import task_vector
+from common.shards import bins, task_vector
 from common.shards.checkpoint import Checkpoint
 from common.shards.documents import read_json, write_json
 from common.shards.hashing import tensor_hashes
@@ -65,7 +65,7 @@ def open_directory(label: Path | str, is_known: bool = False) -> tuple[list[Tens
             f"{label}: no {', '.join(RECORDS)} in it, so nothing says what its bytes were; only what "
             "convert, extract, prune and merge wrote can be verified"
         )
-    tensors = read_headers(directory)
+    tensors = read_headers(directory) or bins.read_headers(directory)
     if tensors is None:  # a record alone: an interrupted copy, or a clone without its large files
         beside = f" beside {paths[0].name}" if paths else ""
         raise DataError(f"{label}: no weights{beside}; write or copy the directory again")
