@@ -9,7 +9,7 @@ from importlib.metadata import version
 from common.errors import DataError, reason_of
 from common.shards.hashing import file_hash, text_hash
 from merge_and_evaluate.announcement import announcement
-from merge_and_evaluate.eval_machine import on_this_machine
+from merge_and_evaluate.eval_machine import device_of, on_this_machine
 from merge_and_evaluate.eval_recipes import EvalRecipe, evaluator_config
 from merge_and_evaluate.eval_tasks import Tasks, task_files
 from merge_and_evaluate.in_memory import LoadedModel, fresh
@@ -122,13 +122,20 @@ def evaluate(
 
 
 def eval_identity(recipe: EvalRecipe, tasks: Tasks, model_identity: str) -> str:
-    """What decides a score, as one hash: the model, the recipe with its flags, its tasks and their local data."""
+    """What decides a score, as one hash: the model, the recipe with its flags, the kind of device, its tasks and their
+    local data."""
     parts = {
         "model": model_identity,
         "recipe": recipe.config,
+        # Where no recipe names one, the machine does: a CPU's float32 and a GPU's float16 differ by whole items.
+        "device": device_of(recipe).partition(":")[0],
         "tasks": tasks.names,
         "part": tasks.part,
         "lm_eval": version("lm_eval"),
         "files": [[str(path), file_hash(path)] for path in task_files(recipe, tasks)],
     }
-    return text_hash(json.dumps(parts, sort_keys=True, default=str))
+    # A function by its name: str() would add its address, which differs from run to run. Its code is in `files`, or is
+    # lm-eval's own.
+    return text_hash(
+        json.dumps(parts, sort_keys=True, default=lambda value: getattr(value, "__qualname__", str(value)))
+    )
