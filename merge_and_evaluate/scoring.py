@@ -166,8 +166,9 @@ def score_or_reuse(scoring: Scoring, model: Model, path: Path, overwrite: bool, 
     """Score a model, or take the scores that the same content got before by the same recipe; --overwrite scores it
     again. `chosen` is added to the summary."""
     before = None if overwrite else scored_before(scoring, model, path)
-    if before is None:
+    if not (before and finished(scoring, model, path)):  # what is there may be another model's, wherever these are from
         refuse_existing(path, overwrite)
+    if before is None:
         score_and_show(scoring, model, path, **chosen)
         return
     if int(os.environ.get("RANK", "0")):  # one process of `accelerate launch` writes
