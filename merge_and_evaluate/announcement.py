@@ -2,7 +2,7 @@
 
 from merge_and_evaluate.eval_machine import device_of, dtype_is_raised, stored_dtype
 from merge_and_evaluate.eval_recipes import EvalRecipe
-from merge_and_evaluate.eval_settings import children
+from merge_and_evaluate.eval_settings import children, shots
 from merge_and_evaluate.eval_tasks import Tasks
 
 
@@ -34,9 +34,9 @@ def requests_to_make(recipe: EvalRecipe, loaded: dict) -> int:
     return sum(requests_of(task, items_to_score(recipe, task)) for task in loaded["tasks"].values())
 
 
-def _shots(recipe: EvalRecipe, task) -> int:
-    own, given = task.get_config("num_fewshot"), recipe.config.get("num_fewshot")
-    return (own if own == 0 or given is None else given) or 0
+def shots_of(recipe: EvalRecipe, task) -> int:
+    """The demonstrations in a loaded task's prompts."""
+    return shots(task.get_config("num_fewshot"), recipe.config.get("num_fewshot"))
 
 
 def announcement(recipe: EvalRecipe, model: str, directory: str, loaded: dict) -> str:
@@ -47,9 +47,9 @@ def announcement(recipe: EvalRecipe, model: str, directory: str, loaded: dict) -
     for root in sorted_rows(loaded):
         leaves = [loaded["tasks"][leaf] for leaf in leaves_below(loaded, root)]
         counts = [items_to_score(recipe, task) for task in leaves]
-        shots = sorted({_shots(recipe, task) for task in leaves})
+        counted = sorted({shots_of(recipe, task) for task in leaves})
         size = f" ({len(leaves)} tasks)" if len(leaves) > 1 else ""
-        parts.append(f"{root}{size} {sum(counts):,} items {'/'.join(map(str, shots))}-shot")
+        parts.append(f"{root}{size} {sum(counts):,} items {'/'.join(map(str, counted))}-shot")
     dtype = recipe.model_args.get("dtype") or stored_dtype(directory) or "its own dtype"
     note = " (stored as float16, which is slow on a CPU)" if dtype_is_raised(recipe, directory) else ""
     device, batch = device_of(recipe), recipe.config.get("batch_size", 1)
@@ -71,7 +71,7 @@ def planned(tasks: Tasks, given: int | None) -> str:
     """Tasks with their shots from the task files alone, no data read: "arc_challenge 25-shot, mmlu 5-shot (57
     tasks)".
     """
-    index, shots = tasks.manager.task_index, tasks.shots(given)
+    index, of_leaf = tasks.manager.task_index, tasks.shots(given)
     waiting, parts = list(tasks.names), []
     while waiting:
         name = waiting.pop(0)
@@ -80,7 +80,7 @@ def planned(tasks: Tasks, given: int | None) -> str:
             waiting = below + waiting
             continue
         leaves = tasks.only([name]).leaves if name in index else [name]
-        numbers = sorted({shots[leaf] for leaf in leaves if shots.get(leaf) is not None})
+        numbers = sorted({of_leaf[leaf] for leaf in leaves if of_leaf.get(leaf) is not None})
         size = f" ({len(leaves)} tasks)" if len(leaves) > 1 else ""
         parts.append(f"{name} {'/'.join(map(str, numbers))}-shot{size}" if numbers else name)
     return ", ".join(parts)

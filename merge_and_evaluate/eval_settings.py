@@ -23,6 +23,22 @@ def _group_config(entry) -> dict:
     return load_yaml(entry.yaml_path, resolve_func=True) if entry.yaml_path else entry.cfg or {}
 
 
+def _entries(config: dict) -> list[dict]:
+    """A group's `task` list, names as mappings: {"task": ["a", {"group": "b"}]} -> [{"task": "a"}, {"group": "b"}]."""
+    entries = config.get("task")
+    return [{"task": e} if isinstance(e, str) else e for e in entries] if isinstance(entries, list) else []
+
+
+def listed(index: dict, config: dict) -> list[str]:
+    """The names right under a group; a group that is written out in place, and so has no name in the index, is opened:
+    {"task": [{"group": "new", "task": ["a", "b"]}, "c"]} -> ["a", "b", "c"]."""
+    found = []
+    for entry in _entries(config):
+        name = entry.get("group", entry.get("task"))
+        found += listed(index, entry) if "group" in entry and name not in index else [name]
+    return found
+
+
 def members(index: dict, config: dict, outer: dict) -> list[tuple[str, dict]]:
     """[(name, settings)] of all that a group's `config` holds, groups before what they hold, as lm-eval 0.4.13 builds
     it.
@@ -32,9 +48,8 @@ def members(index: dict, config: dict, outer: dict) -> list[tuple[str, dict]]:
     {"num_fewshot": 5}), ("b", {"num_fewshot": 2})].
     """
     settings = {**{key: value for key, value in config.items() if key not in _group_keys()}, **outer}
-    found, listed = [], config.get("task")
-    for item in listed if isinstance(listed, list) else []:
-        entry = {"task": item} if isinstance(item, str) else item
+    found = []
+    for entry in _entries(config):
         kind = "group" if "group" in entry else "task"
         name, own = entry[kind], {key: value for key, value in entry.items() if key != kind}
         if name in index:
@@ -52,6 +67,11 @@ def named(index: dict, name: str, settings: dict) -> list[tuple[str, dict]]:
     if entry.kind.name == "TAG":
         return [(name, settings), *((task, settings) for task in sorted(entry.tags))]
     return [(name, settings), *members(index, _group_config(entry), settings)]
+
+
+def shots(own: int | None, given: int | None) -> int:
+    """A task's demonstrations: its own, unless the recipe's num_fewshot is given; but lm-eval lets an own 0 win."""
+    return (own if own == 0 or given is None else given) or 0
 
 
 def settings_of_members(index: dict, names: list[str]) -> dict[str, dict]:
@@ -80,9 +100,7 @@ def children(index: dict, name: str) -> list[str]:
     entry = index[name]
     if entry.kind.name == "TAG":
         return sorted(entry.tags)
-    listed = _group_config(entry).get("task") if entry.kind.name == "GROUP" else None
-    items = listed if isinstance(listed, list) else []
-    names = [item if isinstance(item, str) else item.get("group", item.get("task")) for item in items]
+    names = listed(index, entry.cfg or {}) if entry.kind.name == "GROUP" else []
     return [child for child in names if child in index]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common.errors import DataError
 from merge_and_evaluate.eval_recipes import EvalRecipe
-from merge_and_evaluate.eval_settings import part_of_recipe, settings_of_members
+from merge_and_evaluate.eval_settings import TASK_KINDS, listed, part_of_recipe, settings_of_members, shots
 
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".arrow", ".gz", ".zst")
 
@@ -19,12 +19,10 @@ def leaf_tasks(index: dict, names: list[str]) -> list[str] | None:
         entry = index.get(name)
         if entry is None:
             return None
-        if entry.kind.name in ("TASK", "PY_TASK"):
+        if entry.kind.name in TASK_KINDS:
             leaves.append(name)
             continue
-        members = sorted(entry.tags) if entry.kind.name == "TAG" else (entry.cfg or {}).get("task") or []
-        members = [m if isinstance(m, str) else m.get("task", m.get("group")) for m in members]
-        inner = leaf_tasks(index, [member for member in members if isinstance(member, str)])
+        inner = leaf_tasks(index, sorted(entry.tags) if entry.kind.name == "TAG" else listed(index, entry.cfg or {}))
         if inner is None:
             return None
         leaves += inner
@@ -78,13 +76,13 @@ class Tasks:
 
     def shots(self, given: int | None) -> dict[str, int | None]:
         """{task: demonstrations in its prompts; None if not known}, from the task files alone; `given` is the recipe's
-        num_fewshot, which lm-eval lets win except over a task's own 0."""
+        num_fewshot."""
         index = self.manager.task_index
         known = settings_of_members(index, [*self.recipe_names, *self.names])
         found = {leaf: None for leaf in self.leaves}  # a YAML file by its path: known once it is loaded
         for leaf in found.keys() & index.keys():
             own = {**(index[leaf].cfg or {}), **known.get(leaf, {})}.get("num_fewshot")
-            found[leaf] = (own if own == 0 or given is None else given) or 0
+            found[leaf] = shots(own, given)
         return found
 
 
