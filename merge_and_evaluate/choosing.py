@@ -1,11 +1,13 @@
 """Which tasks choose the weight and which report it; what a result is worth to whoever chooses."""
 
 import math
+from collections.abc import Mapping
 
 from common.errors import DataError
 from merge_and_evaluate.eval_recipes import EvalRecipe
 from merge_and_evaluate.eval_settings import children
 from merge_and_evaluate.eval_tasks import Tasks, check_data_files, check_task_code, find_tasks
+from merge_and_evaluate.items import is_plain_mean
 from merge_and_evaluate.scores import leaves_of
 from merge_and_evaluate.scoring import Scoring
 
@@ -90,18 +92,33 @@ def log_golds(golds: list[float | None], path, task: str, model: str = "") -> li
 
 
 def gold_average(document: dict, path) -> tuple[float, float | None]:
-    """The mean log-probability of the right answer and its standard error, in nats: each row counts the same, a group
-    as the mean of its tasks. The error is None where a task has one item."""
-    mean, variance, rows = 0.0, 0.0, document["summary"]["tasks"]
-    for row in rows:
+    """The mean log-probability of the right answer and its standard error, in nats, tasks weighted as in the score."""
+    return mean_log_gold(leaf_weights(document), document.get("items", {}), path)
+
+
+def leaf_weights(document: dict) -> dict[str, float]:
+    """{leaf task: its share of the average}, as in the score: each row counts the same, in a group each item, or each
+    task where the group's score is the mean of its tasks."""
+    weights, rows, items = {}, document["summary"]["tasks"], document.get("items", {})
+    for row, summary in rows.items():
         leaves = leaves_of(document, row)
-        for leaf in leaves:
-            golds = document.get("items", {}).get(leaf, {}).get("gold") or [None]
-            logs, share = log_golds(golds, path, leaf), 1 / len(rows) / len(leaves)
-            middle = math.fsum(logs) / len(logs)
-            mean += share * middle
-            squares = math.fsum((value - middle) ** 2 for value in logs)
-            variance += share**2 * squares / (len(logs) - 1) / len(logs) if len(logs) > 1 else math.nan
+        values = [items.get(leaf, {}).get("value", []) for leaf in leaves]
+        plain = not all(values) or is_plain_mean(row, values, summary.get("value"))
+        counts = [1 if plain else len(of_leaf) for of_leaf in values]
+        weights |= {leaf: count / sum(counts) / len(rows) for leaf, count in zip(leaves, counts, strict=True)}
+    return weights
+
+
+def mean_log_gold(weights: Mapping[str, float], items: Mapping[str, dict], path) -> tuple[float, float | None]:
+    """The weighted mean over leaf tasks of their items' log-probabilities of the right answer, and its standard error,
+    in nats; the error is None where a task has one item. items: {leaf: record}; path: for the error."""
+    mean, variance = 0.0, 0.0
+    for leaf, weight in weights.items():
+        logs = log_golds(items.get(leaf, {}).get("gold") or [None], path, leaf)
+        middle = math.fsum(logs) / len(logs)
+        mean += weight * middle
+        squares = math.fsum((value - middle) ** 2 for value in logs)
+        variance += weight**2 * squares / (len(logs) - 1) / len(logs) if len(logs) > 1 else math.nan
     return mean, None if math.isnan(variance) else math.sqrt(variance)
 
 

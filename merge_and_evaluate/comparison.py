@@ -11,12 +11,14 @@ from merge_and_evaluate.verdicts import differences, pairing_remarks, reference_
 # --- table ----------------------------------------------------------------------------------------
 
 
-def table(rows: list[Row], corner: str = "method", beside: tuple[str, list[str]] | None = None) -> str:
+def table(
+    rows: list[Row], corner: str = "method", beside: tuple[str, list[str]] | None = None, same_items: bool = True
+) -> str:
     """Markdown: rows × tasks and the average, in percent with standard errors, the best of a column in bold. beside:
-    one more column, its head and a cell a row."""
+    one more column, its head and a cell a row. same_items: whether scores compare, so that one can be the best."""
     shared = common_tasks(rows)
     names = [*columns(rows), AVERAGE]
-    best = {name: best_value(rows, name, shared) for name in names}
+    best = {name: best_value(rows, name, shared) if same_items else None for name in names}
     heads = [*(head(rows, task) for task in columns(rows)), AVERAGE]
     if any(set(row.tasks) != set(shared) for row in rows):
         heads[-1] = f"average of {', '.join(shared)}" if shared else "average (no task in common)"

@@ -12,7 +12,9 @@ from common.errors import DataError
 from merge_and_evaluate import scores
 
 DOC_DIGITS = 16
-FITS = 1e-6  # mean of items and score are the same sum of the same floats, in another order
+# Mean of items and score are the same sum of the same floats, in another order; a metric that is float32 lm-eval adds
+# up in float32.
+FITS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,15 @@ def _checked(path: str, leaf: str, record: dict, document: dict, metric: str | N
         shown = f"{score:.6f}" if scores.is_score(score) else "missing"
         raise DataError(f"{path}: the items of {leaf!r} have the mean {mean:.6f} but its score is {shown}; {again}")
     return Items(unique_names(docs), values, gold)
+
+
+def is_plain_mean(task: str, values: list[list[float]], score: float) -> bool:
+    """Whether a group's score is the mean of its tasks' means (MMLU's leaderboard figure, and what a group with
+    `weight_by_size: false` asks for) and not that of all its items, which are given task by task."""
+    if task in scores.PLAIN_MEAN_GROUPS or len(values) == 1:
+        return True
+    pooled = [value for of_task in values for value in of_task]
+    return not math.isclose(math.fsum(pooled) / len(pooled), score, abs_tol=FITS)
 
 
 def shared(first: Items, second: Items) -> tuple[list[float], list[float]]:

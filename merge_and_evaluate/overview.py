@@ -146,11 +146,12 @@ def write_overview(documents: Mapping[Choice, dict], chosen: Choice, output_path
     rows = [row_of(document, name=choice.label) for choice, document in documents.items()]
     notes = setting_remarks(rows)
     counts = [_items(row) for row in rows]
-    if len(set(counts)) > 1 and None not in counts:
+    same_items = len(set(counts)) == 1 or None in counts
+    if not same_items:
         rows = [replace(row, name=f"{row.name} ({count:,} items)") for row, count in zip(rows, counts, strict=True)]
         notes = [DIFFERENT_ITEMS, *(note for note in notes if ": samples differ: " not in note)]
     beside = (LOG_P, [_log_p(*golds[choice], choice == chosen) for choice in documents]) if golds else None
-    print(table(rows, "candidate" if chosen.recipe else "weight", beside))
+    print(table(rows, "candidate" if chosen.recipe else "weight", beside, same_items))
     for note in notes:
         print(f"- {note}")
     print(f"wrote {listing}\nwrote {picture}")

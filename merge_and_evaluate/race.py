@@ -244,7 +244,11 @@ def outcome(race: Plan, step: Step, unit: str) -> str:
     nearest first."""
     items, all_items = int(race.counts[step.round].sum()), int(race.sizes.sum())
     lines = [f"{step.leader} wins after {items:,} of {all_items:,} items"]
-    worse = [drop.candidate for drop in step.dropped if drop.worse]
+    worse = [
+        drop.candidate + ("" if drop.leader == step.leader else f" (than {drop.leader})")
+        for drop in step.dropped
+        if drop.worse
+    ]
     if worse:
         lines.append(f"- worse, on new items too (95 %, over all pairs): {', '.join(worse)}")
     behind = [

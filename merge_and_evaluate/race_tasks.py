@@ -115,13 +115,15 @@ def larger_is_better(loaded: dict, leaf: str, metric: str) -> bool:
 
 def strata_of_tasks(recipe: EvalRecipe, loaded: dict) -> tuple[Stratum, ...]:
     """Every leaf as a stratum, weighted as in the score that people compare: rows alike, in a group tasks by their
-    items, in MMLU subjects alike. An item costs its requests."""
+    items, or alike in MMLU and where the group says so. An item costs its requests."""
     rows, strata = rows_of_loaded(loaded), []
     for row in rows:
-        leaves = leaves_below(loaded, row)
+        leaves, group = leaves_below(loaded, row), loaded["groups"].get(row)
+        by_size = group is None or all(each.weight_by_size for each in group.aggregate_metric_list)
+        plain = row in PLAIN_MEAN_GROUPS or not by_size
         counts = [items_to_score(recipe, loaded["tasks"][leaf]) for leaf in leaves]
         for leaf, count in zip(leaves, counts, strict=True):
-            share = 1 / len(leaves) if row in PLAIN_MEAN_GROUPS else count / sum(counts)
+            share = 1 / len(leaves) if plain else count / sum(counts)
             asked = requests_of(loaded["tasks"][leaf], count) / count
             strata.append(Stratum(leaf, row, count, share / len(rows), round(asked), asked))
     return tuple(strata)

@@ -19,8 +19,9 @@ import numpy as np
 from common.errors import DataError
 from common.shards.documents import read_json
 from common.shards.staging import write_file
+from merge_and_evaluate.announcement import shots_of
 from merge_and_evaluate.candidates import Candidate, Making, drop_model, model_to_score
-from merge_and_evaluate.choosing import gives_nan, gold_average, log_golds
+from merge_and_evaluate.choosing import gives_nan, log_golds, mean_log_gold
 from merge_and_evaluate.eval_log import logged_to
 from merge_and_evaluate.eval_machine import on_this_machine
 from merge_and_evaluate.eval_recipes import EvalRecipe
@@ -219,7 +220,7 @@ def _mean_and_stderr(values: list[float]) -> tuple[float, float | None]:
     return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
 
 
-def summary_of(field: Field, entry: dict) -> dict:
+def summary_of(field: Field, entry: dict, recipe: EvalRecipe) -> dict:
     """A results file's `summary` over the items that a candidate scored: rows as in the race, the metric's own
     values."""
     tasks: dict[str, dict] = {}
@@ -229,6 +230,7 @@ def summary_of(field: Field, entry: dict) -> dict:
         parts = [_mean_and_stderr(entry["items"][stratum.name]["value"]) for stratum in strata]
         shares = [stratum.weight * len(rows) for stratum in strata]  # weights add up to 1 over all rows
         known = None not in [stderr for _, stderr in parts]
+        shots = {shots_of(recipe, field.loaded["tasks"][stratum.name]) for stratum in strata}
         tasks[row] = {
             "metric": field.metrics[strata[0].name],
             "value": math.fsum(share * mean for share, (mean, _) in zip(shares, parts, strict=True)),
@@ -236,7 +238,7 @@ def summary_of(field: Field, entry: dict) -> dict:
             if known
             else None,
             "samples": sum(len(entry["items"][stratum.name]["value"]) for stratum in strata),
-            "num_fewshot": None,
+            "num_fewshot": shots.pop() if len(shots) == 1 else None,
             "higher_is_better": larger_is_better(field.loaded, strata[0].name, field.metrics[strata[0].name]),
         }
     average = math.fsum(task["value"] for task in tasks.values()) / len(tasks)
@@ -246,12 +248,15 @@ def summary_of(field: Field, entry: dict) -> dict:
 def outcome_of(sweep: Sweep, field: Field, step: Step, entries: dict, scored: Mapping) -> Outcome:
     """The winner, and of every candidate what it scored on the items it was asked."""
     drops = {drop.candidate: drop for drop in step.dropped}
-    documents, tried, golds = {}, [], {}
+    documents, tried, golds, recipe = {}, [], {}, sweep.choosing.recipe
+    config = {"limit": recipe.config.get("limit")}  # so that the table and the CSV say it, as they do of a sweep
     for candidate in sweep.candidates:
-        summary = summary_of(field, entries[candidate.label])
-        documents[candidate] = {"summary": {"name": candidate.label, **summary}, "results": {}}
+        summary = summary_of(field, entries[candidate.label], recipe)
+        documents[candidate] = {"summary": {"name": candidate.label, **summary}, "results": {}, "config": config}
         if field.by == "gold":
-            golds[candidate] = _gold_of(field, summary, entries[candidate.label], race_path(sweep.output_path))
+            weights = {stratum.name: stratum.weight for stratum in field.plan.strata}
+            items = entries[candidate.label]["items"]
+            golds[candidate] = mean_log_gold(weights, items, race_path(sweep.output_path))
         drop = drops.get(candidate.label)
         record = {**candidate.choice.record, **{key: summary[key] for key in ("average", "average_stderr")}}
         # NaN: an item that this candidate was not asked, because it dropped out before.
@@ -270,12 +275,3 @@ def outcome_of(sweep: Sweep, field: Field, step: Step, entries: dict, scored: Ma
     facts = {"cannot_be_told_apart": list(step.undecided), "items": sum(t["items"] for t in tried)}
     facts["items_of_all"] = most(field.plan).items
     return Outcome(winner, documents, tried, whole=False, facts=facts, golds=golds)
-
-
-def _gold_of(field: Field, summary: dict, entry: dict, path: Path) -> tuple[float, float | None]:
-    """gold_average over the items that a candidate scored."""
-    subtasks: dict[str, list[str]] = {}  # of groups alone: a task that is its own row has none
-    for stratum in field.plan.strata:
-        if stratum.name != stratum.row:
-            subtasks.setdefault(stratum.row, []).append(stratum.name)
-    return gold_average({"summary": summary, "group_subtasks": subtasks, "items": entry["items"]}, path)

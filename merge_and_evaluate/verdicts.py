@@ -1,18 +1,15 @@
 """Is this row better than that one? Paired differences from one row, and what they prove, in words."""
 
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import DataError
 from merge_and_evaluate import statistics
+from merge_and_evaluate.items import is_plain_mean
 from merge_and_evaluate.items import shared as shared_items
 from merge_and_evaluate.rows import AVERAGE, Row, columns, common_tasks, less_is_better
-from merge_and_evaluate.scores import PLAIN_MEAN_GROUPS
 from merge_and_evaluate.statistics import LEVEL, Difference
-
-FITS = 1e-9
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ def task_difference(reference: Row, row: Row, task: str) -> Difference | None:
         items = min(first.get("samples") or 0, second.get("samples") or 0)
         scores = [(found["value"], found.get("stderr")) for found in (first, second)]
         return statistics.unpaired_difference(*scores, items)
-    if _counts_by_leaf(row, task):
+    if is_plain_mean(task, [row.items[leaf].values for leaf in row.leaves[task]], row.tasks[task]["value"]):
         return statistics.mean_difference([statistics.paired_difference(a, b) for a, b in pairs])
     a, b = ([value for pair in pairs for value in pair[side]] for side in (0, 1))
     return statistics.paired_difference(a, b)
@@ -69,15 +66,6 @@ def _pairs(reference: Row, row: Row, task: str) -> list[tuple[list, list]] | Non
             return None
         pairs.append(shared_items(reference.items[leaf], row.items[leaf]))
     return pairs if pairs and all(a for a, _ in pairs) else None
-
-
-def _counts_by_leaf(row: Row, task: str) -> bool:
-    """Whether a group's score is the plain mean of its tasks (MMLU's leaderboard figure) and not of all its items."""
-    leaves = row.leaves[task]
-    if task in PLAIN_MEAN_GROUPS or len(leaves) == 1:
-        return True
-    pooled = [value for leaf in leaves for value in row.items[leaf].values]
-    return not math.isclose(math.fsum(pooled) / len(pooled), row.tasks[task]["value"], abs_tol=FITS)
 
 
 # --- all rows -------------------------------------------------------------------------------------
