@@ -1,5 +1,5 @@
 # make demo   the whole chain on tiny models made on the spot (CPU, minutes)
-# make real   the whole chain on a real language model, SmolLM2-135M (CPU, an hour a seed)
+# make real   the whole chain on a real language model, SmolLM2-135M (CPU, an hour per seed)
 # make test   every test, and lint
 # make bench  speed and memory at Mistral-7B width, next to a plain copy
 # make setup  just the environment, in .venv

@@ -1,4 +1,4 @@
-"""The control's score, called by lm-eval: of each paragraph, how many bits a byte the model needs to foretell it."""
+"""The control's score, called by lm-eval: of each paragraph, how many bits per byte the model needs to foretell it."""
 
 import math
 

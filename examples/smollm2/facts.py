@@ -5,7 +5,7 @@
 Fine-tuning reads each of 210 facts of its topic as one sentence; a question is the sentence's beginning with four ways
 to end it. So the score says what a merged model still knows of what both fine-tuned ones were taught; λ is chosen on
 some of the facts and reported on others. The control is what it says of 32 paragraphs that neither was trained on, in
-bits a byte.
+bits per byte.
 """
 
 import json

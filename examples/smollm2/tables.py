@@ -8,7 +8,7 @@ seeds.
 Everything is computed from the items in results_*.json and control_*.json: nothing is copied out of summaries. Accuracy
 is in percent. log p is the mean log-probability of the right answer among the four, in hundredths of a nat: it says how
 sure a model is where accuracy only counts which side of a threshold an answer falls, so it tells merges apart with
-fewer items. The control is in hundredths of a bit a byte, less is better.
+fewer items. The control is in hundredths of a bit per byte, less is better.
 """
 
 import argparse
@@ -129,14 +129,14 @@ def _against(seeds: list[dict[str, Scored]], reference: str, name: str, measure:
 
 
 def control_table(seeds: list[dict[str, Scored]], names: list[str]) -> str:
-    """A line for each row: bits a byte on plain text, and its difference from the base."""
+    """A line for each row: bits per byte on plain text, and its difference from the base."""
     rows = []
     for name in [name for name in names if all(seed[name].control for seed in seeds)]:
         controls = [seed[name].control for seed in seeds]
         apart = [paired_difference(*shared(seed["base"].control, seed[name].control)) for seed in seeds]
         level = markdown.mean_and_stderr([HUNDREDTHS * mean_of(control) for control in controls])
         rows.append([name, level, "" if name == "base" else over_seeds(apart)])
-    return markdown.table(["", "bits a byte × 100", "minus base"], rows)
+    return markdown.table(["", "bits per byte × 100", "minus base"], rows)
 
 
 def parse_args(argv=None) -> argparse.Namespace:
