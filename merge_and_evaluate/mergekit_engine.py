@@ -15,7 +15,7 @@ from common.shards.documents import write_json
 from common.shards.hashing import tensor_hashes
 from common.shards.headers import DTYPE_CODES, DTYPE_NAMES, FLOAT_DTYPES, Tensor, read_headers
 from common.shards.layout import tensor_bytes
-from common.shards.matching import mask_names
+from common.shards.matching import mask_names, row_axis, vocabulary_names
 from common.shards.places import check_disk
 from common.shards.staging import staged_directory
 from common.shards.verify import MERGE_REPORT
@@ -24,14 +24,20 @@ from merge_and_evaluate.recipe_paths import explicit_path, with_paths
 from merge_and_evaluate.recipes import Recipe
 from merge_and_evaluate.streamed_methods import model_path
 
-TOKEN_KEYS = ("tokenizer", "tokenizer_source", "chat_template")  # with one of these mergekit makes it
-RESHAPING_KEYS = {
-    "slices",
-    "modules",
-    "tokenizer",
-    "tokenizer_source",
-}  # with these the output is no longer the base's shape
+TOKENIZING = ("tokenizer", "tokenizer_source")  # with one of these embeddings and head get other rows
+TOKEN_KEYS = (*TOKENIZING, "chat_template")  # with one of these mergekit writes the tokenizer itself
+CUTTING = ("slices", "modules")  # with one of these the output has other layers than the base
 EXPONENT_BITS = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000, "F64": 0x7FF0000000000000}
+
+
+def cuts(config: dict) -> bool:
+    """Whether a recipe's output has other layers than the base: `slices: null` says nothing, so values count."""
+    return any(config.get(key) for key in CUTTING)
+
+
+def tokenizes(config: dict) -> bool:
+    """Whether a recipe has the rows of embeddings and head arranged for another tokenizer; `tokenizer: {}` does."""
+    return any(config.get(key) is not None for key in TOKENIZING)
 
 
 # --- merge ----------------------------------------------------------------------------------------
@@ -135,20 +141,23 @@ def merge(merge_plan, made: dict, settings, overwrite: bool) -> None:
 
 
 def check_complete(directory: Path, merge_plan) -> None:
-    """Raise DataError unless every tensor of the first model is there with its shape, where the recipe keeps the shape.
+    """Raise DataError unless every tensor of the first model is there with its shape, if the recipe keeps the layers.
 
-    A tied head may be left out. mergekit exits with 0 even when it dropped tensors, so only here does that show.
+    A tied head may be left out, and with another tokenizer embeddings and head may have other rows. mergekit exits with
+    0 even when it dropped tensors, so only here does that show.
     """
-    whole, written = merge_plan.checkpoints[0], {tensor.name: tensor for tensor in read_headers(directory)}
-    if RESHAPING_KEYS & merge_plan.recipe.config.keys():
+    config, whole = merge_plan.recipe.config, merge_plan.checkpoints[0]
+    if cuts(config):
         return
+    written = {tensor.name: tensor.shape for tensor in read_headers(directory)}
+    free = vocabulary_names(whole, whole.tensors) if tokenizes(config) else set()
     tied = mask_names(whole)
     missing = [
         tensor.name
         for tensor in whole.tensors.values()
         if tensor.is_parameter
         and tied[tensor.name] == tensor.name
-        and (tensor.name not in written or written[tensor.name].shape != tensor.shape)
+        and not (tensor.name in written and _same_shape(tensor, written[tensor.name], tensor.name in free))
     ]
     if missing:
         # By kind: of 32 layers one line says more than 32.
@@ -159,6 +168,15 @@ def check_complete(directory: Path, merge_plan) -> None:
             f"{whole.label}, or changed their shape: {some}{' and more' if len(patterns) > 4 else ''}; it does not "
             "know this architecture: use a method that streams (--engine stream)"
         )
+
+
+def _same_shape(tensor: Tensor, shape: tuple[int, ...], free_rows: bool) -> bool:
+    """Whether a tensor has this shape; with free_rows whatever its number of rows."""
+    if not free_rows:
+        return tensor.shape == shape
+    axis = row_axis(tensor.shape)
+    mine, theirs = (each[:axis] + each[axis + 1 :] for each in (tensor.shape, tuple(shape)))
+    return mine == theirs and len(tensor.shape) == len(shape)
 
 
 def output_bytes(recipe: Recipe, checkpoints: tuple[Checkpoint, ...]) -> int:
@@ -175,7 +193,7 @@ def output_bytes(recipe: Recipe, checkpoints: tuple[Checkpoint, ...]) -> int:
     total = sum(size(tensor) for tensor in checkpoints[0].tensors.values() if layer_of(tensor.name) is None)
     for part in slices:
         source = part["sources"][0]
-        layers = range(*source["layer_range"])
+        layers = range(*map(int, source["layer_range"]))  # ["0", "2"] is a range to mergekit
         model = by_name.get(model_path(source["model"]), checkpoints[0])
         total += sum(size(tensor) for tensor in model.tensors.values() if layer_of(tensor.name) in layers)
     return total

@@ -121,9 +121,9 @@ def mergekit_reason(recipe: Recipe, settings: MergeSettings) -> str | None:
 
 def check_names(recipe: Recipe, checkpoints: tuple[Checkpoint, ...]) -> None:
     """Refuse models that fit together only under other names: mergekit matches by name."""
-    whole = checkpoints[0]
+    whole, free_rows = checkpoints[0], mergekit_engine.tokenizes(recipe.config)
     for other in checkpoints[1:]:
-        for name, theirs in match(whole, other).pairs.items():
+        for name, theirs in match(whole, other, free_rows=free_rows).pairs.items():
             is_fused = theirs.name not in other.tensors  # a piece of one that is
             if is_fused or (theirs.name != name and theirs.name not in whole.tensors):  # renamed, not tied
                 called = "part of a fused tensor" if is_fused else f"called {theirs.name!r}"
@@ -163,7 +163,7 @@ def _planned(recipe: Recipe, checkpoints: tuple[Checkpoint, ...], output: Path, 
     if reason is None:
         merge_plan = MergePlan(recipe, checkpoints, output, 0)
         return replace(merge_plan, nbytes=merge_plan.streamed(settings).job.outputs[0].nbytes)
-    if not mergekit_engine.RESHAPING_KEYS & recipe.config.keys():
+    if not mergekit_engine.cuts(recipe.config):
         check_names(recipe, checkpoints)
     return MergePlan(recipe, checkpoints, output, mergekit_engine.output_bytes(recipe, checkpoints), reason)
 

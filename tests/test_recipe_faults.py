@@ -7,6 +7,8 @@ import pytest
 import torch
 import yaml
 from checkpoints import CONFIG, load, state, write
+from conftest import save_model
+from safetensors.torch import save_file
 
 import merge_and_evaluate_7b as script
 from common.errors import DataError
@@ -149,6 +151,46 @@ def test_tied_tensors_are_not_torn_apart(tied, method):
 
 def test_skip_may_not_leave_out_everything(table):
     assert refused(recipe("ties"), "--skip", "*") == "r.yml: --skip leaves nothing to merge; leave out a pattern"
+
+
+# --- what mergekit drops ------------------------------------------------------------------------------
+
+
+def add_gate(model: Path) -> None:
+    """Give a copied model a tensor that mergekit's architecture does not have."""
+    tensors = load(model) | {"adapter.gate.weight": torch.ones(3).half()}
+    for path in model.glob("*.safetensors*"):
+        path.unlink()
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+KEYS = [
+    {"slices": None},
+    {"tokenizer_source": "base"},
+    {"tokenizer_source": "union"},
+    {"tokenizer": {"source": "base"}},
+]
+
+
+@pytest.mark.parametrize("keys", KEYS, ids=str)
+def test_completeness_is_checked_with_a_tokenizer_too(models, tmp_path, monkeypatch, keys):
+    """A key that cuts no layers does not switch the check off."""
+    monkeypatch.chdir(tmp_path)
+    for theirs, name in (("base", "base"), ("wild", "a"), ("west", "b")):
+        shutil.copytree(models / theirs, tmp_path / name)
+        add_gate(tmp_path / name)
+    line = refused(recipe("task_arithmetic") | keys, "--engine", "mergekit")
+    assert "mergekit left out 1 of" in line and "adapter.gate.weight (1)" in line
+
+
+def test_another_tokenizer_may_change_rows(models, tmp_path, monkeypatch):
+    """The base's embedding has more rows than its tokenizer has tokens; mergekit cuts them off."""
+    monkeypatch.chdir(tmp_path)
+    save_model(tmp_path / "base", 0, vocab=40)
+    for theirs, name in (("wild", "a"), ("west", "b")):
+        (tmp_path / name).symlink_to(models / theirs)
+    merged = merge(recipe("task_arithmetic") | {"tokenizer_source": "base"})
+    assert len(merged["lm_head.weight"]) == len(load(models / "wild")["lm_head.weight"]) < 40
 
 
 # --- models that are named more than once -------------------------------------------------------------
