@@ -1,4 +1,4 @@
-"""What the scripts promise (design.md, section 5), computed slowly and plainly. Nothing of common/ is used.
+"""What the scripts promise, computed slowly and plainly. Nothing of common/ is used.
 
 Tensors are torch tensors, as safetensors or torch load them; masks are lists of bools over the flattened tensor.
 """

@@ -83,15 +83,11 @@ def moved(tensors: dict) -> dict:
     return {n: steps[t.numpy().tobytes()].clone() if t.is_floating_point() else t for n, t in tensors.items()}
 
 
-def spelled_out(kind: str, tensors: dict, ties: dict[str, str]) -> dict:
-    return tensors | {name: tensors[source].clone() for name, source in ties.items()}
-
-
 def causal(*layers: str, dtype=torch.float32) -> dict:
     return {name: torch.ones(8, 8, dtype=dtype).tril()[None, None] for name in layers}
 
 
-def extract(folder: Path, base: tuple, finetuned: tuple, *more) -> dict:
+def vector_of(folder: Path, base: tuple, finetuned: tuple, *more) -> dict:
     """The task vector's tensors; folder/base, ft, v are written."""
     write(folder / "base", *base)
     write(folder / "ft", *finetuned)
@@ -144,9 +140,9 @@ def test_other_names(saved, tmp_path, capsys, kind, rename, turned):
     assert other.keys() != tensors.keys()
     if turned:
         back = {rename(name): name for name in tensors}
-        same_vector(extract(tmp_path, (other, config), (fine, config)), other, fine, back.get)
+        same_vector(vector_of(tmp_path, (other, config), (fine, config)), other, fine, back.get)
     else:
-        same_vector(extract(tmp_path, (tensors, config), (other, config)), tensors, other, rename)
+        same_vector(vector_of(tmp_path, (tensors, config), (other, config)), tensors, other, rename)
     assert "note: " in capsys.readouterr().out
 
 
@@ -154,7 +150,7 @@ def test_an_unknown_architecture_is_taken_by_its_names(tmp_path):
     """A prefix is found without transformers' help; nothing else is guessed."""
     base, config = state(), {"model_type": "none of this world"}
     fine = state(1, near=base)
-    same_vector(extract(tmp_path, (base, config), ({f"net.{n}": t for n, t in fine.items()}, config)), base, fine)
+    same_vector(vector_of(tmp_path, (base, config), ({f"net.{n}": t for n, t in fine.items()}, config)), base, fine)
     other = {n.replace("up_proj", "w1"): t for n, t in fine.items()}
     write(tmp_path / "other", other, config)
     line = refusal(
@@ -218,7 +214,7 @@ def test_constants(saved, tmp_path, kind, constants, where):
     fine = moved(tensors)
     base = tensors | (constants if where != "ft" else {})
     other = fine | (constants if where != "base" else {})
-    vector = extract(tmp_path, (base, config), (other, config))
+    vector = vector_of(tmp_path, (base, config), (other, config))
     same_vector({n: vector[n] for n in tensors}, tensors, fine)
     assert vector.keys() == base.keys()
     run("convert", "--model_path", tmp_path / "base", "--save_path", tmp_path / "half")
@@ -236,7 +232,7 @@ def test_a_scalar_that_is_a_weight(tmp_path):
     """CLIP's logit_scale is a scalar of the architecture, and subtracted like any other weight."""
     config = {"model_type": "clip", "architectures": ["CLIPModel"]}
     base, fine = {"logit_scale": torch.tensor(2.0).half()}, {"logit_scale": torch.tensor(2.5).half()}
-    assert extract(tmp_path, (base, config), (fine, config))["logit_scale"] == 0.5
+    assert vector_of(tmp_path, (base, config), (fine, config))["logit_scale"] == 0.5
 
 
 # --- ties -----------------------------------------------------------------------------------------
@@ -275,7 +271,7 @@ def tied(saved, kind: str, source: str, names: list[str]) -> tuple[dict, dict, d
 def test_one_mask_for_tied_tensors(saved, tmp_path, kind, source, names, method):
     """Spelled out by both models: equal afterwards, in every method."""
     out, _, config = tied(saved, kind, source, names)
-    extract(tmp_path, (out, config), (moved(out), config))
+    vector_of(tmp_path, (out, config), (moved(out), config))
     run(
         "prune", "--task_vector_paths", tmp_path / "v", "--save_directories", tmp_path / "p", "--pruning_method", method
     )
@@ -291,7 +287,7 @@ def test_ties_spelled_out_by_one(saved, tmp_path, kind, source, names, spelled):
     """The other side's shared tensor stands in; what the fine-tuned model spells out must be equal."""
     out, bare, config = tied(saved, kind, source, names)
     base, fine = (out, moved(bare)) if spelled == "base" else (bare, moved(out))
-    vector = extract(tmp_path, (base, config), (fine, config))
+    vector = vector_of(tmp_path, (base, config), (fine, config))
     for name, tensor in base.items():
         theirs = fine.get(name, fine[source])
         assert torch.equal(vector[name], (theirs.float() - tensor.float()).half()), name
@@ -321,10 +317,10 @@ def test_a_tied_tensor_that_differs(saved, tmp_path):
 
 
 def test_an_untied_copy_with_an_equal_head(saved, tmp_path, capsys):
-    """C4: tied base without a head; the fine-tuned model's config says untied, its head is the embedding."""
+    """Tied base without a head; the fine-tuned model's config says untied, its head is the embedding."""
     out, bare, config = tied(saved, *TIES["Qwen2"])
     fine = moved(out)
-    vector = extract(tmp_path, (bare, config), (fine, config | {"tie_word_embeddings": False}))
+    vector = vector_of(tmp_path, (bare, config), (fine, config | {"tie_word_embeddings": False}))
     same_vector(vector, bare, fine)
     assert "lm_head.weight of " in capsys.readouterr().out
 
@@ -390,7 +386,7 @@ def test_skipped_tensors_keep_the_bases_bits(saved, tmp_path, save_format):
     tensors, config = saved("LlamaForCausalLM")
     fine = moved(tensors)
     lone = {n: t for n, t in fine.items() if not n.startswith("lm_head")} | {"score.weight": torch.ones(2, 8).half()}
-    vector = extract(tmp_path, (tensors, config), (lone, config), "--skip", "lm_head.*", "score.weight")
+    vector = vector_of(tmp_path, (tensors, config), (lone, config), "--skip", "lm_head.*", "score.weight")
     assert not vector["lm_head.weight"].view(torch.int16).any()
     run(
         "prune",
@@ -467,7 +463,7 @@ def test_positions_that_the_model_makes_itself(saved, tmp_path, where):
     positions = {f"model.{part}.embed_positions.weight": torch.rand(16, 8).half() for part in ("encoder", "decoder")}
     fine = moved(tensors)
     base, other = tensors | (positions if where != "ft" else {}), fine | (positions if where != "base" else {})
-    vector = extract(tmp_path, (base, config), (other, config))
+    vector = vector_of(tmp_path, (base, config), (other, config))
     assert vector.keys() == base.keys() and not any(vector[n].any() for n in positions if n in vector)
     same_vector({n: vector[n] for n in tensors}, tensors, fine)
 

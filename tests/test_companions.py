@@ -137,7 +137,7 @@ def test_what_is_a_tokenizer(tmp_path, names, expected):
 
 @pytest.mark.slow
 def test_a_tokenizer_of_vocab_and_merges_is_usable(tmp_path, models):
-    """It passes for a tokenizer before the merge, and loads from the merged model (cases.md D3)."""
+    """It passes for a tokenizer before the merge, and loads from the merged model."""
     from transformers import GPT2TokenizerFast
 
     import merge_and_evaluate_7b
@@ -180,7 +180,7 @@ def test_without_code():
 
 
 def test_code_is_neither_run_nor_named(tmp_path, capsys):
-    """auto_map with its files beside (cases.md D5): a line says so, and no output names what is not there."""
+    """auto_map with its files beside: a line says so, and no output names what is not there."""
     config = {"model_type": "mistral", "tie_word_embeddings": False, "auto_map": CODE}
     base = write(tmp_path / "base", state(), config)
     write(tmp_path / "ft", state(1, near=state()), config)

@@ -38,7 +38,7 @@ def place(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def here(place, monkeypatch):
+def at_place(place, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(place / "cache"))
     return place
@@ -80,7 +80,7 @@ def test_lm_eval_takes_it_and_its_commands_parse(name, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["metabench", "metabench_secondary"])
-def test_metabench_on_documents_of_its_schema(here, recipe):
+def test_metabench_on_documents_of_its_schema(at_place, recipe):
     document = evaluated(recipe)
     ending = "_secondary" if recipe.endswith("secondary") else ""
     metrics = {name: task["metric"] for name, task in document["summary"]["tasks"].items()}
@@ -94,7 +94,7 @@ def test_metabench_on_documents_of_its_schema(here, recipe):
 
 
 @pytest.mark.slow
-def test_leaderboard_v2_tasks_on_documents_of_their_schema(here):
+def test_leaderboard_v2_tasks_on_documents_of_their_schema(at_place):
     groups = ["leaderboard_bbh", "leaderboard_gpqa", "leaderboard_musr", "leaderboard_mmlu_pro"]
     document = evaluated("open_llm_leaderboard_v2", tasks=groups)
     metrics = {name: task["metric"] for name, task in document["summary"]["tasks"].items()}

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 from checkpoints import files, run, state, write
+from conftest import ROOT
 
 from common.exits import Stream
 
-ROOT = Path(__file__).resolve().parent.parent
 LOST = "error: not everything could be printed ({}); what was to be written is written"
 
 
@@ -45,7 +45,7 @@ def shell(command: list, ending: str, **environment) -> subprocess.CompletedProc
     ],
 )
 def test_stdout_is_gone(job, ending, reason, unbuffered):
-    """cases.md D10: published all the same; exit status 1 and one line."""
+    """Published all the same; exit status 1 and one line."""
     command, out = job
     done = shell(command, ending, PYTHONUNBUFFERED=unbuffered)
     assert (out / "model.safetensors").is_file() and not (out / ".run").exists()

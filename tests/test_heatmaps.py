@@ -28,7 +28,7 @@ MAGNITUDE = ["--pruning_method", "magnitude"]
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory):
+def pruned_both_ways(tmp_path_factory):
     """pa, pb: pruned by nm; ma, mb: the same vectors by magnitude."""
     folder = chain(tmp_path_factory.mktemp("heatmaps"))
     run("prune", *prune_arguments(folder))
@@ -90,21 +90,21 @@ PATTERNS = [
 
 @pytest.mark.parametrize("measure", ["overlap", "l2_share", "evenness"])
 @pytest.mark.parametrize("name", ["pa", "pb", "ma", "mb"])
-def test_the_matrix_is_what_the_report_says(here, name, measure):
+def test_the_matrix_is_what_the_report_says(pruned_both_ways, name, measure):
     """q holds a weight and a bias; embeddings above the layers, final norm and head below."""
-    found = read_pruned([str(here / name)]).reports[0]
+    found = read_pruned([str(pruned_both_ways / name)]).reports[0]
     rows, kinds = axes_of([found])
     assert rows == [("", "embeddings"), ("model.layers.0", ""), ("", "norms"), ("", "head")]
     assert kinds == ["q", "up"]
     for drawn, wanted in zip(
-        matrix(found, measure, rows, kinds), expected(here / name, measure, PATTERNS), strict=True
+        matrix(found, measure, rows, kinds), expected(pruned_both_ways / name, measure, PATTERNS), strict=True
     ):
         assert drawn == pytest.approx(wanted, nan_ok=True)
 
 
-def test_cabs_differs_from_magnitude(here):
+def test_cabs_differs_from_magnitude(pruned_both_ways):
     """What the picture is for; the only overlap of CABS is in the last groups, shorter than m."""
-    cabs, magnitude = (read_pruned([str(here / name)]).reports[0]["totals"] for name in ("pa", "ma"))
+    cabs, magnitude = (read_pruned([str(pruned_both_ways / name)]).reports[0]["totals"] for name in ("pa", "ma"))
     assert cabs["evenness"] == 1
     assert max(cabs["overlap"].values()) < 0.03 < 0.08 < min(magnitude["overlap"].values())
 
@@ -197,16 +197,16 @@ def panels(monkeypatch) -> list:
 
 
 @pytest.mark.slow
-def test_two_runs_side_by_side_share_a_scale(here, panels, tmp_path):
+def test_two_runs_side_by_side_share_a_scale(pruned_both_ways, panels, tmp_path):
     """Per measure a row per vector, magnitude left of nm; a picture with the colours of three scales comes out."""
     from matplotlib.image import imread
 
-    runs = [read_pruned([str(here / f"{kind}{j}") for j in "ab"]) for kind in "mp"]
+    runs = [read_pruned([str(pruned_both_ways / f"{kind}{j}") for j in "ab"]) for kind in "mp"]
     draw(runs, tmp_path / "two.png")
     order = [(measure, name) for measure in ("overlap", "l2_share", "evenness") for name in ("ma", "pa", "mb", "pb")]
     assert len(panels) == len(order)
     for (measure, name), (values, _) in zip(order, panels, strict=True):
-        for drawn, wanted in zip(values, expected(here / name, measure, PATTERNS), strict=True):
+        for drawn, wanted in zip(values, expected(pruned_both_ways / name, measure, PATTERNS), strict=True):
             assert drawn == pytest.approx(wanted, nan_ok=True)
     scales = [{scale for _, scale in panels[i : i + 4]} for i in (0, 4, 8)]
     assert all(len(scale) == 1 for scale in scales)
@@ -247,13 +247,13 @@ def test_runs_are_told_apart():
 
 
 @pytest.mark.slow
-def test_prune_draws_its_own_run_beside_another(here, panels, tmp_path, capsys):
+def test_prune_draws_its_own_run_beside_another(pruned_both_ways, panels, tmp_path, capsys):
     outputs = [tmp_path / "b", tmp_path / "a"]
     run(
         "prune",
         "--task_vector_paths",
-        here / "vb",
-        here / "va",
+        pruned_both_ways / "vb",
+        pruned_both_ways / "va",
         "--save_directories",
         *outputs,
         "--n",
@@ -263,17 +263,24 @@ def test_prune_draws_its_own_run_beside_another(here, panels, tmp_path, capsys):
         "--plot_path",
         tmp_path / "p.png",
         "--plot_with",
-        here / "mb",
-        here / "ma",
+        pruned_both_ways / "mb",
+        pruned_both_ways / "ma",
     )
     assert len(panels) == 12
     assert capsys.readouterr().out.endswith(f"wrote {tmp_path / 'p.png'}\n")
 
 
 @pytest.mark.slow
-def test_reports_of_earlier_runs_are_drawn_without_pruning(here, tmp_path, monkeypatch):
+def test_reports_of_earlier_runs_are_drawn_without_pruning(pruned_both_ways, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run("prune", "--plot_path", "p.pdf", "--plot_reports", here / "pb", here / "pa" / "prune_report.json")
+    run(
+        "prune",
+        "--plot_path",
+        "p.pdf",
+        "--plot_reports",
+        pruned_both_ways / "pb",
+        pruned_both_ways / "pa" / "prune_report.json",
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["p.pdf"]
 
 
@@ -299,11 +306,11 @@ def test_flags_that_contradict_are_usage_errors(capsys, flags, line):
     assert usage_error(capsys, "prune", *flags) == line
 
 
-def test_no_report_is_refused_before_anything_is_pruned(here, tmp_path):
-    line = f"{here / 'va'}: no prune_report.json there; give a directory that prune_task_vector_7b.py wrote"
-    assert refusal("prune", "--plot_path", tmp_path / "p.png", "--plot_reports", here / "va") == line
-    pruning = ["--task_vector_paths", here / "va", "--save_directories", tmp_path / "out"]
-    assert refusal("prune", *pruning, "--plot_path", tmp_path / "p.png", "--plot_with", here / "va") == line
+def test_no_report_is_refused_before_anything_is_pruned(pruned_both_ways, tmp_path):
+    line = f"{pruned_both_ways / 'va'}: no prune_report.json there; give a directory that prune_task_vector_7b.py wrote"
+    assert refusal("prune", "--plot_path", tmp_path / "p.png", "--plot_reports", pruned_both_ways / "va") == line
+    pruning = ["--task_vector_paths", pruned_both_ways / "va", "--save_directories", tmp_path / "out"]
+    assert refusal("prune", *pruning, "--plot_path", tmp_path / "p.png", "--plot_with", pruned_both_ways / "va") == line
     assert list(tmp_path.iterdir()) == []
 
 

@@ -62,24 +62,24 @@ def board(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def here(board, monkeypatch):
+def at_board(board, monkeypatch):
     monkeypatch.chdir(board)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(board / "cache"))
     return board
 
 
-def prompts(here: Path, stem: str) -> dict[str, list[str]]:
+def prompts(folder: Path, stem: str) -> dict[str, list[str]]:
     """{task: the prompt of each sample}, of results `stem`.json scored with log_samples."""
     found = {}
-    for path in here.glob(f"{stem}_samples_*.jsonl"):
+    for path in folder.glob(f"{stem}_samples_*.jsonl"):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         found[path.stem.removeprefix(f"{stem}_samples_")] = [line["arguments"][0][0] for line in lines]
     return found
 
 
 @pytest.mark.slow
-def test_readme_sweep_scores_with_the_groups_shots(here, capsys):
-    """A5: arc and winogrande choose with 25 and 5 shots, the reported tasks have the group's too."""
+def test_readme_sweep_scores_with_the_groups_shots(at_board, capsys):
+    """arc and winogrande choose with 25 and 5 shots, the reported tasks have the group's too."""
     script.main(
         [
             "--recipe",
@@ -103,11 +103,11 @@ def test_readme_sweep_scores_with_the_groups_shots(here, capsys):
             "best.json",
         ]
     )
-    summary = json.loads((here / "best.json").read_text())["summary"]
-    chosen = json.loads((here / "best_weight_0.6.json").read_text())["summary"]
+    summary = json.loads((at_board / "best.json").read_text())["summary"]
+    chosen = json.loads((at_board / "best_weight_0.6.json").read_text())["summary"]
     shots = {name: task["num_fewshot"] for s in (summary, chosen) for name, task in s["tasks"].items()}
     assert shots == {**SHOTS, "mmlu_anatomy": 5}
-    counted = {**prompts(here, "best"), **prompts(here, "best_weight_0.6")}
+    counted = {**prompts(at_board, "best"), **prompts(at_board, "best_weight_0.6")}
     assert set(counted) == set(shots)
     for task, texts in counted.items():
         assert {shots_in(text, task) for text in texts} == {shots[task]}, task
@@ -115,7 +115,7 @@ def test_readme_sweep_scores_with_the_groups_shots(here, capsys):
 
 
 @pytest.mark.slow
-def test_items_are_the_score_for_every_kind_of_task(here):
+def test_items_are_the_score_for_every_kind_of_task(at_board):
     """acc, acc_norm, exact_match, mc2 and MMLU's subjects: the mean of the items, and gold by hand."""
     script.main(
         [
@@ -128,7 +128,7 @@ def test_items_are_the_score_for_every_kind_of_task(here):
             "base.json",
         ]
     )
-    document = json.loads((here / "base.json").read_text())
+    document = json.loads((at_board / "base.json").read_text())
     summary, items = document["summary"], document["items"]
     assert set(items) == set(summary["tasks"]) == {*SHOTS, *(f"mmlu_{s}" for s in SUBJECTS_FOR_SPEED)}
     for name, task in summary["tasks"].items():
@@ -138,7 +138,7 @@ def test_items_are_the_score_for_every_kind_of_task(here):
     assert items["gsm8k"]["gold"] == [None] * 3
     assert items["truthfulqa_mc2"]["gold"] == pytest.approx(items["truthfulqa_mc2"]["value"], rel=1e-6)
     for task in ("arc_challenge", "winogrande", "hellaswag", "mmlu_anatomy"):
-        samples = [json.loads(line) for line in (here / f"base_samples_{task}.jsonl").read_text().splitlines()]
+        samples = [json.loads(line) for line in (at_board / f"base_samples_{task}.jsonl").read_text().splitlines()]
         for sample, gold, doc in zip(samples, items[task]["gold"], items[task]["doc"], strict=True):
             likelihoods = [answer[0] for answer in sample["filtered_resps"]]
             if task in ("arc_challenge", "hellaswag"):
@@ -163,7 +163,7 @@ def test_softmax_share():
 
 
 @pytest.mark.slow
-def test_readme_command_scores_all_62_tasks(here, capsys):
+def test_readme_command_scores_all_62_tasks(at_board, capsys):
     """The README's merge-and-score command as printed, MMLU's 57 subjects included."""
     script.main(
         [
@@ -179,7 +179,7 @@ def test_readme_command_scores_all_62_tasks(here, capsys):
             "1",
         ]
     )
-    document = json.loads((here / "results.json").read_text())
+    document = json.loads((at_board / "results.json").read_text())
     tasks = document["summary"]["tasks"]
     assert {name: task["num_fewshot"] for name, task in tasks.items()} == {**SHOTS, "mmlu": 5}
     subjects = [leaf for leaf in document["items"] if leaf.startswith("mmlu_")]

@@ -92,7 +92,7 @@ def test_a_hub_id_is_merged_from_its_download(here, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_same_command_goes_on_after_the_merge(here, monkeypatch, capsys):
+def test_the_same_command_goes_on_after_the_merge(here, capsys):
     """A run that was stopped before scoring does not merge again; another recipe's model is not taken for it."""
     merge()
     before = (here / "merged" / "model.safetensors").stat().st_mtime_ns

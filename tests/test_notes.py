@@ -33,7 +33,7 @@ CONFIGS = {
 }
 
 
-def extract(folder, base, fine, capsys) -> str:
+def said_by_extract(folder, base, fine, capsys) -> str:
     write(folder / "base", *base)
     write(folder / "ft", *fine)
     run(
@@ -51,7 +51,7 @@ def extract(folder, base, fine, capsys) -> str:
 @pytest.mark.parametrize("base, fine, values", CONFIGS.values(), ids=CONFIGS)
 def test_settings(tmp_path, capsys, base, fine, values):
     """As transformers reads them, whatever the spelling."""
-    said = extract(tmp_path, (state(), base), (state(1, near=state()), fine), capsys)
+    said = said_by_extract(tmp_path, (state(), base), (state(1, near=state()), fine), capsys)
     assert ("merged models use the base's" in said) == bool(values)
     for value in values or ():
         assert value in said
@@ -61,5 +61,5 @@ def test_settings(tmp_path, capsys, base, fine, values):
 def test_an_unrelated_model(tmp_path, capsys, related):
     """A norm above the base's is remarked on."""
     fine = state(1, near=state()) if related else state(1)
-    said = extract(tmp_path, (state(), PLAIN), (fine, PLAIN), capsys)
+    said = said_by_extract(tmp_path, (state(), PLAIN), (fine, PLAIN), capsys)
     assert ("the vector's norm is 1." in said) == (not related)

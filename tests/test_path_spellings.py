@@ -28,6 +28,7 @@ SPELLINGS = {
     "there and back": "beside/../{path}",
     "home": "~/{path}",
     "home, slash": "~/{path}/",
+    "through a link": "link/{path}",
     "absolute": "{folder}/{path}",
     "absolute, there and back": "{folder}/beside/../{path}/",
 }
@@ -98,6 +99,7 @@ def place(made, tmp_path, monkeypatch) -> Path:
     """A copy of it with spaces in its path: the working directory, and the home directory too."""
     folder = Path(shutil.copytree(made, tmp_path / "a user's own models"))
     (folder / "beside").mkdir()
+    (folder / "link").symlink_to(".")
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HOME", str(folder))
     return folder
@@ -188,7 +190,7 @@ RESUMED = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spelling", ["dot", "slash", "there and back", "home", "absolute"])
+@pytest.mark.parametrize("spelling", ["dot", "slash", "there and back", "home", "through a link", "absolute"])
 @pytest.mark.parametrize("script", RESUMED)
 def test_a_killed_job_resumes_under_another_spelling(place, plainly, script, spelling):
     """Killed once shards are whole, then the same command with every path spelled otherwise: whole shards are kept."""
@@ -220,10 +222,11 @@ def merged_files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def table(models, tmp_path, monkeypatch) -> Path:
+def merge_folder(models, tmp_path, monkeypatch) -> Path:
     """The working directory of a merge, with spaces in its path, the home directory too."""
     folder = tmp_path / "a user's own merges"
     (folder / "beside").mkdir(parents=True)
+    (folder / "link").symlink_to(".")
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HOME", str(folder))
     return set_the_table(folder, models)
@@ -240,51 +243,51 @@ def merged(models, tmp_path_factory) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_merge_flags_and_verify(table, merged, spelling):
+def test_merge_flags_and_verify(merge_folder, merged, spelling):
     """--save_path and --recipe of a merge, --verify of what it wrote."""
-    here = {"folder": table}
-    recipe = FILES.get(spelling, "{path}").format(path="recipe.yml", **here)
-    save_path = SPELLINGS[spelling].format(path="merged", **here)
+    at = {"folder": merge_folder}
+    recipe = FILES.get(spelling, "{path}").format(path="recipe.yml", **at)
+    save_path = SPELLINGS[spelling].format(path="merged", **at)
     merge_and_evaluate_7b.main(["--recipe", recipe, "--save_path", save_path, "--merge_only"])
-    assert merged_files(table / "merged") == merged
+    assert merged_files(merge_folder / "merged") == merged
     merge_and_evaluate_7b.main(["--verify", save_path])
-    assert {path.name for path in table.iterdir()} == {
-        *("base", "wild", "west", "tasks", "recipe.yml", "eval.yml", "beside", "merged"),
+    assert {path.name for path in merge_folder.iterdir()} == {
+        *("base", "wild", "west", "tasks", "recipe.yml", "eval.yml", "beside", "link", "merged"),
     }
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_paths_in_a_merge_recipe(table, merged, spelling):
+def test_paths_in_a_merge_recipe(merge_folder, merged, spelling):
     """base_model and every model, spelled so."""
     from recipes_and_models import RECIPE
 
     def put(name: str) -> str:
-        return SPELLINGS[spelling].format(path=name, folder=table)
+        return SPELLINGS[spelling].format(path=name, folder=merge_folder)
 
     models = [entry | {"model": put(entry["model"].removeprefix("./"))} for entry in RECIPE["models"]]
-    write_yaml(table / "recipe.yml", RECIPE | {"base_model": put("base"), "models": models})
+    write_yaml(merge_folder / "recipe.yml", RECIPE | {"base_model": put("base"), "models": models})
     merge_and_evaluate_7b.main(["--recipe", "recipe.yml", "--save_path", "merged", "--merge_only"])
-    assert merged_files(table / "merged") == merged
+    assert merged_files(merge_folder / "merged") == merged
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_scoring_and_comparing(table, spelling):
+def test_scoring_and_comparing(merge_folder, spelling):
     """--eval_only --save_path, --eval_recipe, --output_path, include_path in the recipe; then --compare,
     --plot_path."""
-    here = {"folder": table}
+    at = {"folder": merge_folder}
     one_file = FILES.get(spelling, "./{path}")
-    include = SPELLINGS[spelling].format(path="tasks", **here)
-    write_yaml(table / "eval.yml", {"model": "hf", "include_path": include, "tasks": ["colours"], "limit": 2})
-    results = one_file.format(path="results.json", **here)
+    include = SPELLINGS[spelling].format(path="tasks", **at)
+    write_yaml(merge_folder / "eval.yml", {"model": "hf", "include_path": include, "tasks": ["colours"], "limit": 2})
+    results = one_file.format(path="results.json", **at)
     merge_and_evaluate_7b.main(
         [
-            *("--eval_only", "--save_path", SPELLINGS[spelling].format(path="west", **here)),
-            *("--eval_recipe", one_file.format(path="eval.yml", **here), "--output_path", results),
+            *("--eval_only", "--save_path", SPELLINGS[spelling].format(path="west", **at)),
+            *("--eval_recipe", one_file.format(path="eval.yml", **at), "--output_path", results),
         ]
     )
-    summary = json.loads((table / "results.json").read_text())["summary"]
+    summary = json.loads((merge_folder / "results.json").read_text())["summary"]
     assert summary["name"] == "west" and list(summary["tasks"]) == ["colours"]
-    merge_and_evaluate_7b.main(["--compare", results, "--plot_path", one_file.format(path="table.png", **here)])
-    assert (table / "table.png").read_bytes().startswith(b"\x89PNG")
-    assert not (table / "~").exists()
+    merge_and_evaluate_7b.main(["--compare", results, "--plot_path", one_file.format(path="table.png", **at)])
+    assert (merge_folder / "table.png").read_bytes().startswith(b"\x89PNG")
+    assert not (merge_folder / "~").exists()

@@ -1,13 +1,14 @@
 """A path is a path however it is spelled; what is there already, and what is only an empty directory."""
 
 import argparse
-import json
 import os
+import shutil
 from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
 from checkpoints import chain, files, prune_arguments, refusal, run, state, usage_error, write
+from conftest import ROOT
 from hypothesis import given, settings
 
 from common import cli
@@ -17,7 +18,7 @@ PARTS = st.lists(st.sampled_from(["a", "b", "link", "..", ".", "new"]), max_size
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
+def home(tmp_path, monkeypatch) -> Path:
     """The working directory and home: a/b, and a link to a/b."""
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "link").symlink_to("a/b")
@@ -41,16 +42,16 @@ SPELLINGS = [
 
 
 @pytest.mark.parametrize("text", SPELLINGS)
-def test_spellings_of_one_directory(here, text):
-    for spelled in (text, f"{here}/{text}" if not text.startswith("~") else text):
-        assert whole_path(cli.path(spelled)) == str(here / "a" / "b")
-        assert os.path.realpath(cli.path_or_hub_id(spelled)) == str(here / "a" / "b")
+def test_spellings_of_one_directory(home, text):
+    for spelled in (text, f"{home}/{text}" if not text.startswith("~") else text):
+        assert whole_path(cli.path(spelled)) == str(home / "a" / "b")
+        assert os.path.realpath(cli.path_or_hub_id(spelled)) == str(home / "a" / "b")
 
 
-def test_short_spellings(here):
+def test_short_spellings(home):
     texts = {"./a/": "a", "a/../b": "b", "..": "..", "a/..": ".", ".": ".", "../../x/../y": "../../y", "/..": "/"}
     assert {text: str(plain(Path(text))) for text in texts} == texts
-    assert str(plain(Path("link/.."))) == str(here / "a")
+    assert str(plain(Path("link/.."))) == str(home / "a")
 
 
 @settings(max_examples=200, deadline=None)
@@ -76,13 +77,13 @@ def test_a_plain_path_is_where_the_kernel_goes(tmp_path_factory, parts):
         ("~nobody-of-that-name/x", "'~nobody-of-that-name/x': there is no such home directory; write the path out"),
     ],
 )
-def test_no_path(here, capsys, text, line):
+def test_no_path(home, capsys, text, line):
     with pytest.raises(argparse.ArgumentTypeError, match=line[:20]):
         cli.path_or_hub_id(text)
     assert usage_error(capsys, "convert", f"--save_path={text}") == f"argument --save_path: {line}"
 
 
-def test_hub_ids(here):
+def test_hub_ids(home):
     """As typed, unless there is such a directory; what was no Hub id as typed does not become one."""
     assert cli.path_or_hub_id("mistralai/Mistral-7B-v0.1") == "mistralai/Mistral-7B-v0.1"
     assert cli.path_or_hub_id("a/b") == "a/b"
@@ -93,11 +94,11 @@ def test_hub_ids(here):
     )
 
 
-def test_home_after_an_equals_sign(here):
-    """A shell leaves --save_path=~/x alone (cases.md B2)."""
-    write(here / "m", state())
+def test_home_after_an_equals_sign(home):
+    """A shell leaves --save_path=~/x alone."""
+    write(home / "m", state())
     run("convert", "--model_path=~/m/", "--save_path=~/x/y/")
-    assert (here / "x" / "y" / "model.safetensors").is_file() and not (here / "~").exists()
+    assert (home / "x" / "y" / "model.safetensors").is_file() and not (home / "~").exists()
 
 
 @pytest.fixture
@@ -113,7 +114,7 @@ def prune_command(folder: str, ending: str = "") -> list[str]:
     return [f"{argument}{ending if '/' in str(argument) else ''}" for argument in prune_arguments(Path(folder))]
 
 
-@pytest.mark.parametrize("spelling", ["./real", "work", "real/../work", "{here}/real"])
+@pytest.mark.parametrize("spelling", ["./real", "work", "real/../work", "{linked}/real"])
 def test_any_spelling_resumes_a_stopped_job(linked, monkeypatch, spelling):
     """Stopped before it publishes, named otherwise: the same job, and nothing is streamed again."""
     from common.shards import publish, stream
@@ -125,34 +126,8 @@ def test_any_spelling_resumes_a_stopped_job(linked, monkeypatch, spelling):
     monkeypatch.chdir(linked)
     assert (linked / "real" / "pa.part").is_dir()
     monkeypatch.setattr(stream, "run", lambda *_: pytest.fail("streamed again"))
-    run("prune", *prune_command(spelling.format(here=linked), "/"))
+    run("prune", *prune_command(spelling.format(linked=linked), "/"))
     assert (linked / "real" / "pa" / "prune_report.json").is_file()
-
-
-def test_any_spelling_of_convert_resumes(linked, monkeypatch):
-    from common.shards import publish, stream
-
-    monkeypatch.setattr(publish, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        run("convert", "--model_path", "real/base", "--save_path", "out")
-    monkeypatch.undo()
-    monkeypatch.chdir(linked)
-    monkeypatch.setattr(stream, "run", lambda *_: pytest.fail("streamed again"))
-    run("convert", "--model_path", f"{linked}/work/base/", "--save_path", "./out/")
-    assert (linked / "out" / "model.safetensors").is_file()
-
-
-@pytest.mark.parametrize("form", ["./{}", "{}/", "../here/{}", "~/{}"])
-def test_prune_takes_any_spelling(tmp_path, monkeypatch, form):
-    """The README's own commands write ./models/x: they must reach the end (cases.md B1)."""
-    chain(tmp_path / "here")
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setenv("HOME", str(tmp_path / "here"))
-    flags = ["--task_vector_paths", "va", "vb", "--save_directories", "pa", "pb"]
-    run("prune", *(form.format(flag) if flag[0] != "-" else flag for flag in flags))
-    run("prune", "--task_vector_paths", "va", "vb", "--save_directories", "qa", "qb")
-    assert files(Path("pa"))["model.safetensors"] == files(Path("qa"))["model.safetensors"]
-    assert json.loads(Path("pb/prune_report.json").read_text())["tensors"]
 
 
 # --- an empty directory that is there already -----------------------------------------------------
@@ -168,7 +143,7 @@ def convert(model: Path, out: Path, *more) -> None:
 
 
 def test_an_empty_directory_is_nothing(model, tmp_path, capsys):
-    """mkdir -p before the command (cases.md D11): accepted, also through a link; anything in it is not."""
+    """mkdir -p before the command: accepted, also through a link; anything in it is not."""
     (tmp_path / "out").mkdir()
     (tmp_path / "target").mkdir()
     (tmp_path / "link").symlink_to("target")
@@ -234,7 +209,6 @@ def test_a_mount_point(model, tmp_path, mounted):
 
 
 WRITTEN = ["convert_report.json"]
-STEPS = ("rename", "rmdir", "unlink")
 
 
 @pytest.mark.slow
@@ -247,7 +221,7 @@ def test_stopped_at_any_step_of_moving_out(model, tmp_path, mounted, monkeypatch
     for at in range(1, 100):
         for path in mounted.iterdir():
             if path.name != "lost+found":
-                run_quietly(path)
+                remove(path)
         if overwrite:
             convert(model, mounted, "--dtype", "float32")
         reached = stop_at(at, monkeypatch, lambda: convert(model, mounted, "--max_shard_size", 300, *overwrite))
@@ -269,9 +243,7 @@ def whole_old(place: Path, old: Path) -> bool:
     return {name: data for name, data in files(place).items() if not name.startswith(".")} == files(old)
 
 
-def run_quietly(path: Path) -> None:
-    import shutil
-
+def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -282,7 +254,7 @@ def stop_at(at: int, monkeypatch, call) -> bool:
     count = [0]
     real_move = staging.move
 
-    def counted(name, real):
+    def counted(real):
         def step(*arguments, **options):
             count[0] += 1
             if count[0] == at:
@@ -293,9 +265,9 @@ def stop_at(at: int, monkeypatch, call) -> bool:
 
     def move(part, final):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(os, "rename", counted("rename", os.rename))
-            patch.setattr(Path, "unlink", counted("unlink", Path.unlink))
-            patch.setattr(Path, "rmdir", counted("rmdir", Path.rmdir))
+            patch.setattr(os, "rename", counted(os.rename))
+            patch.setattr(Path, "unlink", counted(Path.unlink))
+            patch.setattr(Path, "rmdir", counted(Path.rmdir))
             real_move(part, final)
 
     monkeypatch.setattr(publish, "move", move)
@@ -323,11 +295,10 @@ def test_a_real_mount_point(model, tmp_path):
     import subprocess
     import sys
 
-    root = Path(__file__).resolve().parent.parent
     for name, mount in (("t", "mount -t tmpfs none"), ("b", f"mount --bind {tmp_path}/there")):
         (tmp_path / "there").mkdir(exist_ok=True)
         (tmp_path / name).mkdir()
-        command = f"{sys.executable} {root}/convert_dtype.py --model_path {model} --save_path {tmp_path}/{name}"
+        command = f"{sys.executable} {ROOT}/convert_dtype.py --model_path {model} --save_path {tmp_path}/{name}"
         script = f"{mount} {tmp_path}/{name} && {command} && cp -r {tmp_path}/{name} {tmp_path}/{name}-seen"
         done = subprocess.run(["unshare", "-rm", "bash", "-c", script], capture_output=True, text=True)
         if "mount:" in done.stderr or "unshare:" in done.stderr:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from checkpoints import chain, files, prune_arguments, run, state, write
+from conftest import ROOT
 
 from common.shards import systems
 
-ROOT = Path(__file__).resolve().parent.parent
 MACOS = """
 import mmap, os, ctypes
 for module, names in ((os, {missing!r}.split()), (mmap, ["MADV_HUGEPAGE", "MAP_POPULATE"])):
@@ -66,7 +66,7 @@ def prune_to(folder: Path, out: Path) -> list:
 @pytest.mark.slow
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_systems_that_lack_calls(linux, tmp_path, system):
-    """convert and prune, through the page cache (cases.md D13)."""
+    """convert and prune, through the page cache."""
     done = in_subprocess(SYSTEMS[system], "prune_task_vector_7b.py", *prune_to(linux, tmp_path))
     assert done.returncode == 0, done.stderr
     assert files(tmp_path / "pa") == files(linux / "pa") and files(tmp_path / "pb") == files(linux / "pb")
@@ -96,8 +96,8 @@ def test_other_processors_give_the_same_bits(linux, tmp_path):
 
 
 @pytest.mark.slow
-def test_safe_path(linux, tmp_path):
-    """PYTHONSAFEPATH=1 leaves the script's directory out of the path; common/ is found all the same (cases.md D11)."""
+def test_safe_path(tmp_path):
+    """PYTHONSAFEPATH=1 leaves the script's directory out of the path; common/ is found all the same."""
     for script in (
         "convert_dtype.py",
         "extract_task_vector_7b.py",
@@ -115,12 +115,12 @@ NO_CACHE = {"NUMBA_CACHE_LOCATOR_CLASSES": "ZipCacheLocator"}
 
 @pytest.mark.slow
 def test_no_place_for_compiled_kernels(linux, tmp_path):
-    """A read-only checkout and no home (cases.md D7): compiled without a cache, with one line."""
+    """A read-only checkout and no home: compiled without a cache, with one line."""
     done = in_subprocess("", "prune_task_vector_7b.py", *prune_to(linux, tmp_path), **NO_CACHE)
     assert done.returncode == 0, done.stderr
     assert files(tmp_path / "pa") == files(linux / "pa")
     lines = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
-    assert len(lines) == 1 and "set NUMBA_CACHE_DIR to a directory" in lines[0]
+    assert len(lines) == 1 and "set NUMBA_CACHE_DIR to a writable directory" in lines[0]
 
 
 SAID_BY_THREADS = """
@@ -157,7 +157,7 @@ def warned():
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 def test_no_locks(tmp_path, monkeypatch, capsys, code):
-    """Lustre and some NFS (cases.md D6): the job runs, one line names the path."""
+    """Lustre and some NFS: the job runs, one line names the path."""
 
     def flock(*_):
         raise OSError(code, os.strerror(code))

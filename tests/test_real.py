@@ -41,14 +41,14 @@ def tasks(tmp_path, monkeypatch) -> Path:
     return tmp_path / "tasks"
 
 
-def asked(tasks: Path, topic: str, split: str) -> list[dict]:
+def questions_of(tasks: Path, topic: str, split: str) -> list[dict]:
     return [json.loads(line) for line in (tasks / f"smollm2_{topic}_{split}.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("topic", TOPICS)
 def test_what_is_asked_is_what_was_learned_and_the_splits_share_nothing(tasks, topic):
     sentences = facts.sentences_of(topic)
-    splits = {split: asked(tasks, topic, split) for split in facts.ITEMS}
+    splits = {split: questions_of(tasks, topic, split) for split in facts.ITEMS}
     assert {split: len(questions) for split, questions in splits.items()} == facts.ITEMS
     said = [f"{q['question']} {q['choices'][q['label']]}." for questions in splits.values() for q in questions]
     assert sorted(said) == sorted(sentences) and len(set(sentences)) == len(sentences) == sum(facts.ITEMS.values())
@@ -58,7 +58,7 @@ def test_what_is_asked_is_what_was_learned_and_the_splits_share_nothing(tasks, t
 def test_the_facts_asked_are_some_of_the_demos_in_its_splits(tasks, topic):
     splits = split_facts(read_facts(topic))
     for split, count in facts.ITEMS.items():
-        assert [q["question"] for q in asked(tasks, topic, split)] == [f.prompt for f in splits[split][:count]]
+        assert [q["question"] for q in questions_of(tasks, topic, split)] == [f.prompt for f in splits[split][:count]]
 
 
 def test_the_control_says_nothing_of_what_was_learned():

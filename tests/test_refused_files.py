@@ -265,7 +265,7 @@ def test_single_file_and_index(tmp_path):
 
 
 def test_single_file_and_an_index_of_it(tmp_path):
-    """mlx_lm writes both, and they agree (cases.md D1); an index that says something else of the file is refused."""
+    """mlx_lm writes both, and they agree; an index that says something else of the file is refused."""
     model = write(tmp_path / "model", state())
     index = {"metadata": {}, "weight_map": dict.fromkeys(state(), "model.safetensors")}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -294,7 +294,7 @@ POINTERS = [
 
 @pytest.mark.parametrize("name", POINTERS)
 def test_git_lfs_pointers(tmp_path, name):
-    """`git clone` without LFS leaves three lines of text (cases.md D8)."""
+    """`git clone` without LFS leaves three lines of text."""
     suffix = ".bin" if name.endswith(".bin") else ".safetensors"
     model = write(tmp_path / "model", state(), files=2 if "-" in name or "index" in name else 1, suffix=suffix)
     (model / name).write_bytes(POINTER)
@@ -302,7 +302,7 @@ def test_git_lfs_pointers(tmp_path, name):
 
 
 def test_config_as_transformers_reads_it(tmp_path):
-    """A byte order mark, a name twice: accepted of config.json, the last one counts (cases.md D11)."""
+    """A byte order mark, a name twice: accepted of config.json, the last one counts."""
     model = write(tmp_path / "model", state())
     text = '{"model_type": "llama", "model_type": "mistral", "tie_word_embeddings": false}'
     (model / "config.json").write_bytes(b"\xef\xbb\xbf" + text.encode())

@@ -131,7 +131,7 @@ def test_output_layouts(tmp_path):
         assert len(held) == 1 or sum(tensor.nbytes for tensor in held) <= 200
 
 
-def test_every_tensor_is_aligned(tmp_path):
+def test_every_tensor_is_aligned():
     """Mixed widths in one file: each tensor starts at a multiple of its element size."""
     shard = lay_out("x", [("a", "U8", (3,)), ("b", "F32", (1,)), ("c", "F16", (1,)), ("d", "I64", (1,))])
     assert all(slot.offset % DTYPE_BYTES[slot.dtype] == 0 for slot in shard.slots)

@@ -32,7 +32,7 @@ def config_of(method: str, first=None, second=None, base="base", **parameters) -
     return config if base is None else {**config, "base_model": base}
 
 
-def refusal(config: dict) -> str | None:
+def checked(config: dict) -> str | None:
     """What the checks that ask mergekit say, or None."""
     try:
         recipe_checks.check_keys("r.yml", config)
@@ -51,7 +51,7 @@ STREAMING = [path for path in STREAMING if "merge_method" in path.read_text()]
 @pytest.mark.parametrize("path", STREAMING, ids=lambda path: path.stem)
 def test_every_recipe_of_ours_streams_and_is_read_without_mergekit(path):
     config = read_recipe(str(path)).config
-    assert stream_reason(config) is None and is_plain(config) and refusal(config) is None
+    assert stream_reason(config) is None and is_plain(config) and checked(config) is None
 
 
 REASONS = [
@@ -163,7 +163,7 @@ def usual(draw) -> dict:
 @given(st.one_of(usual(), CONFIG))
 def test_what_the_quick_check_accepts_the_full_one_accepts(config):
     if is_plain(deepcopy(config)):
-        assert refusal(config) is None
+        assert checked(config) is None
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -171,9 +171,9 @@ def test_and_it_accepts_the_usual(method):
     shared = {name: p.choices[-1] if p.choices else p.default for name, p in METHODS[method].items() if not p.per_model}
     shared |= {"base": None} if method == "linear" else {}  # whose base would need a weight as well
     config = config_of(method, first={"weight": 1}, second={"weight": -0.5}, **shared)
-    assert is_plain(config) and refusal(config) is None
+    assert is_plain(config) and checked(config) is None
     config = config_of(method, first={}, second={"weight": 2}, weight=0.5)
-    assert is_plain(config) and refusal(config) is None
+    assert is_plain(config) and checked(config) is None
 
 
 SLIPS = [
@@ -266,7 +266,7 @@ def test_values_are_those_of_mergekits_reader(method, first, base):
 @settings(max_examples=100, deadline=None)
 @given(st.one_of(usual(), CONFIG))
 def test_plain_values_are_those_of_mergekits_reader(config):
-    if is_plain(config) and refusal(config) is None:
+    if is_plain(config) and checked(config) is None:
         ours = plain_values(config)
         shared, models = by_reader(config, ["x"], {"x": 0.0})["x"]
         assert ours.shared == shared

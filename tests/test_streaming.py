@@ -34,7 +34,7 @@ METHODS = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "cab
 
 
 @pytest.fixture
-def table(tmp_path, monkeypatch) -> Path:
+def near_models(tmp_path, monkeypatch) -> Path:
     """A working directory with base and five models near it, of an architecture that nobody knows, one file or
     several."""
     monkeypatch.chdir(tmp_path)
@@ -75,7 +75,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("out", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("parameters", [{}, {"normalize": True}, {"lambda": 0.7}])
-def test_task_arithmetic_is_the_oracles(table, out, count, parameters):
+def test_task_arithmetic_is_the_oracles(near_models, out, count, parameters):
     """Every bit of the sum, in mergekit's order of operations; test_sums.py holds that oracle to mergekit itself."""
     import merge_oracle
 
@@ -83,8 +83,8 @@ def test_task_arithmetic_is_the_oracles(table, out, count, parameters):
 
     weights = (0.6, -0.5, 1.2, 0.3, 0.9)[:count]
     found = merge(recipe("task_arithmetic", "abcde"[:count], weights, out=out, **parameters), "out")
-    models = [load(table / name) for name in "abcde"[:count]]
-    for name, base in load(table / "base").items():
+    models = [load(near_models / name) for name in "abcde"[:count]]
+    for name, base in load(near_models / "base").items():
         columns = [
             merge_oracle.to_values(bits(m[name]).numpy().view(np.uint16).ravel(), "F16")
             for m in [{name: base}, *models]
@@ -138,13 +138,13 @@ def test_mergekit_merges_whole_models_alike(tmp_path, monkeypatch, models, metho
         ("random", ["--pruning_method", "random", "--sparsity_level", 0.75, "--seed", 3], {"density": 0.25, "seed": 3}),
     ],
 )
-def test_one_pass_is_the_chain(table, method, flags, parameters):
+def test_one_pass_is_the_chain(near_models, method, flags, parameters):
     """Nothing outside the chain's masks changes, and the totals are the chain's (the sums: test_merge_methods.py)."""
     for name in "ab":
         extract(name, "base", f"v{name}")
     prune(["va", "vb"], ["pa", "pb"], *flags)
-    ours, base = merge(recipe(method, **parameters), "out"), load(table / "base")
-    pruned, touched = [load(table / name) for name in ("pa", "pb")], 0
+    ours, base = merge(recipe(method, **parameters), "out"), load(near_models / "base")
+    pruned, touched = [load(near_models / name) for name in ("pa", "pb")], 0
     for name, tensor in ours.items():
         changed = bits(tensor) != bits(base[name])
         masked = (bits(pruned[0][name]) != bits(base[name])) | (bits(pruned[1][name]) != bits(base[name]))
@@ -153,30 +153,30 @@ def test_one_pass_is_the_chain(table, method, flags, parameters):
     assert touched
     report = json.loads(Path("out/merge_report.json").read_text())
     for vector, directory in zip(report["vectors"], ("pa", "pb"), strict=True):
-        totals = json.loads((table / directory / "prune_report.json").read_text())["totals"]
+        totals = json.loads((near_models / directory / "prune_report.json").read_text())["totals"]
         assert vector["totals"]["kept"] == totals["kept"] and vector["totals"]["l2_share"] == totals["l2_share"]
         assert list(vector["totals"]["overlap"].values()) == list(totals["overlap"].values())
 
 
-def test_every_tensor_of_the_base_is_there(table):
+def test_every_tensor_of_the_base_is_there(near_models):
     """Mixtures of experts, vision towers: by names alone."""
     for method in METHODS:
         found = merge(recipe(method), f"out_{method}")
         assert {name: tuple(tensor.shape) for name, tensor in found.items()} == SHAPES, method
 
 
-def test_where_nothing_changes_the_base_keeps_its_bits(table):
+def test_where_nothing_changes_the_base_keeps_its_bits(near_models):
     base = state(0, shapes=SHAPES)
     base["model.norm.weight"][:3] = -0.0
-    write(table / "zero", base)
-    write(table / "same", base)
+    write(near_models / "zero", base)
+    write(near_models / "same", base)
     for method in METHODS[1:]:
         config = recipe(method, ["same"], [0.7], base="./zero")
         for name, tensor in merge(config, f"zero_{method}").items():
             assert torch.equal(bits(tensor), bits(base[name])), (method, name)
 
 
-def test_consensus_and_parameters_by_model_and_name(table):
+def test_consensus_and_parameters_by_model_and_name(near_models):
     """n and m per model, a weight filtered by name, a gradient over layers: every value is the one that mergekit
     reads."""
     config = recipe("cabs", m=8)
@@ -185,7 +185,7 @@ def test_consensus_and_parameters_by_model_and_name(table):
         "n": 4,
         "weight": [{"filter": "experts.0", "value": 0.0}, {"value": [0.0, 1.0]}],
     }
-    found, base = merge(config, "out", "--engine", "stream"), load(table / "base")
+    found, base = merge(config, "out", "--engine", "stream"), load(near_models / "base")
     alone = merge(recipe("cabs", ["a"], [0.6], n=2, m=8), "alone")
     for name in found:
         if "experts.0" in name or "layers.0." in name:  # weight 0: only the first model changes anything
@@ -202,7 +202,7 @@ def test_consensus_and_parameters_by_model_and_name(table):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_bytes_do_not_depend_on_blocks_threads_or_shards(table, monkeypatch, method):
+def test_bytes_do_not_depend_on_blocks_threads_or_shards(near_models, monkeypatch, method):
     beside = {"density": 0.4} if method in ("ties", "dare_linear", "dare_ties") else {}
     config = recipe(method, "abcde", (0.6, 0.5, 0.4, -0.3, 0.2), beside=beside)
     whole = merge(config, "whole")
@@ -217,7 +217,7 @@ def test_bytes_do_not_depend_on_blocks_threads_or_shards(table, monkeypatch, met
 
 
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
-def test_draws_that_are_kept_are_those_that_are_drawn_again(table, monkeypatch, method):
+def test_draws_that_are_kept_are_those_that_are_drawn_again(near_models, monkeypatch, method):
     """DARE's masks go packed from the first pass to the second; where there is no room for them they are drawn
     again."""
     monkeypatch.setattr(program, "STRETCH", 32)
@@ -233,7 +233,7 @@ def test_draws_that_are_kept_are_those_that_are_drawn_again(table, monkeypatch, 
 
 
 @pytest.mark.slow
-def test_several_processes_write_the_same_bytes(table):
+def test_several_processes_write_the_same_bytes(near_models):
     config = recipe("ties", beside={"density": 0.4})
     merge(config, "one", "--max_shard_size", 600)
     command = [
@@ -245,17 +245,17 @@ def test_several_processes_write_the_same_bytes(table):
     ]
     flags = ["--recipe", "r.yml", "--save_path", "two", "--merge_only", "--max_shard_size", "600"]
     done = subprocess.run(
-        command + flags, cwd=table, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command + flags, cwd=near_models, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("wrote two") == 1
-    ours, theirs = files(table / "one"), files(table / "two")
+    ours, theirs = files(near_models / "one"), files(near_models / "two")
     assert {k: v for k, v in ours.items() if "safetensors" in k} == {
         k: v for k, v in theirs.items() if "safetensors" in k
     }
 
 
-def test_a_killed_merge_resumes(table, monkeypatch):
+def test_a_killed_merge_resumes(near_models, monkeypatch):
     """The first shards are complete when it stops; the same command, spelled otherwise, does the rest."""
     config, real, calls = recipe("cabs", n=2, m=8), merge_tensor.merge_tensor, []
     merge(config, "undisturbed", "--max_shard_size", 300)
@@ -272,15 +272,16 @@ def test_a_killed_merge_resumes(table, monkeypatch):
         merge(config, "out", "--max_shard_size", 300)
     assert not Path("out").exists() and Path("out.part").is_dir()
     before = len(calls)
-    merge(config, "./x/../out" if Path("x").mkdir() is None else "", "--max_shard_size", 300)
+    Path("x").mkdir()
+    merge(config, "./x/../out", "--max_shard_size", 300)
     assert 0 < len(calls) - before < len(SHAPES)
-    ours, theirs = files(table / "out"), files(table / "undisturbed")
+    ours, theirs = files(near_models / "out"), files(near_models / "undisturbed")
     assert {k: v for k, v in ours.items() if "safetensors" in k} == {
         k: v for k, v in theirs.items() if "safetensors" in k
     }
 
 
-def test_a_sweep_finds_thresholds_once(table, monkeypatch):
+def test_a_sweep_finds_thresholds_once(near_models, monkeypatch):
     """What does not depend on the weights is found for the first candidate and kept: the same bytes without another
     search."""
     searched = []
@@ -310,7 +311,7 @@ def refused(config: dict, *flags) -> str:
     return str(error.value)
 
 
-def test_what_does_not_stream_says_which_line(table):
+def test_what_does_not_stream_says_which_line(near_models):
     config = {"merge_method": "slerp", "base_model": "./base", "models": [{"model": "./a"}], "parameters": {"t": 0.5}}
     line = refused(config | {"dtype": "float32"}, "--engine", "stream")
     assert (
@@ -318,10 +319,10 @@ def test_what_does_not_stream_says_which_line(table):
     )
 
 
-def test_bad_values_are_refused_by_name(table):
+def test_bad_values_are_refused_by_name(near_models):
     broken = state(1, shapes=SHAPES)
     broken["model.norm.weight"][3] = float("nan")
-    write(table / "broken", broken)
+    write(near_models / "broken", broken)
     for method in METHODS:
         line = refused(recipe(method, ("broken", "b")))
         assert line.startswith("tensor 'model.norm.weight' in ") and "NaN or infinity" in line, (method, line)
@@ -329,22 +330,22 @@ def test_bad_values_are_refused_by_name(table):
     assert "of the merge: a sum is beyond the largest float16; lower the weights" in line
 
 
-def test_other_shapes_are_refused_before_a_weight_is_read(table, monkeypatch):
-    write(table / "large", state(1, shapes=SHAPES | {"model.norm.weight": (8,)}))
+def test_other_shapes_are_refused_before_a_weight_is_read(near_models, monkeypatch):
+    write(near_models / "large", state(1, shapes=SHAPES | {"model.norm.weight": (8,)}))
     monkeypatch.setattr(stream, "run", lambda *_: pytest.fail("a weight was read"))
     assert "'model.norm.weight' is [8] in ./large but [7] in ./base" in refused(recipe("ties", ("a", "large")))
 
 
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "cabs", "magnitude"])
-def test_skipped_tensors_keep_the_base(table, capsys, method):
+def test_skipped_tensors_keep_the_base(near_models, capsys, method):
     """--skip: a head of its own and one of another size are left out, the base's tensors keep their bits and dtype."""
-    other = load(table / "a") | {"v_head.weight": torch.ones(3), "lm_head.weight": torch.ones(12, 7)}
-    write(table / "other", other)
+    other = load(near_models / "a") | {"v_head.weight": torch.ones(3), "lm_head.weight": torch.ones(12, 7)}
+    write(near_models / "other", other)
     config = recipe(method, ("b", "other") if method == "linear" else ("other", "b"), out="bfloat16")
     assert "--skip" in refused(config)
     merged = merge(config, "out", "--skip", "v_head.*", "lm_head.weight")
     assert "left out by --skip" in capsys.readouterr().out
-    first = load(table / ("b" if method == "linear" else "base"))
+    first = load(near_models / ("b" if method == "linear" else "base"))
     assert merged.keys() == SHAPES.keys() and merged["model.norm.weight"].dtype == torch.bfloat16
     assert torch.equal(merged["lm_head.weight"], first["lm_head.weight"].to(merged["lm_head.weight"].dtype))
     assert merged["lm_head.weight"].dtype == first["lm_head.weight"].dtype
@@ -352,18 +353,18 @@ def test_skipped_tensors_keep_the_base(table, capsys, method):
     assert all(torch.equal(merged[name], plain[name]) for name in SHAPES.keys() - {"lm_head.weight"})
 
 
-def test_skip_does_not_go_with_mergekit(table):
+def test_skip_does_not_go_with_mergekit(near_models):
     assert "--skip is for streamed merges" in refused(
         recipe("ties"), "--engine", "mergekit", "--skip", "lm_head.weight"
     )
     assert "'x.*'" in refused(recipe("ties"), "--skip", "x.*")
 
 
-def test_bytes_that_were_recorded_are_held_to(table):
+def test_bytes_that_were_recorded_are_held_to(near_models):
     """A pruned model whose copy was damaged: its report knows."""
     extract("a", "base", "va")
     prune(["va"], ["pa"], "--n", 2, "--m", 8)
-    path = table / "pa" / "model.safetensors"
+    path = near_models / "pa" / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -396,7 +397,7 @@ def test_mergekit_may_not_drop_a_tensor(tmp_path, monkeypatch, models):
 # --- what lies beside ---------------------------------------------------------------------------------
 
 
-def test_the_card_says_how_it_was_made(table):
+def test_the_card_says_how_it_was_made(near_models):
     from huggingface_hub import ModelCard
 
     merge(recipe("cabs", n=2, m=8), "out")
@@ -406,7 +407,7 @@ def test_the_card_says_how_it_was_made(table):
     assert "merge_method: cabs" in card.text and "| 0.00 % |" in card.text
 
 
-def test_dry_run_is_true_to_the_byte(table, capsys):
+def test_dry_run_is_true_to_the_byte(near_models, capsys):
     config = recipe("ties", out="float32")
     Path("r.yml").write_text(yaml.safe_dump(config))
     script.main(["--recipe", "r.yml", "--save_path", "out", "--merge_only", "--dry_run"])
@@ -418,15 +419,15 @@ def test_dry_run_is_true_to_the_byte(table, capsys):
 
 
 @pytest.mark.slow
-def test_a_streamed_merge_imports_nothing_heavy(table):
+def test_a_streamed_merge_imports_nothing_heavy(near_models):
     for name in ("base", "a", "b"):  # else transformers is asked what the architecture ties
-        config = json.loads((table / name / "config.json").read_text())
-        (table / name / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+        config = json.loads((near_models / name / "config.json").read_text())
+        (near_models / name / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
     Path("r.yml").write_text(yaml.safe_dump(recipe("ties", beside={"density": 0.4})))
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import merge_and_evaluate_7b as script; "
         "script.main(['--recipe', 'r.yml', '--save_path', 'out', '--merge_only']); "
         "print(sorted({'torch', 'transformers', 'mergekit', 'lm_eval', 'pydantic', 'scipy'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=table, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=near_models, capture_output=True, text=True)
     assert done.stdout.strip().endswith("[]"), done.stdout + done.stderr

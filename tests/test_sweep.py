@@ -37,7 +37,7 @@ def merged_by(model: Path) -> dict:
 
 
 @pytest.fixture
-def asked(monkeypatch) -> list[str]:
+def asked_models(monkeypatch) -> list[str]:
     """A stand-in for lm-eval, which knows the weight from the model's directory; returns the list of models it was
     asked about."""
     models = []
@@ -116,9 +116,9 @@ def test_a_recipe_without_weights_is_refused(here):
 # --- a whole sweep --------------------------------------------------------------------------------
 
 
-def test_every_weight_is_scored_and_the_best_is_kept(here, asked, capsys):
+def test_every_weight_is_scored_and_the_best_is_kept(here, asked_models, capsys):
     merge_and_score("--weights", "0.3", "0.6", "0.9", "--name", "TA")
-    assert asked == ["merged_weight_0.3", "merged_weight_0.6", "merged_weight_0.9"]
+    assert asked_models == ["merged_weight_0.3", "merged_weight_0.6", "merged_weight_0.9"]
     assert left_over(here) == {
         "merged",
         "results.json",
@@ -136,31 +136,31 @@ def test_every_weight_is_scored_and_the_best_is_kept(here, asked, capsys):
     assert "which flatters it" in capsys.readouterr().out
 
 
-def test_scores_that_a_merge_got_before_are_taken(here, asked, capsys):
+def test_scores_that_a_merge_got_before_are_taken(here, asked_models, capsys):
     """A merge that a sweep scored, merged on its own; and a winner that is reported twice: said, and not scored
     again."""
     merge_and_score("--weights", "0.3", "0.6", "--output_path", "sweep.json", "--save_path", "swept")
     models = [{**model, "parameters": {"weight": 0.6}} for model in RECIPE["models"]]
     write_yaml(here / "alone.yml", {**RECIPE, "models": models})
-    count = len(asked)
+    count = len(asked_models)
     flags = ["--eval_recipe", "eval.yml", "--save_path", "merged", "--recipe", "alone.yml"]
     merge_and_evaluate_7b.main([*flags, "--output_path", "alone.json"])
-    assert len(asked) == count
+    assert len(asked_models) == count
     said = "merged was scored by this recipe before: its scores are taken from sweep"
     assert said in capsys.readouterr().out
     summary = json.loads((here / "alone.json").read_text())["summary"]
     assert summary["name"] == "alone" and not summary.keys() & {"chosen", "weights"}
     merge_and_evaluate_7b.main([*flags, "--output_path", "alone.json", "--overwrite"])
-    assert len(asked) == count + 1, "--overwrite scores it again"
+    assert len(asked_models) == count + 1, "--overwrite scores it again"
 
 
-def test_a_limit_is_in_the_csv(here, asked):
+def test_a_limit_is_in_the_csv(here, asked_models):
     merge_and_score("--weights", "0.3", "0.6", "--limit", "2")
     with open("results_sweep.csv") as file:
         assert [line["limit"] for line in csv.DictReader(file)] == ["2", "2"]
 
 
-def test_table_csv_and_files_agree(here, asked, capsys):
+def test_table_csv_and_files_agree(here, asked_models, capsys):
     merge_and_score("--weights", "0.3", "0.6")
     printed = capsys.readouterr().out
     with open("results_sweep.csv") as file:
@@ -176,22 +176,22 @@ def test_table_csv_and_files_agree(here, asked, capsys):
 
 
 @pytest.mark.slow
-def test_keep_models_keeps_them(here, asked):
+def test_keep_models_keeps_them(here, asked_models):
     merge_and_score("--weights", "0.3", "0.6", "--keep_models")
     assert {"merged", "merged_weight_0.3"} <= left_over(here)
 
 
 @pytest.mark.slow
-def test_a_grid_has_a_weight_per_model(here, asked):
+def test_a_grid_has_a_weight_per_model(here, asked_models):
     merge_and_score("--weight_grid", "0.3", "0.6", "--weight_grid", "1", "2")
     labels = ["0.3_1", "0.3_2", "0.6_1", "0.6_2"]
-    assert asked == [f"merged_weights_{label}" for label in labels]
+    assert asked_models == [f"merged_weights_{label}" for label in labels]
     config = merged_by(here / "merged")
     assert [model["parameters"]["weight"] for model in config["models"]] == [0.6, 1.0]  # the first of two equal ones
     assert (here / "results_sweep.csv").read_text().startswith("weight_1,weight_2,colours,")
 
 
-def test_chosen_on_some_tasks_reported_on_others(here, asked):
+def test_chosen_on_some_tasks_reported_on_others(here, asked_models):
     """colours alone says 0.9, all together 0.6; the scores that are reported never chose."""
     merge_and_score("--weights", "0.3", "0.6", "0.9", "--choose_on", "colours")
     document = json.loads((here / "results.json").read_text())
@@ -202,12 +202,12 @@ def test_chosen_on_some_tasks_reported_on_others(here, asked):
     assert document["provenance"]["tasks"] == ["shades", "tints"] and document["provenance"]["model"] == "merged"
 
 
-def test_report_on_names_what_is_reported(here, asked):
+def test_report_on_names_what_is_reported(here, asked_models):
     merge_and_score("--weights", "0.3", "--choose_on", "colours", "--report_on", "tints")
     assert list(json.loads((here / "results.json").read_text())["summary"]["tasks"]) == ["tints"]
 
 
-def test_no_task_both_chooses_and_reports(here, asked):
+def test_no_task_both_chooses_and_reports(here, asked_models):
     for flags, line in [
         (
             ["--choose_on", "colours", "--report_on", "col*"],
@@ -220,7 +220,7 @@ def test_no_task_both_chooses_and_reports(here, asked):
         assert str(error.value) == f"eval.yml: {line}" and left_over(here) == set()
 
 
-def test_a_group_is_opened_to_see_what_is_in_it(here, asked):
+def test_a_group_is_opened_to_see_what_is_in_it(here, asked_models):
     group = {"group": "both", "task": ["colours", {"task": "shades", "num_fewshot": 0}]}
     write_yaml(here / "tasks" / "both.yaml", group)
     with pytest.raises(DataError, match="task 'shades' would choose the weight and report it"):
@@ -231,7 +231,7 @@ def test_a_group_is_opened_to_see_what_is_in_it(here, asked):
 
 
 @pytest.mark.slow
-def test_an_interrupted_sweep_goes_on(here, asked, monkeypatch):
+def test_an_interrupted_sweep_goes_on(here, asked_models, monkeypatch):
     """Stopped while the second model is scored: nothing is scored twice, and what comes out is the same."""
     stand_in = scoring.evaluate
 
@@ -246,29 +246,29 @@ def test_an_interrupted_sweep_goes_on(here, asked, monkeypatch):
     assert left_over(here) == {"merged_weight_0.3", "merged_weight_0.6", "results_weight_0.3.json"}
     monkeypatch.setattr(scoring, "evaluate", stand_in)
     merge_and_score("--weights", "0.3", "0.6", "0.9")
-    assert asked == ["merged_weight_0.3", "merged_weight_0.6", "merged_weight_0.9"]
+    assert asked_models == ["merged_weight_0.3", "merged_weight_0.6", "merged_weight_0.9"]
     assert "merged" in left_over(here) and not any(name.startswith("merged_") for name in left_over(here))
 
     merge_and_score("--weights", "0.3", "0.6", "0.9")  # done: nothing is merged or scored again, the table is printed
-    assert len(asked) == 3
+    assert len(asked_models) == 3
     with pytest.raises(DataError, match="results.json: already there"):
         merge_and_score("--weights", "0.3", "0.6", "0.9", "1.2")
     merge_and_score("--weights", "0.3", "0.6", "0.9", "1.2", "--overwrite")
-    assert asked[3:] == ["merged_weight_1.2"]
+    assert asked_models[3:] == ["merged_weight_1.2"]
 
 
 @pytest.mark.slow
-def test_a_model_that_is_gone_is_merged_again(here, asked):
+def test_a_model_that_is_gone_is_merged_again(here, asked_models):
     merge_and_score("--weights", "0.3", "0.6")
     shutil.rmtree(here / "merged")
     (here / "results.json").unlink()
     merge_and_score("--weights", "0.3", "0.6")
-    assert len(asked) == 2 and (here / "merged" / "model.safetensors").is_file()
+    assert len(asked_models) == 2 and (here / "merged" / "model.safetensors").is_file()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", ["model", "eval recipe", "task", "data"])
-def test_scores_of_something_else_are_not_taken(here, asked, change):
+def test_scores_of_something_else_are_not_taken(here, asked_models, change):
     """Other weights in the model's files, another eval recipe, task file or question: the old scores do not count."""
     merge_and_score("--weights", "0.3")
     if change == "model":
@@ -288,7 +288,7 @@ def test_scores_of_something_else_are_not_taken(here, asked, change):
     with pytest.raises(DataError, match="results_weight_0.3.json: already there; give --overwrite to replace it"):
         merge_and_score("--weights", "0.3")
     merge_and_score("--weights", "0.3", "--overwrite")
-    assert len(asked) == 2
+    assert len(asked_models) == 2
 
 
 @pytest.mark.slow

@@ -47,10 +47,9 @@ def flipped(values: list[int], up: int, down: int) -> list[int]:
     return changed.tolist()
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture
@@ -79,7 +78,7 @@ def verdicts(lines: list[str]) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows}
 
 
-def test_every_figure_is_the_one_from_the_items(here, base, capsys):
+def test_every_figure_is_the_one_from_the_items(base, capsys):
     better = {task: flipped(v, up=40, down=10) for task, v in base.items()}
     same = {task: flipped(v, up=6, down=7) for task, v in base.items()}
     save(a=scored("TA", base), b=scored("CABS", better), c=scored("DARE", same))
@@ -108,7 +107,7 @@ def test_every_figure_is_the_one_from_the_items(here, base, capsys):
 
 
 @pytest.mark.slow
-def test_against_turns_the_question_round(here, base, capsys):
+def test_against_turns_the_question_round(base, capsys):
     better = {task: flipped(v, up=40, down=10) for task, v in base.items()}
     save(a=scored("TA", base), b=scored("CABS", better))
     for against in ("CABS", "b.json"):
@@ -117,13 +116,13 @@ def test_against_turns_the_question_round(here, base, capsys):
         script.main(["--compare", "a.json", "b.json", "--against", "X"])
 
 
-def test_identical_models_cannot_be_told_apart(here, base, capsys):
+def test_identical_models_cannot_be_told_apart(base, capsys):
     save(a=scored("one", base), b=scored("two", base))
     row = verdicts(compare(capsys, "a.json", "b.json"))["two"]
     assert row == ["+0.00 ± 0.00 (1.000)"] * 3 + ["+0.00 ± 0.00", "1.000", "cannot tell: no difference on 1,600 items"]
 
 
-def test_items_in_another_order_and_doubles_are_paired_by_name(here, capsys):
+def test_items_in_another_order_and_doubles_are_paired_by_name(capsys):
     """The item that is there twice counts twice, the first with the first; the order in the file does not matter."""
     first, second = scored("a", {"x": [0, 0, 1, 1]}), scored("b", {"x": [1, 0, 1, 1]})
     for document in (first, second):
@@ -135,7 +134,7 @@ def test_items_in_another_order_and_doubles_are_paired_by_name(here, capsys):
     assert verdicts(compare(capsys, "a.json", "b.json"))["b"][0] == "+25.00 ± 25.00 (1.000)"
 
 
-def test_mmlu_is_the_mean_of_its_subjects(here, capsys):
+def test_mmlu_is_the_mean_of_its_subjects(capsys):
     """Subjects of 20 and 200 items count alike: (0.5 + 0.05)/2, and their variances likewise."""
     random = np.random.default_rng(3)
     small, large = [0] * 10 + [1] * 10, (random.random(200) < 0.5).astype(int).tolist()
@@ -158,7 +157,7 @@ def test_mmlu_is_the_mean_of_its_subjects(here, capsys):
 
 
 @pytest.mark.slow
-def test_rows_without_items_or_on_other_items_say_so(here, base, capsys):
+def test_rows_without_items_or_on_other_items_say_so(base, capsys):
     old, other, few = (scored(name, base) for name in ("old", "other", "few"))
     del old["items"]
     for record in other["items"].values():
@@ -183,7 +182,7 @@ def test_rows_without_items_or_on_other_items_say_so(here, base, capsys):
 
 
 @pytest.mark.slow
-def test_what_rows_differ_in_is_said(here, base, capsys):
+def test_what_rows_differ_in_is_said(base, capsys):
     changed = scored(
         "B",
         base,
@@ -202,7 +201,7 @@ def test_what_rows_differ_in_is_said(here, base, capsys):
     ]
 
 
-def test_less_is_better_is_better(here, capsys):
+def test_less_is_better_is_better(capsys):
     documents = {}
     for name, shift in (("a", 0.0), ("b", -0.2)):
         values = {"wiki": (np.linspace(1.0, 3.0, 50) + shift + 0.01 * np.sin(np.arange(50) + shift)).tolist()}
@@ -230,7 +229,7 @@ def test_less_is_better_is_better(here, capsys):
         ({"value": ["y"] * 4}, "a.json: the items of 'x' hold something else than hashes and numbers"),
     ],
 )
-def test_items_that_do_not_fit_are_refused(here, change, line):
+def test_items_that_do_not_fit_are_refused(change, line):
     document = scored("a", {"x": [0, 0, 1, 1]})
     document["items"]["x"].update(change)
     save(a=document)
@@ -240,7 +239,7 @@ def test_items_that_do_not_fit_are_refused(here, change, line):
 
 
 @pytest.mark.slow
-def test_picture_has_the_differences(here, base, capsys):
+def test_picture_has_the_differences(base, tmp_path, capsys):
     """Score and difference panels side by side; a file is written for one row, too."""
     from matplotlib.figure import Figure
 
@@ -253,7 +252,7 @@ def test_picture_has_the_differences(here, base, capsys):
     saved = scores_picture.save_figure
     try:
         scores_picture.save_figure = lambda figure, path: drawn.append(figure)
-        scores_picture.draw(rows, differences(rows), rows[0], here / "x.png")
+        scores_picture.draw(rows, differences(rows), rows[0], tmp_path / "x.png")
     finally:
         scores_picture.save_figure = saved
     titles = [axis.get_title() for axis in drawn[0].axes if axis.get_visible()]
