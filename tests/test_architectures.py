@@ -11,24 +11,12 @@ import pytest
 import torch
 import transformers
 from checkpoints import load, refusal, run, state, write
+from tiny_configs import BART, LLAMA, SMALL, moved
 
 from common.shards.checkpoint import open_checkpoint
 from common.shards.matching import mask_names, match
 from common.shards.names import patterns, unwrapped
 
-SMALL = dict(vocab_size=19, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2)
-LLAMA = dict(SMALL, num_key_value_heads=2, max_position_embeddings=16)
-BART = dict(
-    vocab_size=19,
-    d_model=8,
-    encoder_layers=1,
-    decoder_layers=1,
-    encoder_attention_heads=2,
-    decoder_attention_heads=2,
-    encoder_ffn_dim=8,
-    decoder_ffn_dim=8,
-    max_position_embeddings=16,
-)
 CONFIGS = {
     "LlamaForCausalLM": lambda t: t.LlamaConfig(**LLAMA),
     "GPT2LMHeadModel": lambda t: t.GPT2Config(vocab_size=19, n_positions=8, n_embd=8, n_layer=2, n_head=2),
@@ -70,17 +58,6 @@ def made(kind: str, folder: Path) -> tuple[dict, dict]:
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
     return lambda kind: made(kind, folder)
-
-
-def moved(tensors: dict) -> dict:
-    """A fine-tuned model: every floating-point value moved a little, the same way in equal tensors."""
-    generator = torch.Generator().manual_seed(5)
-    steps = {}
-    for tensor in tensors.values():
-        key = tensor.numpy().tobytes()
-        if key not in steps:
-            steps[key] = tensor + 0.01 * torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
-    return {n: steps[t.numpy().tobytes()].clone() if t.is_floating_point() else t for n, t in tensors.items()}
 
 
 def causal(*layers: str, dtype=torch.float32) -> dict:

@@ -7,52 +7,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEVICES, first_quick
-from masks_by_block import masks_by_block
+from kernel_cases import bits_with_ties, pruned
 
 from common.pruners import kernels
 from common.pruners.kernels import torch_engine
 from common.pruners.kernels.torch_engine import engine
 from common.pruners.pruning import Pruning
-from common.pruners.tally import new_counts, tallies
-
-BITS = {"F16": np.uint16, "BF16": np.uint16, "F32": np.uint32}
-
-
-def values(dtype: str, numel: int, seed: int, sparse: bool = False) -> np.ndarray:
-    """Bits of finite values with many ties, zeros of both signs and subnormals; sparse: nine of ten are zeros."""
-    numbers = np.random.default_rng(seed).standard_normal(numel).astype(np.float32)
-    numbers[::3] = np.round(numbers[::3])
-    numbers[::7] *= np.float32(1e-8)
-    if sparse:
-        numbers[np.random.default_rng(seed + 100).random(numel) < 0.9] *= 0
-    if dtype == "F16":
-        return numbers.astype(np.float16).view(np.uint16)
-    return numbers.view(np.uint32) if dtype == "F32" else (numbers.view(np.uint32) >> 16).astype(np.uint16)
-
-
-def pruned(pruning, dtype, vectors, base, arithmetic, block):
-    """Masks, results and counts of one tensor as an engine makes them, as numpy arrays."""
-    out = []
-    counts = new_counts(len(vectors))
-    held = {}
-
-    def read(j, start, stop):
-        held[j] = vectors[j][start:stop].copy()
-        return arithmetic.load(held[j])
-
-    numel = base.size
-    for start, stop, bits, masks in masks_by_block(
-        pruning, "t", [dtype] * len(vectors), numel, read, arithmetic, block
-    ):
-        below = arithmetic.load(base[start:stop].copy())
-        for j, mask in enumerate(masks):
-            assert arithmetic.tally(bits[j], dtype, masks, j, start, pruning.m, counts)
-            added, kept = np.empty((2, stop - start), BITS[dtype])
-            assert arithmetic.add_kept(added, below, dtype, bits[j], dtype, mask, pruning.scale)
-            assert arithmetic.keep_vector(kept, bits[j], dtype, mask, pruning.scale)
-            own = mask.cpu().numpy() if isinstance(mask, torch.Tensor) else mask
-            out += [added, kept, own.copy()]  # or the next block's mask would take its place
-    return np.concatenate([part.astype(np.uint64) for part in out]), tallies(counts, numel)
+from common.pruners.tally import new_counts
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -63,10 +24,10 @@ def pruned(pruning, dtype, vectors, base, arithmetic, block):
 )
 @pytest.mark.parametrize("conflict_aware", [True, False])
 def test_same_bits(device, dtype, method, n, m, conflict_aware):
-    base = values(dtype, 2311, 4)
+    base = bits_with_ties(dtype, 2311, 4)
     pruning = Pruning(method, n / m, n, m, seed=5, conflict_aware=conflict_aware, rescale=True)
     for block, sparse in ((1 << 18, ()), (300, ()), (1 << 18, (1, 2)), (300, (1, 2))):
-        vectors = [values(dtype, 2311, seed, seed in sparse) for seed in (1, 2, 3)]
+        vectors = [bits_with_ties(dtype, 2311, seed, seed in sparse) for seed in (1, 2, 3)]
         ours = pruned(pruning, dtype, vectors, base, kernels, block)
         theirs = pruned(pruning, dtype, vectors, base, engine(device), block)
         np.testing.assert_array_equal(ours[0], theirs[0])

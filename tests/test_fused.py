@@ -8,27 +8,18 @@ import pytest
 import torch
 import transformers
 from checkpoints import extract, load, refusal, run, write
-from test_architectures import moved
+from tiny_configs import LLAMA, moved
 
 import merge_and_evaluate_7b
 from common.shards.fused import Fused, fusions, taken_apart
 from common.shards.headers import Tensor
 
-SMALL = dict(
-    vocab_size=19,
-    hidden_size=8,
-    intermediate_size=12,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-    max_position_embeddings=16,
-)
 KINDS = {
-    "MixtralForCausalLM": lambda t: t.MixtralConfig(**SMALL, num_local_experts=3),
+    "MixtralForCausalLM": lambda t: t.MixtralConfig(**LLAMA, num_local_experts=3),
     "Qwen2MoeForCausalLM": lambda t: t.Qwen2MoeConfig(
-        **SMALL, num_experts=4, moe_intermediate_size=6, shared_expert_intermediate_size=6
+        **LLAMA, num_experts=4, moe_intermediate_size=6, shared_expert_intermediate_size=6
     ),
-    "OlmoeForCausalLM": lambda t: t.OlmoeConfig(**SMALL, num_experts=2),
+    "OlmoeForCausalLM": lambda t: t.OlmoeConfig(**LLAMA, num_experts=2),
 }
 
 

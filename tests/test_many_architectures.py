@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as t
 from checkpoints import extract, load, write
-from test_architectures import BART, LLAMA, SMALL, moved
+from tiny_configs import BART, LLAMA, SMALL, moved
 
 pytestmark = pytest.mark.slow
 

@@ -8,10 +8,8 @@ import pytest
 from checkpoints import chain, prune_arguments, run
 from conftest import first_quick
 from hypothesis import given, settings
+from kernel_cases import bits_with_ties, expect_oracle, pruned, tensor_of, vectors_of
 from masks_by_block import masks_by_block
-from test_engines import pruned, values
-from test_pruners import expect_oracle, tensor_of
-from test_pruners import values as tensors
 
 from common.pruners import kernels
 from common.pruners import thresholds as passes
@@ -106,7 +104,7 @@ def test_sampled_scopes_are_the_oracles(code, aware, small_samples):
     """Of every kind of values, sampled ones among them whose sample says nothing of the rest."""
     for kind in ("ties", "zeros", "steps", "bits"):
         for count in (1, 2, 3):
-            vectors = tensors(kind, count, 700, code)
+            vectors = vectors_of(kind, count, 700, code)
             for n in (1, 120, 299):
                 expect_oracle("magnitude", vectors, code, n, 300, aware, block=64)
                 expect_oracle("nm", vectors, code, n, 600, aware, block=64)
@@ -120,7 +118,7 @@ def test_sampled_scopes_are_the_oracles(code, aware, small_samples):
 @pytest.mark.parametrize("dtype", first_quick("F16", "BF16", "F32"))
 @pytest.mark.parametrize("conflict_aware", [True, False])
 def test_sampled_scopes_on_torch(dtype, conflict_aware, small_samples):
-    vectors, base = [values(dtype, 2311, seed) for seed in (1, 2, 3)], values(dtype, 2311, 4)
+    vectors, base = [bits_with_ties(dtype, 2311, seed) for seed in (1, 2, 3)], bits_with_ties(dtype, 2311, 4)
     pruning = Pruning("magnitude", 0.25, conflict_aware=conflict_aware)
     ours, theirs = (pruned(pruning, dtype, vectors, base, each, 300) for each in (kernels, engine("cpu")))
     np.testing.assert_array_equal(ours[0], theirs[0])
@@ -174,7 +172,7 @@ def passes_over(vectors: list[np.ndarray], dtype: str, aware: bool, block: int) 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_a_vector_that_depends_on_none_shares_the_pass(count, small_samples):
-    vectors = [values("F16", 2000, seed) for seed in range(count)]
+    vectors = [bits_with_ties("F16", 2000, seed) for seed in range(count)]
     assert passes_over(vectors, "F16", False, 300)[0] == list(range(count))
     alone = passes_over(vectors, "F16", True, 300)
     assert list(dict.fromkeys(map(tuple, alone))) == [tuple(range(j + 1)) for j in range(count)]

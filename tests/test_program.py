@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from conftest import first_quick
-from test_engines import values
+from kernel_cases import bits_with_ties
 
 from common.pruners import kernels
 from common.pruners.kernels import program
@@ -91,7 +91,7 @@ def by_program(prunings, dtype, base, models, block):
 )
 def test_chunks_change_nothing(method, n, m, conflict_aware, dtype):
     """Chunks that end within a block and blocks that end within a chunk; a scope of several blocks; three vectors."""
-    base, *models = (values(dtype, NUMEL, seed) for seed in range(4))
+    base, *models = (bits_with_ties(dtype, NUMEL, seed) for seed in range(4))
     prunings = [Pruning(method, n / m, n, m, conflict_aware=conflict_aware)] * 3
     wanted = one_by_one(prunings, dtype, base, models)
     for block in (1 << 18, 1000, 300):
@@ -111,7 +111,7 @@ def test_chunks_change_nothing(method, n, m, conflict_aware, dtype):
 
 @pytest.mark.parametrize("conflict_aware", [True, False])
 def test_draws_go_by_the_position_in_the_tensor(conflict_aware):
-    base, *models = (values("F16", NUMEL, seed) for seed in range(4))
+    base, *models = (bits_with_ties("F16", NUMEL, seed) for seed in range(4))
     prunings = [Pruning("random", density, conflict_aware=conflict_aware) for density in (0.5, 0.3, 0.6)]
     wanted, _ = one_by_one(prunings, "F16", base, models)
     for block in (1 << 18, 1000):

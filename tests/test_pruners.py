@@ -9,81 +9,18 @@ import pytest
 import torch
 from conftest import first_quick
 from hypothesis import given, settings
-from masks_by_block import masks_by_block
+from kernel_cases import UNSIGNED, bits_of, expect_oracle, our_masks, pruning_of, tensor_of, vectors_of
 
 from common.pruners import kernels
 from common.pruners.kernels import torch_engine
 from common.pruners.pruning import Pruning, random_key, scopes
 from common.pruners.tally import new_counts, tallies
 
-INTEGERS = {"F16": torch.int16, "BF16": torch.int16, "F32": torch.int32}
-UNSIGNED = {"F16": np.uint16, "BF16": np.uint16, "F32": np.uint32}
 ENGINES = [kernels, torch_engine.engine("cpu")]
 SMALL, LARGE = 4, 256  # m that is ranked side by side, and group by group; few, because each is compiled
 
 
-def bits_of(tensor: torch.Tensor, code: str) -> np.ndarray:
-    """The flat bit patterns of a tensor, as the kernels take them."""
-    return tensor.view(INTEGERS[code]).numpy().view(UNSIGNED[code]).reshape(-1)
-
-
-def tensor_of(bits: np.ndarray, code: str) -> torch.Tensor:
-    """The values of bit patterns: tensor_of(np.array([0x3C00], np.uint16), "F16") -> tensor([1.])."""
-    return torch.from_numpy(bits.view(f"i{bits.itemsize}").copy()).view(oracle.DTYPES[code])
-
-
-def our_masks(pruning: Pruning, vectors: list, code: str, name="x", block=None, engine=kernels) -> list[list[bool]]:
-    """The masks of whole vectors, put together from blocks that must follow one another without a gap."""
-    flat = [bits_of(vector, code) for vector in vectors]
-    found, expected = [[] for _ in vectors], 0
-
-    def read(j, start, stop):
-        return engine.load(flat[j][start:stop].copy())
-
-    for start, stop, bits, masks in masks_by_block(
-        pruning, name, [code] * len(flat), flat[0].size, read, engine, block
-    ):
-        assert start == expected and all(len(part) == stop - start for part in bits)
-        expected = stop
-        for mask, part in zip(found, masks, strict=True):
-            mask += np.asarray(part).astype(bool).tolist()
-    assert expected == flat[0].size
-    return found
-
-
-def pruning_of(method: str, n: int, m: int, aware: bool) -> Pruning:
-    return Pruning(method, n / m, n, m, seed=3, conflict_aware=aware)
-
-
-def values(kind: str, count: int, numel: int, code: str, seed: int = 0) -> list[torch.Tensor]:
-    """`count` vectors: full of ties, mostly zeros of both signs, of a scale that jumps by group, or any finite bits."""
-    rng = np.random.default_rng([seed, count, numel])
-    out = []
-    for _ in range(count):
-        normal = rng.standard_normal(numel)
-        if kind == "ties":
-            normal = np.round(normal * 2) / 2
-        if kind == "zeros":
-            normal = np.where(rng.random(numel) < 0.9, np.copysign(0.0, normal), normal)
-        if kind == "steps":
-            normal *= np.repeat(10.0 ** rng.integers(-6, 4, numel // 256 + 1), 256)[:numel]
-        tensor = torch.tensor(normal, dtype=torch.float64).to(oracle.DTYPES[code])
-        if kind == "bits":
-            raw = rng.integers(0, 1 << (8 * UNSIGNED[code]().itemsize), numel).astype(UNSIGNED[code])
-            tensor = torch.nan_to_num(tensor_of(raw, code), nan=-0.0, posinf=1.0, neginf=-1.0)
-        out.append(tensor)
-    return out
-
-
 # --- ranking against the oracle -------------------------------------------------------------------
-
-
-def expect_oracle(method, vectors, code, n, m, aware, block=None):
-    """Compare one case with the oracle, and say which case it was."""
-    ours = our_masks(pruning_of(method, n, m, aware), vectors, code, block=block)
-    flat = [vector.tolist() for vector in vectors]
-    theirs = oracle.ranked_masks(flat, oracle.scopes(method, len(flat[0]), n, m, n / m), aware)
-    assert ours == theirs, (method, code, n, m, aware, block)
 
 
 @pytest.mark.parametrize("code", first_quick("F16", "BF16", "F32"))
@@ -95,7 +32,7 @@ def test_nm_is_the_oracles(code, aware, m, ns):
         for numel in (1, m - 1, m, 128 * SMALL * 2 + 7 * m + 3):
             for kind in ("ties", "zeros", "steps", "bits"):
                 for count in (1, 2, 3):
-                    expect_oracle("nm", values(kind, count, numel, code, n), code, n, m, aware)
+                    expect_oracle("nm", vectors_of(kind, count, numel, code, n), code, n, m, aware)
 
 
 @pytest.mark.parametrize("code", first_quick("F16", "BF16", "F32"))
@@ -104,7 +41,7 @@ def test_scopes_larger_than_a_block(code, aware):
     """magnitude, and nm with m beyond a block: several passes over blocks, thresholds with ties."""
     for kind in ("ties", "bits"):
         for count in (1, 2, 3):
-            vectors = values(kind, count, 700, code)
+            vectors = vectors_of(kind, count, 700, code)
             for n in (1, 120, 200):
                 expect_oracle("nm", vectors, code, n, 300, aware, block=64)
                 expect_oracle("magnitude", vectors, code, n, 300, aware, block=64)
@@ -114,7 +51,7 @@ def test_scopes_larger_than_a_block(code, aware):
 @pytest.mark.parametrize("n", [5, 66_000])
 def test_groups_too_long_to_count_in_16_bits(n):
     """m of 70000 within one block, and ties beyond the 65536th."""
-    vectors = values("ties", 2, 140_001, "F16", n)
+    vectors = vectors_of("ties", 2, 140_001, "F16", n)
     expect_oracle("nm", vectors, "F16", n, 70_000, True)
 
 
@@ -137,7 +74,7 @@ def test_tails_keep_their_share():
 @pytest.mark.parametrize("method", ["nm", "magnitude", "random"])
 def test_blocks_do_not_change_masks(method):
     """Any block size gives the masks of one block."""
-    vectors = values("ties", 3, 3000, "F16")
+    vectors = vectors_of("ties", 3, 3000, "F16")
     for aware, (n, m) in product((True, False), ((1, SMALL), (100, LARGE))):
         pruning = pruning_of(method, n, m, aware)
         whole = our_masks(pruning, vectors, "F16")
@@ -196,7 +133,7 @@ def test_philox_known_answers():
 @pytest.mark.parametrize("density", [0.1, 0.25, 1 / 3, 0.5, 0.7, 1.0])
 @pytest.mark.parametrize("aware", [True, False])
 def test_random_is_the_oracles(density, aware):
-    vectors = values("ties", 3, 1999, "F16")
+    vectors = vectors_of("ties", 3, 1999, "F16")
     pruning = Pruning("random", density, seed=11, conflict_aware=aware)
     for name in ("model.embed_tokens.weight", "ünïcode"):
         want = oracle.random_masks([vector.tolist() for vector in vectors], density, aware, 11, name)
@@ -337,7 +274,7 @@ def test_free_zeros_use_budget(engine):
 @pytest.mark.parametrize("method, n, m", WAYS)
 def test_outputs_of_one_vector_are_those_with_zeros_kept(method, n, m):
     """A vector pruned alone: the sum is that of the rule that kept zeros as well (of a base without -0.0)."""
-    base, vector = ordinary(9000, 4), values("zeros", 1, 9000, "F16", 5)[0]
+    base, vector = ordinary(9000, 4), vectors_of("zeros", 1, 9000, "F16", 5)[0]
     vector += 0.0  # no -0.0 either, which the task vector's file would have held
     mask = our_masks(pruning_of(method, n, m, True), [vector], "F16")[0]
     with_zeros = our_masks(
@@ -401,8 +338,8 @@ def test_convert_float32_around_every_16_bit_value(target):
 )
 def test_subtract_is_the_oracles(source, target):
     """Fine-tuned in `source`, base in `target`, over values of every size."""
-    finetuned = values("bits", 1, 20_000, source)[0].clamp(-30_000, 30_000)
-    base = values("bits", 1, 20_000, target, 1)[0].clamp(-30_000, 30_000)
+    finetuned = vectors_of("bits", 1, 20_000, source)[0].clamp(-30_000, 30_000)
+    base = vectors_of("bits", 1, 20_000, target, 1)[0].clamp(-30_000, 30_000)
     finetuned[:99] = base[:99].to(finetuned.dtype)  # some differences are zero
     out = np.empty(20_000, UNSIGNED[target])
     left, right = (bits_of(finetuned, source), source), (bits_of(base, target), target)
@@ -417,7 +354,7 @@ def test_subtract_is_the_oracles(source, target):
 def test_results_are_the_oracles(code):
     """Both save formats, with and without rescale; negative zeros stay where the rule says so."""
     limit = 15_000 if code == "F16" else 1e37
-    base, vector = (v.clamp(-limit, limit) for v in values("bits", 2, 5000, code))
+    base, vector = (v.clamp(-limit, limit) for v in vectors_of("bits", 2, 5000, code))
     base[:4] = torch.tensor([-0.0, -0.0, 0.0, 1.0])
     vector[:4] = torch.tensor([-0.0, 0.0, -0.0, -0.0])
     mask = np.random.default_rng(0).random(5000) < 0.4
@@ -478,7 +415,7 @@ def test_no_nan_gets_through(code, patterns):
 def test_tally(code, m, steps):
     """Sums of squares to six digits, over large and small values; counts per group of m and of what two masks keep."""
     extremes = torch.tensor([300.0, -1e-4] if code == "F16" else [3e25, -1e-25]).to(oracle.DTYPES[code])
-    vectors = [torch.cat([vector, extremes]) for vector in values("steps", 2, 9000, code)]
+    vectors = [torch.cat([vector, extremes]) for vector in vectors_of("steps", 2, 9000, code)]
     masks, counts = np.random.default_rng(1).random((2, 9002)) < [[0.3], [0.6]], new_counts(2)
     for start in range(0, 9002, steps):
         part = slice(start, start + steps)
