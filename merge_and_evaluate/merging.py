@@ -5,7 +5,7 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,13 +18,13 @@ from common.shards.hashing import file_hash, text_hash
 from common.shards.job import downloaded, input_files
 from common.shards.job import memory_needed as job_memory
 from common.shards.matching import match
-from common.shards.places import check_disk, check_places, refuse_existing
+from common.shards.places import check_disk, check_places, refuse_existing, whole_path
 from common.shards.remote import describe_checkpoint, fetch, to_download
 from common.shards.verify import MERGE_REPORT as REPORT_NAME
 from common.shards.verify import PRUNE_REPORT, recorded_hashes_of
 from merge_and_evaluate import mergekit_engine
 from merge_and_evaluate.card import command
-from merge_and_evaluate.recipe_paths import model_paths
+from merge_and_evaluate.recipe_paths import model_paths, with_paths
 from merge_and_evaluate.recipes import Recipe
 from merge_and_evaluate.streamed_methods import stream_reason
 
@@ -33,7 +33,7 @@ ENGINES = ("auto", "stream", "mergekit")
 
 @dataclass(frozen=True)
 class MergeSettings:
-    """How it is merged: none of it changes what a method without random numbers computes."""
+    """How it is merged. `engine` and `skip` change the result; `seed` only where a method draws."""
 
     max_shard_size: int | None = None
     device: str = "cpu"
@@ -60,6 +60,8 @@ class MergePlan:
     nbytes: int
     reason: str | None = None
     found: dict = field(default_factory=dict, compare=False)
+    # {settings: StreamedMerge} of this very plan: not an argument, so that replace() makes a plan that has none yet.
+    _streamed: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def engine(self) -> str:
@@ -71,13 +73,19 @@ class MergePlan:
         return any(checkpoint.is_remote for checkpoint in self.checkpoints)
 
     def streamed(self, settings: MergeSettings):
-        """The plan of a streamed merge (streaming.StreamedMerge), from headers."""
-        from merge_and_evaluate.streaming import plan_streamed  # numba is slow to import: not for --help
-
-        return plan_streamed(self.recipe, self.checkpoints, self.save_path, settings)
+        """The plan of a streamed merge (streaming.StreamedMerge), from headers; made once."""
+        if settings not in self._streamed:
+            self._streamed[settings] = _plan_streamed(self.recipe, self.checkpoints, self.save_path, settings)
+        return self._streamed[settings]
 
 
 # --- plan -----------------------------------------------------------------------------------------
+
+
+def _plan_streamed(*decided):
+    from merge_and_evaluate.streaming import plan_streamed  # numba is slow to import: not for --help
+
+    return plan_streamed(*decided)
 
 
 def open_model(recipe: Recipe, path: str) -> Checkpoint:
@@ -161,8 +169,10 @@ def fetched(merge_plan: MergePlan, settings: MergeSettings, overwrite: bool) -> 
 def _planned(recipe: Recipe, checkpoints: tuple[Checkpoint, ...], output: Path, settings, reason) -> MergePlan:
     check_places([checkpoint.path for checkpoint in checkpoints], [output])
     if reason is None:
-        merge_plan = MergePlan(recipe, checkpoints, output, 0)
-        return replace(merge_plan, nbytes=merge_plan.streamed(settings).job.outputs[0].nbytes)
+        streamed = _plan_streamed(recipe, checkpoints, output, settings)
+        merge_plan = MergePlan(recipe, checkpoints, output, streamed.job.outputs[0].nbytes)
+        merge_plan._streamed[settings] = streamed
+        return merge_plan
     if not mergekit_engine.cuts(recipe.config):
         check_names(recipe, checkpoints)
     return MergePlan(recipe, checkpoints, output, mergekit_engine.output_bytes(recipe, checkpoints), reason)
@@ -188,32 +198,46 @@ def model_digest(checkpoint: Checkpoint) -> str:
     return text_hash(json.dumps(listing))
 
 
-def input_digest(checkpoint: Checkpoint) -> str:
-    """What tells models apart without reading weights: the hashes that were recorded when it was written (a
-    streamed merge checks them as the bytes pass), or where there are none, its files' sizes and times of last
-    change."""
-    known = recorded_hashes_of(checkpoint)
+def input_digest(checkpoint: Checkpoint, streams: bool) -> str:
+    """What tells models apart without reading weights: their files' sizes and times of last change.
+
+    Hashes that were recorded when the model was written count as well where a streamed merge checks the bytes that pass
+    against them; then the directory may lie elsewhere. They alone would not do: files may have been replaced since.
+    """
+    known, files = recorded_hashes_of(checkpoint) if streams else {}, input_files([checkpoint])
     beside = [[path.name, file_hash(path)] for path in companion_files(checkpoint.path)]
     config = text_hash(json.dumps(checkpoint.config, sort_keys=True))
-    return text_hash(json.dumps([sorted(known.items()) or input_files([checkpoint]), config, beside]))
+    if known:
+        files = known | {Path(path).name: stat for path, stat in files.items()}
+    return text_hash(json.dumps([sorted(files.items()), config, beside]))
 
 
 def input_digests(merge_plan: MergePlan) -> dict[str, str]:
     """{model as the recipe names it: digest}."""
-    return {checkpoint.label: input_digest(checkpoint) for checkpoint in merge_plan.checkpoints}
+    streams = merge_plan.reason is None
+    return {checkpoint.label: input_digest(checkpoint, streams) for checkpoint in merge_plan.checkpoints}
 
 
 def merge_identity(recipe: Recipe, digests: dict[str, str], settings: MergeSettings) -> str:
-    """What decides the merged bytes, as one hash: engine, the recipe's content, the models', the seed."""
+    """What decides the merged bytes, as one hash: engine, the recipe's content, the models', a seed that is used.
+
+    However the models are spelled: ./models/x is the directory that its absolute path is.
+    """
     reason = mergekit_reason(recipe, settings)
+    draws = reason is not None or recipe.config["merge_method"].startswith("dare_")
     parts = {
         "engine": ["stream"] if reason is None else ["mergekit", version("mergekit")],
-        "recipe": recipe.config,
-        "models": digests,
-        "seed": settings.seed,
+        "recipe": with_paths(recipe.config, _place),
+        "models": {_place(model): digest for model, digest in digests.items()},
+        **({"seed": settings.seed} if draws else {}),
         **({"skip": settings.skip} if settings.skip else {}),
     }
     return text_hash(json.dumps(parts, sort_keys=True, default=str))
+
+
+def _place(model: str) -> str:
+    """Where a model is; of a Hub id that."""
+    return whole_path(model) if Path(model).is_dir() else model
 
 
 def origin(recipe: Recipe, digests: dict[str, str], settings: MergeSettings) -> dict:

@@ -1,12 +1,14 @@
 """Recipes that merged something else than they say, or ended in a traceback: each is refused, or right, now."""
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from checkpoints import CONFIG, load, state, write
+from checkpoints import run as convert
 from conftest import save_model
 from safetensors.torch import save_file
 
@@ -242,3 +244,69 @@ def test_a_sweep_sets_the_weight_of_every_model(table):
     assert swept(recipe("task_arithmetic", {}, {}, weight=0.5), 0.9)["parameters"] == {"weight": 0.9}
     found = swept(recipe("task_arithmetic", {"weight": 1}, {"weight": 2}, weight=0.5), 0.9, 0.8)["models"]
     assert [model["parameters"]["weight"] for model in found] == [0.9, 0.8]
+
+
+# --- "holds this merge already" -------------------------------------------------------------------------
+
+
+def replace_weights(model: Path) -> None:
+    """Other weights in a directory whose records, written with the old ones, stay."""
+    (path,) = model.glob("*.safetensors")
+    tensors = load(model)
+    time.sleep(0.01)
+    save_file({name: value * 2 for name, value in tensors.items()}, path, metadata={"format": "pt"})
+
+
+@pytest.fixture
+def converted(models, tmp_path, monkeypatch) -> Path:
+    """A working directory with base, a and b, converted by the first script, which records their hashes."""
+    monkeypatch.chdir(tmp_path)
+    for theirs, name in (("base", "base"), ("wild", "a"), ("west", "b")):
+        convert("convert", "--model_path", models / theirs, "--save_path", name, "--dtype", "float16")
+    return tmp_path
+
+
+def test_weights_that_were_replaced_make_another_merge(converted):
+    """mergekit does not check what was recorded; a streamed merge does, once it reads: not if it thinks it is done."""
+    config = recipe("task_arithmetic")
+    run(config, "--engine", "mergekit")
+    run(config, "--engine", "mergekit")  # the same: nothing to do
+    replace_weights(converted / "a")
+    with pytest.raises(DataError, match="already there; give --overwrite"):
+        run(config, "--engine", "mergekit")
+    run(config, "--engine", "mergekit", "--overwrite")
+    with pytest.raises(DataError, match="not the bytes that were recorded when it was written"):
+        run(config, "--overwrite")
+
+
+def test_weights_that_were_replaced_are_noticed_by_a_finished_stream(converted):
+    config = recipe("task_arithmetic")
+    run(config)
+    replace_weights(converted / "b")
+    with pytest.raises(DataError, match="already there; give --overwrite"):
+        run(config)
+
+
+def test_a_merge_is_the_same_however_its_models_are_spelled(table, capsys):
+    config = recipe("task_arithmetic")
+    run(config)
+    for spelling in ("{}/", "../{here}/{}", "{whole}/{}"):
+        places = {name: spelling.format(name, here=table.name, whole=table) for name in ("base", "a", "b")}
+        config["base_model"] = places["base"]
+        for model, name in zip(config["models"], "ab", strict=True):
+            model["model"] = places[name]
+        run(config)
+        assert "out holds this merge already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("method", "draws"), [("random", False), ("ties", False), ("dare_ties", True)])
+def test_a_seed_that_is_not_used_makes_no_other_merge(table, capsys, method, draws):
+    """`random` has a seed of its own in the recipe."""
+    beside = {"weight": 0.6, "density": 0.5}
+    run(recipe(method, beside, beside))
+    if draws:
+        with pytest.raises(DataError, match="already there; give --overwrite"):
+            run(recipe(method, beside, beside), "--seed", "1")
+    else:
+        run(recipe(method, beside, beside), "--seed", "1")
+        assert "out holds this merge already" in capsys.readouterr().out
