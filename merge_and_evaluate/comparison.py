@@ -4,7 +4,7 @@ from pathlib import Path
 
 from merge_and_evaluate.choices import said_of
 from merge_and_evaluate.results import percent
-from merge_and_evaluate.rows import AVERAGE, Row, best_value, cell, columns, common_tasks, head, read_rows
+from merge_and_evaluate.rows import AVERAGE, Row, best_value, cell, columns, common_tasks, head, read_rows, scale_of
 from merge_and_evaluate.scores_picture import draw
 from merge_and_evaluate.verdicts import differences, pairing_remarks, reference_row, verdict_table
 
@@ -29,11 +29,14 @@ def table(
         for name in names:
             value, stderr = cell(row, name, shared)
             bold = value is not None and value == best[name] and len(rows) > 1
-            cells.append(f"**{percent(value, stderr)}**" if bold else percent(value, stderr))
+            shown = percent(value, stderr, scale_of(rows, name))
+            cells.append(f"**{shown}**" if bold else shown)
         cells += [beside[1][number]] if beside else []
         lines.append("| " + " | ".join([row.label, *cells]) + " |")
     return "\n".join(lines)
 
+
+TOLD_APART = {"num_fewshot": "shots", "metric": "metrics", "samples": "numbers of items"}  # of a task's summary
 
 # --- remarks --------------------------------------------------------------------------------------
 
@@ -52,8 +55,9 @@ def setting_remarks(rows: list[Row]) -> list[str]:
     notes, limits = [], [row.settings.get("limit") for row in rows]
     limited = any(limit is not None for limit in limits) and len({str(limit) for limit in limits}) > 1
     for task in common_tasks(rows):
-        for what in ("num_fewshot", "metric", *(() if limited else ("samples",))):  # limits have a remark of their own
-            notes += _differences(rows, f"{task}: {what}", lambda row, t=task, w=what: row.tasks[t].get(w))
+        for key, what in TOLD_APART.items():
+            if not (limited and key == "samples"):  # limits have a remark of their own
+                notes += _differences(rows, f"{task}: {what}", lambda row, t=task, k=key: row.tasks[t].get(k))
     if limited:
         shown = ["all items" if limit is None else f"{limit:g}" for limit in limits]
         notes.append(f"limits differ: {', '.join(f'{r.name} {s}' for r, s in zip(rows, shown, strict=True))}")

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -128,8 +129,9 @@ def _draw_recipes(axis, documents: Mapping[Choice, dict], chosen: Choice, scale:
 
 
 def _averages(summaries: list[dict], scale: int) -> tuple[list[float], list[float]]:
-    """(averages, standard errors), as they are drawn."""
-    return [scale * s["average"] for s in summaries], [scale * (s["average_stderr"] or 0) for s in summaries]
+    """(averages, standard errors), as they are drawn; tasks that point both ways have none, and nothing is drawn."""
+    averages = [math.nan if s["average"] is None else scale * s["average"] for s in summaries]
+    return averages, [scale * (s["average_stderr"] or 0) for s in summaries]
 
 
 def _log_p(mean: float, stderr: float | None, is_chosen: bool) -> str:
@@ -149,7 +151,7 @@ def write_overview(documents: Mapping[Choice, dict], chosen: Choice, output_path
     same_items = len(set(counts)) == 1 or None in counts
     if not same_items:
         rows = [replace(row, name=f"{row.name} ({count:,} items)") for row, count in zip(rows, counts, strict=True)]
-        notes = [DIFFERENT_ITEMS, *(note for note in notes if ": samples differ: " not in note)]
+        notes = [DIFFERENT_ITEMS, *(note for note in notes if ": numbers of items differ: " not in note)]
     beside = (LOG_P, [_log_p(*golds[choice], choice == chosen) for choice in documents]) if golds else None
     print(table(rows, "candidate" if chosen.recipe else "weight", beside, same_items))
     for note in notes:

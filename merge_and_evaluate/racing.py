@@ -38,7 +38,7 @@ from merge_and_evaluate.race_tasks import (
     strata_of_tasks,
 )
 from merge_and_evaluate.results import MAX_RESULTS_BYTES
-from merge_and_evaluate.scores import mean_stderr
+from merge_and_evaluate.scores import average_of
 from merge_and_evaluate.sweep import Outcome, Sweep
 
 UNITS = {"score": "points", "gold": "hundredths of a nat"}  # a hundredth of what is raced on, by --choose_by
@@ -79,7 +79,7 @@ def plan_race(recipe: EvalRecipe, loaded: dict, labels: list[str], margin: tuple
 def read_scored(sweep: Sweep, field: Field, overwrite: bool) -> dict[str, dict]:
     """{candidate's label: {"identity", "documents": {leaf: hash}, "items": {leaf: {"number", "value", "gold"}}}} out of
     the race's file. Raises DataError for a file that is not a race's, or whose entry of a candidate is of other models,
-    tasks, documents or settings, unless it may be replaced."""
+    tasks, documents or settings, unless it may be replaced. What fits counts, with --overwrite too."""
     path = race_path(sweep.output_path)
     if not path.is_file():
         return {}
@@ -241,8 +241,7 @@ def summary_of(field: Field, entry: dict, recipe: EvalRecipe) -> dict:
             "num_fewshot": shots.pop() if len(shots) == 1 else None,
             "higher_is_better": larger_is_better(field.loaded, strata[0].name, field.metrics[strata[0].name]),
         }
-    average = math.fsum(task["value"] for task in tasks.values()) / len(tasks)
-    return {"tasks": tasks, "average": average, "average_stderr": mean_stderr([t["stderr"] for t in tasks.values()])}
+    return {"tasks": tasks, **average_of(tasks)}
 
 
 def outcome_of(sweep: Sweep, field: Field, step: Step, entries: dict, scored: Mapping) -> Outcome:

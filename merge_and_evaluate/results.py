@@ -92,16 +92,29 @@ def read_results(path: str) -> dict:
     if not isinstance(document.get("results"), dict):
         raise DataError(f"{path}: has no `results`; needed is a file that merge_and_evaluate_7b.py or lm_eval wrote")
     try:
-        return document if "summary" in document else with_summary(document, Path(path).stem, {})
+        document = document if "summary" in document else with_summary(document, Path(path).stem, {})
     except (KeyError, TypeError, AttributeError):
-        raise DataError(f"{path}: its `results` are none that lm_eval writes; score the model again") from None
+        raise DataError(f"{path}: its `results` are not as lm_eval writes them; score the model again") from None
+    if not _is_summary(document["summary"]):
+        raise DataError(f"{path}: its `summary` is not as this script writes it; score the model again")
+    return document
 
 
-def percent(value: float | None, stderr: float | None = None) -> str:
-    """(0.7292, 0.013) -> '72.92 ± 1.30'; a missing value is '–'. Scores above 1 (perplexities) stay as they are."""
+def _is_summary(summary) -> bool:
+    """Whether this is what with_summary makes, as far as tables need it."""
+    if not isinstance(summary, dict) or not {"name", "tasks", "average", "average_stderr"} <= summary.keys():
+        return False
+    tasks = summary["tasks"].values() if isinstance(summary["tasks"], dict) else [None]
+    return all(isinstance(task, dict) and {"metric", "value", "stderr"} <= task.keys() for task in tasks)
+
+
+def percent(value: float | None, stderr: float | None = None, scale: int | None = None) -> str:
+    """(0.7292, 0.013) -> '72.92 ± 1.30'; a missing value is '–'. Scores above 1 (perplexities) stay as they are. scale:
+    of a column, whose scores are shown alike; None where a score stands alone."""
     if value is None:
         return "–"
-    scale = 100 if 0 <= value <= 1 else 1
+    if scale is None:
+        scale = 100 if 0 <= value <= 1 else 1
     return f"{value * scale:.2f}" + (f" ± {stderr * scale:.2f}" if stderr is not None else "")
 
 

@@ -92,16 +92,25 @@ def head(rows: list[Row], task: str) -> str:
 
 
 def cell(row: Row, column: str, shared: list[str]) -> tuple[float | None, float | None]:
-    """(score, standard error). The average is over the tasks that all rows have, so that it compares."""
+    """(score, standard error). The average is over the tasks that all rows have, so that it compares; there is none of
+    tasks that point both ways."""
     if column != AVERAGE:
         task = row.tasks.get(column, {})
         return task.get("value"), task.get("stderr")
     if set(shared) == set(row.tasks):
         return row.summary["average"], row.summary["average_stderr"]
     values = [row.tasks[task]["value"] for task in shared]
-    if not values or None in values:
+    ways = {row.tasks[task].get("higher_is_better") is not False for task in shared}
+    if not values or None in values or len(ways) > 1:
         return None, None
     return math.fsum(values) / len(values), mean_stderr([row.tasks[task]["stderr"] for task in shared])
+
+
+def scale_of(rows: list[Row], column: str) -> int:
+    """100 for a column of shares, which are shown in percent; 1 where a score goes beyond 1 (perplexities)."""
+    looked_at = common_tasks(rows) if column == AVERAGE else [column]
+    values = [row.tasks[name]["value"] for row in rows for name in looked_at if name in row.tasks]
+    return 100 if all(0 <= value <= 1 for value in values if value is not None) else 1
 
 
 def less_is_better(rows: list[Row], column: str, shared: list[str]) -> bool:

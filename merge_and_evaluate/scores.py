@@ -123,12 +123,16 @@ def task_summary(document: dict, name: str) -> dict:
 
 
 def summarize(document: dict) -> dict:
-    """{tasks, average, average_stderr}. The average is None if scores are missing or point both ways."""
+    """{tasks, average, average_stderr} of lm-eval's document."""
     tasks = {name: task_summary(document, name) for name in rows_of(document)}
+    return {"tasks": tasks, **average_of(tasks)}
+
+
+def average_of(tasks: dict[str, dict]) -> dict:
+    """{average, average_stderr} of tasks' summaries; None if scores are missing or point both ways."""
     values = [task["value"] for task in tasks.values()]
     comparable = None not in values and len({task["higher_is_better"] for task in tasks.values()}) == 1
     return {
-        "tasks": tasks,
         "average": sum(values) / len(values) if comparable else None,
         "average_stderr": mean_stderr([task["stderr"] for task in tasks.values()]) if comparable else None,
     }

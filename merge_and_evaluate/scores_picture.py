@@ -4,9 +4,9 @@ import math
 from pathlib import Path
 
 from common.pruners.pictures import save_figure
-from merge_and_evaluate.rows import AVERAGE, Row, best_value, cell, columns, common_tasks, less_is_better
+from merge_and_evaluate.rows import AVERAGE, Row, best_value, cell, columns, common_tasks, less_is_better, scale_of
 from merge_and_evaluate.statistics import LEVEL, Difference, interval
-from merge_and_evaluate.verdicts import Against, scale_of
+from merge_and_evaluate.verdicts import Against
 
 PANELS_ACROSS = 4
 

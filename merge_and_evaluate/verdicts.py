@@ -2,13 +2,13 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from common.errors import DataError
+from common.shards.places import whole_path
 from merge_and_evaluate import statistics
 from merge_and_evaluate.items import is_plain_mean
 from merge_and_evaluate.items import shared as shared_items
-from merge_and_evaluate.rows import AVERAGE, Row, columns, common_tasks, less_is_better
+from merge_and_evaluate.rows import AVERAGE, Row, columns, common_tasks, less_is_better, scale_of
 from merge_and_evaluate.statistics import LEVEL, Difference
 
 
@@ -28,7 +28,7 @@ def reference_row(rows: list[Row], against: str | None) -> Row:
     """The row named by --against (its name, or its file); the first if none is. DataError if there is no such row."""
     if against is None:
         return rows[0]
-    by_file = [row for row in rows if row.path and Path(row.path) == Path(os.path.expanduser(against))]
+    by_file = [row for row in rows if row.path and whole_path(row.path) == whole_path(os.path.expanduser(against))]
     by_name = [row for row in rows if row.name == against]
     if not by_file and len(by_name) > 1:
         raise DataError(f"--against {against!r}: {len(by_name)} rows have that name; give the file instead")
@@ -112,8 +112,10 @@ def _average(rows: list[Row], found: dict[str, Difference]) -> Difference | None
 
 def _verdict(rows: list[Row], reference: Row, average: Difference | None, p: float | None) -> str:
     """What a person with a decision to make wants to read."""
+    if not common_tasks(rows):
+        return "cannot tell: no task that all rows have"
     if average is None:
-        return "cannot tell: no task that all rows have in one metric and direction"
+        return "cannot tell: not every task that all rows have is in one metric and direction"
     if p is None:
         return "cannot tell: the standard error is not known"
     unpaired = "" if average.paired else " (unpaired)"
@@ -128,11 +130,12 @@ def _what_it_would_take(difference: Difference) -> str:
     now = f"{difference.items:,} items"
     if difference.value == 0:
         return f"no difference on {now}"
-    if needed is None:
-        return f"{now} are too few"
-    if needed <= difference.items:
+    if needed is not None and needed > difference.items:
+        return f"a difference this size takes about {two_digits(needed):,} items to show, there are {difference.items:,} here"
+    if needed is not None and difference.p < LEVEL:
         return f"enough items for these two alone, but chance does as much among so many rows ({now})"
-    return f"a difference this size takes about {two_digits(needed):,} items to show, here are {now}"
+    # items_needed counts on the normal distribution: of a few items it says "enough" where the exact test does not.
+    return f"{now} are too few"
 
 
 def two_digits(number: int) -> int:
@@ -156,13 +159,6 @@ def points(difference: Difference | None, scale: int) -> str:
 def p_text(p: float | None) -> str:
     """0.0301 -> '0.030'; 0.00001 -> '<0.001'."""
     return "–" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def scale_of(rows: list[Row], task: str) -> int:
-    """100 for shares, which are shown in percent; 1 for scores that go beyond 1 (perplexities)."""
-    looked_at = common_tasks(rows) if task == AVERAGE else [task]
-    values = [row.tasks[name]["value"] for row in rows for name in looked_at if name in row.tasks]
-    return 100 if all(0 <= value <= 1 for value in values if value is not None) else 1
 
 
 def verdict_table(rows: list[Row], found: list[Against], reference: Row) -> str:

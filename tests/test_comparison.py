@@ -81,7 +81,7 @@ def test_what_does_not_compare_is_said(scored, capsys):
     document["summary"]["chosen"]["held_out"] = False
     (scored / "c.json").write_text(json.dumps(document))
     assert compare(capsys, "a.json", "b.json", "c.json")[5:9] == [
-        "- hellaswag: num_fewshot differ: TA 5, CABS 0, CABS 0",
+        "- hellaswag: shots differ: TA 5, CABS 0, CABS 0",
         "- batch sizes differ: TA 8, CABS 1, CABS 1",
         "- CABS: weight 0.9 chosen on gsm8k",
         "- CABS: weight 0.9 chosen on the very tasks it is reported on, which flatters it",
@@ -109,7 +109,7 @@ def test_refusals(scored):
     for files, line in [
         (["a.json", "none.json"], "none.json: no such results file"),
         (["a.json", "list.json"], "list.json: a JSON object is needed"),
-        (["a.json", "odd.json"], "odd.json: its `results` are none that lm_eval writes"),
+        (["a.json", "odd.json"], "odd.json: its `results` are not as lm_eval writes them"),
     ]:
         (scored / "list.json").write_text("[]")
         (scored / "odd.json").write_text('{"results": {"x": 3}}')

@@ -71,7 +71,7 @@ def test_recipes_race_with_the_weights_they_have(here, asked, capsys):
     assert [(line["recipe"], line["chosen"]) for line in lines] == [("far", "0"), ("near", "1"), ("off", "0")]
     taken = [int(line["items"]) for line in lines]
     assert f"| far ({taken[0]} items) |" in said and "so these scores do not compare" in said
-    assert "samples differ" not in said
+    assert "numbers of items differ" not in said
     assert sum(taken) == summary["chosen"]["items"] == len(asked)
 
 
