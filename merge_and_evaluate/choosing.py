@@ -114,7 +114,12 @@ def mean_log_gold(weights: Mapping[str, float], items: Mapping[str, dict], path)
     in nats; the error is None where a task has one item. items: {leaf: record}; path: for the error."""
     mean, variance = 0.0, 0.0
     for leaf, weight in weights.items():
-        logs = log_golds(items.get(leaf, {}).get("gold") or [None], path, leaf)
+        if leaf not in items:
+            raise DataError(
+                f"{path}: has no items of task {leaf!r} (its score may not be a mean over them), so no probability of its "
+                "right answers; choose on others with --choose_on, or --choose_by score"
+            )
+        logs = log_golds(items[leaf]["gold"], path, leaf)
         middle = math.fsum(logs) / len(logs)
         mean += weight * middle
         squares = math.fsum((value - middle) ** 2 for value in logs)
@@ -131,6 +136,6 @@ def gives_nan(path, task: str, model: str = "") -> DataError:
 def no_gold(path, task: str) -> DataError:
     """What to raise for a task whose questions have no right answer to choose."""
     return DataError(
-        f"{path}: task {task!r} is not multiple choice, so its right answers have no probability; choose on others "
-        "with --choose_on, or --choose_by score"
+        f"{path}: task {task!r} is not multiple choice, or has a question without a right answer, so there is no "
+        "probability of right answers; choose on others with --choose_on, or --choose_by score"
     )

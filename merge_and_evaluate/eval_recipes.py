@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from common.errors import DataError
+from merge_and_evaluate.scores import is_score
 from merge_and_evaluate.yaml_files import read_yaml
 
 TEXT_KEYS = ("model", "device", "include_path", "use_cache")
@@ -76,6 +77,10 @@ def read_eval_recipe(path: str, **flags) -> EvalRecipe:
     check_keys(path, config)
     given = {key: value for key, value in flags.items() if value is not None}
     model_args = _mapping(given.pop("model_args", None)) | {k: given.pop(k) for k in ("dtype",) if k in given}
+    if "pretrained" in model_args:  # in the file it may stand, so that `lm_eval run` takes it too
+        raise DataError(
+            f"--model_args pretrained={model_args['pretrained']}: the model that is scored is --save_path; leave it out"
+        )
     config = {**config, **given}
     if model_args:
         config["model_args"] = {**_mapping(config.get("model_args")), **model_args}
@@ -104,6 +109,11 @@ def check_keys(path: str, config: dict) -> None:
             raise DataError(f"{path}: {key} is {value!r:.60}, needed is text")
         if key in MAPPING_KEYS and not isinstance(value, dict | str | None):
             raise DataError(f"{path}: {key} is {value!r:.60}, needed is a mapping")
+    limit, shots = config.get("limit"), config.get("num_fewshot")
+    if limit is not None and not (is_score(limit) and limit > 0):
+        raise DataError(f"{path}: limit is {limit!r:.60}, needed is a number above 0 (below 1: a share of the items)")
+    if shots is not None and not (isinstance(shots, int) and not isinstance(shots, bool) and shots >= 0):
+        raise DataError(f"{path}: num_fewshot is {shots!r:.60}, needed is a whole number, 0 or more")
     tasks = config.get("tasks")
     named = [tasks] if isinstance(tasks, str) else tasks
     if not isinstance(named, list) or not named or not all(isinstance(name, str) and name for name in named):
@@ -120,7 +130,7 @@ def include_path(recipe_path: str, include: str | None) -> str | None:
     beside = Path(recipe_path).parent / folder
     if not beside.is_dir():
         raise DataError(
-            f"{recipe_path}: include_path {include} is no directory, seen from here or from the recipe; "
+            f"{recipe_path}: include_path {include} is not a directory, seen from here or from the recipe; "
             "run from the repository's root or fix the path"
         )
     return str(beside)
@@ -135,7 +145,7 @@ def check_device(device: str | None) -> None:
     try:
         kind, index = torch.device(device).type, torch.device(device).index or 0
     except RuntimeError:
-        raise DataError(f"device {device!r} is none that torch knows; try cpu, cuda, cuda:0 or mps") from None
+        raise DataError(f"torch does not know device {device!r}; try cpu, cuda, cuda:0 or mps") from None
     there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if kind in there and index >= there[kind]:
         raise DataError(f"device {device!r} is not there: torch sees {there[kind]} of kind {kind}; try --device cpu")
@@ -147,7 +157,7 @@ def check_backend(path: str, model: str) -> None:
     from lm_eval.models import MODEL_MAPPING
 
     if model not in MODEL_MAPPING:
-        raise DataError(f"{path}: model {model!r} is none that lm-eval knows; hf is transformers, vllm is vLLM")
+        raise DataError(f"{path}: lm-eval does not know model {model!r}; hf is transformers, vllm is vLLM")
     package = BACKEND_PACKAGES.get(model)
     if package and find_spec(package) is None:
         raise DataError(

@@ -92,7 +92,7 @@ def check_race(recipe: EvalRecipe, loaded: dict, metrics: dict[str, str | None])
         name = metric.partition(",")[0] if metric else None
         if not name or getattr(loaded["tasks"][leaf].aggregation().get(name), "__name__", "mean") != "mean":
             raise DataError(
-                f"{recipe.path}: task {leaf!r}: {name or 'its score'} is no mean over items, and a race needs one; "
+                f"{recipe.path}: task {leaf!r}: {name or 'its score'} is not a mean over items, and a race needs one; "
                 "leave out --race, or choose on other tasks with --choose_on"
             )
 

@@ -73,7 +73,7 @@ def finished(scoring: Scoring, model: Model, path: Path) -> dict | None:
     if not path.is_file():
         return None
     document = read_json(path, most_bytes=MAX_RESULTS_BYTES)
-    identity = document.get("provenance", {}).get("identity")
+    identity = (document.get("provenance") or {}).get("identity")
     if identity != eval_identity(scoring.recipe, scoring.tasks, model.identity):
         return None
     return None if missing_scores(document["summary"]) else document

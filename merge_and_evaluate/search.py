@@ -136,7 +136,7 @@ def _values(trials: Sequence[Trial]) -> dict[Weights, float]:
         if values.setdefault(trial.weights, trial.value) != trial.value:
             raise DataError(
                 f"weights {_said(trial.weights)} have two values in the search's record, {values[trial.weights]} and "
-                f"{trial.value}; needed: one: delete the record to start anew"
+                f"{trial.value}; needed: one. Delete the record to start anew"
             )
     return values
 

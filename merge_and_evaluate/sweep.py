@@ -50,7 +50,7 @@ class Sweep:
     @property
     def identity(self) -> str:
         deciding = [eval_identity(self.choosing.recipe, self.choosing.tasks, c.identity) for c in self.candidates]
-        reported = self.reporting.tasks.names if self.reporting else []
+        reported = eval_identity(self.reporting.recipe, self.reporting.tasks, "") if self.reporting else ""
         return text_hash(repr([deciding, reported, self.by, sorted(self.way.items())]))
 
 
@@ -92,8 +92,8 @@ def planned_files(output_path: Path, choices: list[Choice]) -> list[Path]:
 
 
 def score_candidate(sweep: Sweep, making: Making, candidate: Candidate, place: str) -> tuple[dict, bool]:
-    """(its document, whether it was scored now); scores that are there from before are neither merged nor scored again.
-    place: "3 of 6", for people."""
+    """(its document, whether it was scored now); scores that are there from before are neither merged nor scored again,
+    with --overwrite neither: it replaces what is not this sweep's. place: "3 of 6", for people."""
     document = scoring.finished(sweep.choosing, candidate.model(sweep.name), candidate.results_path)
     before = ", from before" if document else ""
     if not document:
@@ -153,7 +153,7 @@ def already_done(sweep: Sweep) -> bool:
     if not sweep.output_path.is_file() or not (sweep.save_path / merging.REPORT_NAME).is_file():
         return False
     document = read_json(sweep.output_path, most_bytes=MAX_RESULTS_BYTES)
-    return document.get("summary", {}).get("chosen", {}).get("sweep") == sweep.identity
+    return ((document.get("summary") or {}).get("chosen") or {}).get("sweep") == sweep.identity
 
 
 def chosen_record(sweep: Sweep, outcome: Outcome) -> dict:

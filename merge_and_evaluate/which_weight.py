@@ -116,7 +116,8 @@ def priced(planned: Planned, choosing: Scoring, log: Path | None) -> Planned:
 
 
 def cost_line(planned: Planned) -> str:
-    """What it may take, in one line: "at most 30 merges and 14,688 requests to choose, then the chosen one's …"."""
+    """What it may take, in one line: "at most 3 merges and 600 requests (200 for each of 3) to choose; then the chosen
+    one is written and reported"."""
     requests = ""
     if planned.requests is not None:
         each, count = planned.requests, planned.candidates
@@ -191,7 +192,8 @@ def answer(planned: Planned, sweep: Sweep, making: Making) -> None:
     known = sweep.candidates
     if planned.searched:
         known = tried_before(sweep, planned.searched, making.settings)
-    # A finished sweep scores nothing again, so results that are there are its own and not in its way.
+    # A finished sweep's results are its own and not in its way. It is carried out all the same: for the table, and for
+    # what was deleted since.
     if not (done := already_done(sweep)):
         check_outputs(sweep, known, making.overwrite)
     print(cost_line(planned) + (f"\n{planned.note}" if planned.note else ""), flush=True)

@@ -347,10 +347,10 @@ EVAL_REFUSALS = [
     ({**EVAL, "tasks": []}, "eval.yml: tasks is [], needed is a list of task names"),
     (
         {**EVAL, "include_path": "./taks"},
-        "eval.yml: include_path ./taks is no directory, seen from here or from the recipe",
+        "eval.yml: include_path ./taks is not a directory, seen from here or from the recipe",
     ),
     ({**EVAL, "device": "cuda:7"}, "device 'cuda:7' is not there: torch sees "),
-    ({**EVAL, "device": "gpu"}, "device 'gpu' is none that torch knows; try cpu, cuda, cuda:0 or mps"),
+    ({**EVAL, "device": "gpu"}, "torch does not know device 'gpu'; try cpu, cuda, cuda:0 or mps"),
     ({**EVAL, "wandb_args": {}}, "eval.yml: 'wandb_args' is for `lm_eval run` itself; leave it out here"),
     ({**EVAL, "model_args": 5}, "eval.yml: model_args is 5, needed is a mapping"),
     ({**EVAL, "include_path": 5}, "eval.yml: include_path is 5, needed is text"),
@@ -360,7 +360,7 @@ EVAL_REFUSALS = [
     ),
     (
         {**EVAL, "model": "hff"},
-        "eval.yml: model 'hff' is none that lm-eval knows; hf is transformers, vllm is vLLM",
+        "eval.yml: lm-eval does not know model 'hff'; hf is transformers, vllm is vLLM",
     ),
     (
         {**EVAL, "model": "vllm"},

@@ -191,7 +191,7 @@ ROLLING |= {"metric_list": [{"metric": "word_perplexity"}]}
         (
             ROLLING,
             ["--race", "--weights", "1", "2", "--choose_on", "colours"],
-            "word_perplexity is no mean over items, and a race",
+            "word_perplexity is not a mean over items, and a race",
         ),
     ],
 )

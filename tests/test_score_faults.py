@@ -5,13 +5,16 @@ import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from long_tasks import EVAL as LONG
-from long_tasks import change_task, race, whole_document
+from long_tasks import LOSS, change_task, race, results, whole_document
 from recipes_and_models import EVAL, left_over, merge_and_score, score, write_yaml
+from test_verdicts import scored
 
+import merge_and_evaluate_7b
 from common.errors import DataError
 from merge_and_evaluate import choosing, eval_machine, evaluation, racing, scoring
 from merge_and_evaluate.eval_recipes import read_eval_recipe
@@ -20,6 +23,7 @@ from merge_and_evaluate.evaluation import eval_identity
 from merge_and_evaluate.race import next_step, outcome
 from merge_and_evaluate.race_plan import plan, strata_of
 from merge_and_evaluate.race_tasks import read_tasks, strata_of_tasks
+from merge_and_evaluate.scores import summarize
 from merge_and_evaluate.scoring import Scoring
 
 RACE = ("0.5", "--weights", "0.3", "0.9", "--choose_on", "colours", "tints")
@@ -272,3 +276,133 @@ def test_who_is_worse_than_whom_is_said():
     scored = {name: {"t": row.astype(float)} for name, row in zip("abc", values, strict=True)}
     said = outcome(drawn, next_step(drawn, scored), "points")
     assert said.startswith("c wins") and "(95 %, over all pairs): b (than a), a" in said
+
+
+# --- tables and verdicts --------------------------------------------------------------------------
+
+
+def save(**documents: dict) -> None:
+    """A results file of each document, by its name."""
+    for name, document in documents.items():
+        Path(f"{name}.json").write_text(json.dumps(document))
+
+
+def said_of_comparing(capsys, *flags: str) -> str:
+    capsys.readouterr()
+    merge_and_evaluate_7b.main(["--compare", *flags])
+    return capsys.readouterr().out
+
+
+def without_items(name: str, scores: dict[str, float], less: tuple[str, ...] = ()) -> dict:
+    """A results document of these scores; of the tasks in `less`, less is better."""
+    document = {
+        "results": {task: {"m,none": value, "m_stderr,none": 0.01} for task, value in scores.items()},
+        "higher_is_better": {task: {"m": task not in less} for task in scores},
+    }
+    return document | {"summary": {"name": name, **summarize(document)}}
+
+
+def test_few_items_are_said_to_be_few(here, capsys):
+    save(a=scored("A", {"x": [0, 0, 0, 0, 1]}), b=scored("B", {"x": [1, 1, 1, 1, 1]}))
+    assert "cannot tell: 5 items are too few |" in said_of_comparing(capsys, "a.json", "b.json")
+
+
+def test_what_chance_does_among_many_rows_is_said_of_many_rows(here, capsys):
+    """13 to 2 is p 0.007 for two rows alone, 0.07 among ten others."""
+    rows = {"b": scored("B", {"x": [1] * 13 + [0] * 2 + [0] * 185})}
+    rows |= {f"c{i}": scored(f"C{i}", {"x": [0] * 13 + [1] * 2 + [0] * 185}) for i in range(9)}
+    save(a=scored("A", {"x": [0] * 13 + [1] * 2 + [0] * 185}), **rows)
+    said = said_of_comparing(capsys, "a.json", *(f"{name}.json" for name in rows))
+    assert "enough items for these two alone, but chance does as much among so many rows (200 items)" in said
+
+
+def test_a_mixed_average_is_neither_shown_nor_bold(here, capsys):
+    """The rows share an accuracy and a perplexity, which no average holds; a has a third task."""
+    save(
+        a=without_items("A", {"x": 0.5, "wiki": 9.0, "z": 0.5}, less=("wiki",)),
+        b=without_items("B", {"x": 0.75, "wiki": 8.0}, less=("wiki",)),
+    )
+    lines = said_of_comparing(capsys, "a.json", "b.json").splitlines()
+    assert lines[2].endswith("| – |") and lines[3].endswith("| – |")
+    assert "cannot tell: not every task that all rows have is in one metric and direction" in "\n".join(lines)
+    save(c=without_items("C", {"y": 0.5}))
+    assert "cannot tell: no task that all rows have |" in said_of_comparing(capsys, "a.json", "c.json")
+
+
+def test_a_column_has_one_scale(here, capsys):
+    save(a=without_items("A", {"bleu": 0.9}), b=without_items("B", {"bleu": 1.4}))
+    lines = said_of_comparing(capsys, "a.json", "b.json").splitlines()
+    assert lines[2] == "| A | 0.90 ± 0.01 | 0.90 ± 0.01 |" and lines[3] == "| B | **1.40 ± 0.01** | **1.40 ± 0.01** |"
+
+
+def test_gold_can_choose_on_tasks_that_point_both_ways(here, asked):
+    """There is a mean log-probability, and no average score: none is drawn."""
+    change_task(here, "colours", **LOSS)
+    race("0.5", "--weights", "0.3", "0.9", "--choose_on", "colours", "tints", "--choose_by", "gold")
+    assert results(here)["summary"]["weights"] == [0.9]
+    with open("results_sweep.csv") as file:
+        assert {line["average"] for line in csv.DictReader(file)} == {""}
+
+
+@pytest.mark.parametrize("spelling", ["{here}/a.json", "x/../a.json", "./a.json"])
+def test_against_knows_a_file_by_any_spelling(here, capsys, spelling):
+    (here / "x").mkdir()
+    save(a=scored("A", {"x": [0, 1] * 9}), b=scored("B", {"x": [1, 1] * 9}))
+    assert "better than A" in said_of_comparing(capsys, "b.json", "a.json", "--against", spelling.format(here=here))
+
+
+@pytest.mark.parametrize(
+    "content", [{}, None, [], {"tasks": {"x": {}}, "name": "a", "average": 1, "average_stderr": 1}]
+)
+def test_a_summary_that_is_none_is_refused(here, content):
+    save(a={"results": {}, "summary": content})
+    with pytest.raises(DataError, match="a.json: its `summary` is not as this script writes it; score the model again"):
+        merge_and_evaluate_7b.main(["--compare", "a.json"])
+
+
+# --- sweeps and recipes ---------------------------------------------------------------------------
+
+
+def test_a_file_of_another_kind_is_no_score(here):
+    save(**{"results_weight_0.5": {"results": {}, "provenance": None, "summary": None}})
+    with pytest.raises(DataError, match="results_weight_0.5.json: already there"):
+        merge_and_score("--weights", "0.5")
+
+
+def test_a_finished_sweep_is_not_taken_for_one_of_other_data(here, asked):
+    """The choosing task is as it was, the reported one has changed."""
+    path = here / "shades.jsonl"  # what is in the recipe's folder counts for every task
+    (here / "tasks" / "shades.jsonl").rename(path)
+    change_task(here, "shades", dataset_kwargs={"data_files": {"test": str(path)}})
+    race(*RACE)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(DataError, match="results.json: already there"):
+        race(*RACE)
+
+
+@pytest.mark.parametrize(
+    "key, value, needed",
+    [
+        *(("limit", value, "a number above 0") for value in ("20", -5, 0, True, [1])),
+        *(("num_fewshot", value, "a whole number, 0 or more") for value in ([1], "5", -1, 1.5, True)),
+    ],
+)
+def test_limits_and_shots_that_are_none_are_refused(here, key, value, needed):
+    write_yaml(here / "eval.yml", {**EVAL, key: value})
+    with pytest.raises(DataError, match=re.escape(f"eval.yml: {key} is {value!r}, needed is {needed}")):
+        read_eval_recipe("eval.yml")
+
+
+def test_the_model_is_not_named_twice(here):
+    write_yaml(here / "eval.yml", {**EVAL, "model_args": "pretrained=other,max_length=32"})
+    assert read_eval_recipe("eval.yml").model_args == {"max_length": 32}
+    with pytest.raises(
+        DataError, match="--model_args pretrained=other: the model that is scored is --save_path; leave"
+    ):
+        score("base", "--model_args", "pretrained=other")
+
+
+def test_a_task_without_items_is_not_said_to_be_no_choice():
+    document = {"summary": {"tasks": {"a": {"value": 0.5}}}, "items": {}}
+    with pytest.raises(DataError, match=r"r.json: has no items of task 'a' \(its score may not be a mean over them\)"):
+        choosing.gold_average(document, "r.json")

@@ -218,7 +218,7 @@ def test_flags_for_other_paths(here, capsys):
 def test_what_cannot_run_is_refused_by_the_dry_run(here):
     for recipe, line in [
         ({**EVAL, "model": "vllm"}, "eval.yml: model 'vllm' needs the package vllm, which is not installed"),
-        ({**EVAL, "model": "hff"}, "eval.yml: model 'hff' is none that lm-eval knows"),
+        ({**EVAL, "model": "hff"}, "eval.yml: lm-eval does not know model 'hff'"),
         (
             {**EVAL, "apply_chat_template": True},
             "eval.yml: apply_chat_template is set, but ./base, whose tokenizer is used, has no chat template; leave "

@@ -183,8 +183,8 @@ def test_a_record_of_another_search_is_refused():
     with pytest.raises(DataError, match="^weights 1.5 / 0.5 are in the search's record, but"):
         propose(replace(SEARCH, generations=2), [*ended, Trial((1.5, 0.5), 0.0)])
     with refused(
-        "weights 1 / 1 have two values in the search's record, 0.5 and 0.25; needed: one: "
-        "delete the record to start anew"
+        "weights 1 / 1 have two values in the search's record, 0.5 and 0.25; needed: one. "
+        "Delete the record to start anew"
     ):
         propose(SEARCH, [Trial((1.0, 1.0), 0.5), Trial((1.0, 1.0), 0.25)])
 
