@@ -220,7 +220,7 @@ def test_code_of_a_hub_repository_stays_named(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_merge_that_needs_the_code_says_so(tmp_path, capsys):
+def test_a_merge_that_needs_the_code_says_so(tmp_path):
     """transformers would have one pass trust_remote_code=True, a flag that no script here has."""
     import merge_and_evaluate_7b
     from common.exits import run as run_main

@@ -77,7 +77,7 @@ def test_systems_that_lack_calls(linux, tmp_path, system):
     assert done.returncode == 0 and (tmp_path / "c" / "model.safetensors").is_file(), done.stderr
 
 
-def test_windows_points_to_wsl(tmp_path):
+def test_windows_points_to_wsl():
     """One line, whatever else is missing there."""
     done = in_subprocess("import sys; sys.platform = 'win32'", "convert_dtype.py")
     assert done.returncode == 1
@@ -140,7 +140,7 @@ with ThreadPoolExecutor(8) as threads:
 
 
 @pytest.mark.slow
-def test_one_line_from_all_threads(tmp_path):
+def test_one_line_from_all_threads():
     """The first kernels are compiled by several threads at once; the line about their cache is one all the same."""
     done = subprocess.run([sys.executable, "-c", SAID_BY_THREADS], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and done.stderr.count("warning: ") == 1, done.stderr

@@ -202,7 +202,7 @@ def test_a_base_of_elsewhere_is_known_by_what_was_pruned_from_it(written, tmp_pa
     assert "by its hashes none of those verified here" in capsys.readouterr().out
 
 
-def test_what_is_not_known_of_inputs(written, tmp_path, capsys):
+def test_what_is_not_known_of_inputs(written, capsys):
     """A vector's base is recognised by its hashes, wherever it lies; what was not read is named."""
     run("prune", "--verify", written / "va", written / "pa", written / "cv")
     assert capsys.readouterr().out.splitlines()[3:] == [
