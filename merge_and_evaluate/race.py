@@ -34,7 +34,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.errors import DataError
-from merge_and_evaluate.race_plan import Cost, Plan
+from merge_and_evaluate.race_plan import Plan
 
 ALPHA = 0.05
 
@@ -130,19 +130,6 @@ def _gather(race: Plan, number: int, values: Sequence[Mapping[str, np.ndarray]])
     """The values of a round, float64 (candidates, items), stratum after stratum."""
     drawn = list(zip(race.strata, race.sample(number), strict=True))
     return np.array([np.concatenate([of_one[s.name][items] for s, items in drawn]) for of_one in values])
-
-
-def used(race: Plan, step: Step, scored: Scored) -> Cost:
-    """What the race has taken so far: whole rounds of each candidate, and whatever is filled in."""
-    left = {drop.candidate: drop.round + 1 for drop in step.dropped}
-    rounds = step.round if step.to_score else step.round + 1
-    counts = [
-        (stratum.requests, int(np.isfinite(scored[name][stratum.name]).sum()))
-        for name in race.candidates
-        for stratum in race.strata
-    ]
-    scorings = sum(left.get(name, rounds) for name in race.candidates)
-    return Cost(scorings, sum(items for _, items in counts), sum(requests * items for requests, items in counts))
 
 
 # --- a round --------------------------------------------------------------------------------------

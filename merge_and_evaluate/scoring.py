@@ -169,20 +169,14 @@ def score_or_reuse(scoring: Scoring, model: Model, path: Path, overwrite: bool, 
     if not (before and finished(scoring, model, path)):  # what is there may be another model's, wherever these are from
         refuse_existing(path, overwrite)
     if before is None:
-        score_and_show(scoring, model, path, **chosen)
+        result = score(scoring, model, path, **chosen)
+    elif int(os.environ.get("RANK", "0")):  # one process of `accelerate launch` writes
         return
-    if int(os.environ.get("RANK", "0")):  # one process of `accelerate launch` writes
-        return
-    before["summary"].update(chosen)
-    write_results(path, before)
-    _put_into_card(model, before)
-    print_results(before)
-    print(f"wrote {path}")
-
-
-def score_and_show(scoring: Scoring, model: Model, path: Path, **chosen) -> None:
-    """Score a model, write the results file, print its tables."""
-    result = score(scoring, model, path, **chosen)
+    else:
+        result = before
+        result["summary"].update(chosen)
+        write_results(path, result)
+        _put_into_card(model, result)
     if result:
         print_results(result)
         print(f"wrote {path}")

@@ -8,13 +8,12 @@
 
 Nothing here reads or writes, and nothing is kept between calls: each replays the search on what was recorded (a
 fraction of a second for 300 trials), so that one that was interrupted proposes what it would have proposed. Values are
-the caller's, and larger is better: a mean score, the mean log-probability of the right answer, or loss_objective().
+the caller's, and larger is better: a mean score, or the mean log-probability of the right answer.
 
 CABS+'s settings are the defaults: λ in [0.1, 2], start 1, σ 0.05, populations of 6 of which 3 are parents, at most 50
 generations, an end after 6 without a significant change, projection on the box, the best of everything tried wins.
-Differs from its code: the start itself is tried first (F needs its losses, and the winner is never worse than it), the
-draws are seeded, λ has four decimals, so that a recipe shows what was tried and no processor's last bit changes a
-replay.
+Differs from its code: the start itself is tried first (the winner is never worse than it), the draws are seeded, λ has
+four decimals, so that a recipe shows what was tried and no processor's last bit changes a replay.
 """
 
 import math
@@ -219,23 +218,3 @@ def per_layer(weights: Weights, vectors: int, groups: int, layers: int) -> tuple
         )
     rows = (weights[vector * groups : (vector + 1) * groups] for vector in range(vectors))
     return tuple(tuple(row[layer * groups // layers] for layer in range(layers)) for row in rows)
-
-
-def loss_objective(losses: Mapping[str, float], at_start: Mapping[str, float]) -> float:
-    """-F of CABS+: by how much losses fell since the start, what rose counting a hundredfold; larger is better.
-
-    F = Σ f, with Δ = (loss - loss at the start)/loss at the start, f = 100·Δ where Δ > 0, else Δ.
-    ({"a": 1.98, "b": 4.04}, {"a": 2, "b": 4}) -> -(-0.01 + 100·0.01) = -0.99. Raises DataError unless tasks agree and
-    start above 0.
-    """
-    if losses.keys() != at_start.keys():
-        raise DataError(
-            f"losses of {sorted(losses)} against losses at the start of {sorted(at_start)}: needed: the same tasks"
-        )
-    for task, loss in at_start.items():
-        if not (math.isfinite(loss) and loss > 0):
-            raise DataError(
-                f"task {task!r} has the loss {loss} at the start of the search; needed: a finite number above 0"
-            )
-    changes = [(losses[task] - at_start[task]) / at_start[task] for task in at_start]
-    return -math.fsum(100 * change if change > 0 else change for change in changes)

@@ -12,7 +12,7 @@ from mergekit.config import evaluate_setting
 
 from common.errors import DataError
 from merge_and_evaluate import search as searching
-from merge_and_evaluate.search import Search, Trial, best, loss_objective, per_layer, propose
+from merge_and_evaluate.search import Search, Trial, best, per_layer, propose
 
 SEARCH = Search(dimensions=2, evaluations=300, seed=0)
 
@@ -212,13 +212,3 @@ def test_weights_of_layer_groups_are_what_mergekit_reads_from_a_list():
         per_layer((1.0,) * 8, 2, 4, 3)
     with refused("3 weights for 2 vectors of 2 groups of layers; needed: one for each"):
         per_layer((1.0,) * 3, 2, 2, 8)
-
-
-def test_the_objective_of_losses_is_that_of_the_paper():
-    assert loss_objective({"a": 1.98, "b": 4.04}, {"a": 2.0, "b": 4.0}) == pytest.approx(-0.99)
-    assert loss_objective({"a": 1.5}, {"a": 2.0}) == 0.25
-    assert loss_objective({"a": 2.0}, {"a": 2.0}) == 0
-    with refused("losses of ['a'] against losses at the start of ['b']: needed: the same tasks"):
-        loss_objective({"a": 1.0}, {"b": 1.0})
-    with refused("task 'a' has the loss 0.0 at the start of the search; needed: a finite number above 0"):
-        loss_objective({"a": 1.0}, {"a": 0.0})
