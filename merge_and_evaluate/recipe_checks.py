@@ -142,19 +142,22 @@ def _check_values(path: str, method, where: str, parameters: dict) -> None:
 
 
 def _check_counts(path: str, method, holders: list[tuple[str, dict, bool]]) -> None:
-    """n:m of our cabs: whole numbers, n at most m, for every model."""
-    defaults = {spec.name: spec.default for spec in method.spec.parameters}
+    """n:m of our cabs: whole numbers, n at most m, for every model.
+
+    What filters give is compared tensor by tensor (parameters.py): the largest n may be another tensor's.
+    """
+    specs = {spec.name: spec for spec in method.spec.parameters}
+    defaults = {name: spec.default for name, spec in specs.items()}
     (_, shared, _), *models = holders
     for where, parameters, _ in models:
         n, m = ({**defaults, **shared, **parameters}[name] for name in ("n", "m"))
         for name, setting in (("n", n), ("m", m)):
             if isinstance(setting, list) and len(setting) > 1 and not any(isinstance(item, dict) for item in setting):
                 raise DataError(f"{path}: {where}: {name} is the gradient {setting!r:.60}, needed is one whole number")
-        if max(_scalars(n)) > min(_scalars(m)):
-            raise DataError(
-                f"{path}: {where}: n is {max(_scalars(n))} and m is {min(_scalars(m))}; cabs keeps n of every "
-                "m, so n is at most m"
-            )
+        if isinstance(n, list | dict) or isinstance(m, list | dict):
+            continue
+        if specs["n"].validate(n) > specs["m"].validate(m):  # which may be text, "64"
+            raise DataError(f"{path}: {where}: n is {n} and m is {m}; cabs keeps n of every m, so n is at most m")
 
 
 def _check_dtypes(path: str, config: dict) -> None:
@@ -175,6 +178,8 @@ def _check_inputs(path: str, method, config: dict) -> None:
         method.validate_inputs(models if base is None or base in models else [*models, base], base)
     except ValueError as error:
         raise DataError(f"{path}: merge_method {method.spec.name}: {error}; fix the recipe") from None
+    if method.spec.contract.base.value == "required" and set(models) == {base}:
+        raise DataError(f"{path}: names no model besides the base, {base}; add those to be merged into it")
 
 
 def check_method(path: str, config: dict) -> None:

@@ -86,7 +86,7 @@ def stream_reason(config: dict) -> str | None:
     stream_reason({"merge_method": "slerp", …}) -> "merge_method: slerp is not one of linear, task_arithmetic, …"
     """
     method = config.get("merge_method")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         return f"merge_method: {method} is not one of {', '.join(METHODS)}"
     for key, value in config.items():
         if key not in KEYS and value is not None:
@@ -95,7 +95,7 @@ def stream_reason(config: dict) -> str | None:
         if config.get(key) == "float64":
             return f"{key}: float64 is summed and written by mergekit only"
     for model in [config.get("base_model"), *_models(config)]:
-        if isinstance(model, dict) or ("+" in (model or "") and not os.path.isdir(model)):
+        if isinstance(model, dict) or (isinstance(model, str) and "+" in model and not os.path.isdir(model)):
             return f"model: {model!r:.80} asks mergekit for more than a path (a LoRA, a revision)"
     return None
 

@@ -14,7 +14,8 @@ def read_yaml(path: str) -> tuple[str, dict]:
         value = yaml.safe_load(text)
     except FileNotFoundError:
         raise DataError(f"{path}: no such recipe; the ones that come with this collection are in recipes/") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    # ValueError: bytes that are no UTF-8, and what YAML takes for a date that the calendar lacks (2024-13-45).
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{path}: no valid YAML ({reason:.160}); fix the recipe") from None
     if not isinstance(value, dict):

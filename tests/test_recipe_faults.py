@@ -310,3 +310,51 @@ def test_a_seed_that_is_not_used_makes_no_other_merge(table, capsys, method, dra
     else:
         run(recipe(method, beside, beside), "--seed", "1")
         assert "out holds this merge already" in capsys.readouterr().out
+
+
+# --- what ended in a traceback ----------------------------------------------------------------------------
+
+
+def without_models(method: str) -> dict:
+    config = recipe(method)
+    return config | {"models": [{"model": "./base", "parameters": {"weight": 1}}]}
+
+
+def sliced(**source) -> dict:
+    sources = [{"model": "./a", **source}] if source else []
+    return {"merge_method": "passthrough", "slices": [{"sources": sources}], "dtype": "float32"}
+
+
+NO_RECIPES = [
+    (without_models("task_arithmetic"), "r.yml: names no model besides the base, ./base; add those to be merged"),
+    (without_models("ties"), "r.yml: names no model besides the base, ./base; "),
+    (recipe("cabs", n="64", m=32), "r.yml: model ./a: n is 64 and m is 32; cabs keeps n of every m"),
+    (recipe("ties") | {"merge_method": ["ties"]}, "r.yml: merge_method: Input should be a valid string; fix the"),
+    (recipe("ties") | {"base_model": 7}, "r.yml: base_model"),
+    (sliced(), "r.yml: slices: `sources` is empty; name a model there and a layer_range"),
+    ("date: 2024-13-45", "r.yml: no valid YAML (month must be in 1..12); fix the recipe"),
+]
+
+
+@pytest.mark.parametrize(("config", "line"), NO_RECIPES, ids=[line[:60] for _, line in NO_RECIPES])
+def test_a_line_says_what_is_wrong(table, config, line):
+    assert refused(config).startswith(line)
+
+
+def test_numbers_as_text_are_numbers(models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for theirs, name in (("base", "base"), ("wild", "a"), ("west", "b")):
+        (tmp_path / name).symlink_to(models / theirs)
+    found, same = (merge(recipe("cabs", n=n, m=16), "--overwrite") for n in ("4", 4))
+    assert all(torch.equal(found[name], same[name]) for name in found)
+    merged = merge(sliced(layer_range=["0", "2"]), "--overwrite")
+    assert merged.keys() == load(models / "wild").keys()
+
+
+def test_n_and_m_are_compared_tensor_by_tensor(table):
+    """The largest n of all filters may be another tensor's than the smallest m."""
+    n, m = ([{"filter": "mlp", "value": of_mlp}, {"value": other}] for of_mlp, other in ((16, 5), (32, 4)))
+    line = "tensor 'lm_head.weight': model ./a: n is 5 and m is 4; cabs keeps n"
+    assert line in refused(recipe("cabs", n=n, m=m))
+    n[1]["value"] = 1
+    assert merge(recipe("cabs", n=n, m=m)).keys() == SHAPES.keys()
