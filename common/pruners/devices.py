@@ -36,6 +36,7 @@ def _results(arithmetic, dtype: str) -> np.ndarray:
         return arithmetic.load(vectors[j][start:stop])
 
     for pruning in _METHODS:
+        # Two vectors, because the second one's masks are made from counts of the first one's, in kernels of their own.
         masks = Masks([pruning] * 2, "probe", [dtype] * 2, _NUMEL, arithmetic)
         if masks.in_passes:
             masks.find_thresholds(masks.scanning(read), read)

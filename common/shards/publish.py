@@ -80,7 +80,7 @@ def claim(output: Output, identity: dict, overwrite: bool) -> int:
     if is_half_published(output.final) and not overwrite:
         refuse_half_published(output.final, part, identity)
     fresh = not part.exists()
-    descriptor = lock(part)
+    descriptor = lock(part)  # before what is in it is looked at: another job may be about to fill it
     if not fresh and _state(part) == identity:
         return descriptor
     try:

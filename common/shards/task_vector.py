@@ -67,7 +67,7 @@ def read_task_vector(checkpoint: Checkpoint) -> TaskVector:
         for h in hashes.values()
     ):
         raise DataError(f"{path}: not as extract_task_vector_7b.py writes it; extract the vector again")
-    if hashes.keys() != checkpoint.tensors.keys():
+    if hashes.keys() != checkpoint.tensors.keys():  # of a tensor without a hash nobody would notice damage
         name = sorted(hashes.keys() ^ checkpoint.tensors.keys())[0]
         raise DataError(f"tensor {name!r}: in only one of {path} and the weights beside it; extract the vector again")
     return TaskVector(checkpoint, base, hashes)

@@ -97,6 +97,7 @@ def check_directory(label: Path | str, is_known: bool = False) -> tuple[str, dic
     …). is_known: see open_directory. Raises DataError that names the first damaged tensor and its file.
     """
     tensors, records = open_directory(label, is_known)
+    # All tensors once, whatever number of records there is: reading is what takes the time.
     found = tensor_hashes(tensors, f"verify {Path(label).name}")
     for path, hashes in records.items():
         damaged = [tensor for tensor in tensors if found[tensor.name] != hashes[tensor.name]]
