@@ -13,20 +13,36 @@ def as_list(value) -> list:
     return value if isinstance(value, list) else []
 
 
+def _modules(config: dict) -> list[dict]:
+    """The recipe itself, and each part under `modules`."""
+    modules = config.get("modules")
+    parts = modules.values() if isinstance(modules, dict) else []
+    return [config, *(part for part in parts if isinstance(part, dict))]
+
+
+def _slices(part: dict) -> list[dict]:
+    return [each for each in as_list(part.get("slices")) if isinstance(each, dict)]
+
+
 def entries(config: dict) -> list[dict]:
     """The mappings that name an input model: under `models`, `slices` and `modules`, in the recipe's order."""
-    found = list(as_list(config.get("models")))
-    for part in as_list(config.get("slices")):
-        found += as_list(part.get("sources")) if isinstance(part, dict) else []
-    modules = config.get("modules")
-    for part in modules.values() if isinstance(modules, dict) else []:
-        found += entries(part) if isinstance(part, dict) else []
+    found = []
+    for part in _modules(config):
+        found += as_list(part.get("models"))
+        for each in _slices(part):
+            found += as_list(each.get("sources"))
     return [entry for entry in found if isinstance(entry, dict)]
+
+
+def _named(config: dict) -> list[tuple[dict, str]]:
+    """(mapping, key) wherever a recipe names a model: the base, models, then bases that slices have of their own."""
+    bases = [(each, "base_model") for part in _modules(config) for each in _slices(part)]
+    return [(config, "base_model"), *((entry, "model") for entry in entries(config)), *bases]
 
 
 def model_paths(config: dict) -> list[str]:
     """Every model a recipe names, base first, each once."""
-    paths = [model_path(config.get("base_model"))] + [model_path(entry.get("model")) for entry in entries(config)]
+    paths = [model_path(holder.get(key)) for holder, key in _named(config)]
     return list(dict.fromkeys(path for path in paths if path))
 
 
@@ -60,7 +76,7 @@ def explicit_path(path: str) -> str | dict:
 def with_paths(config: dict, new_path: Callable[[str], str | dict]) -> dict:
     """The recipe's config with new_path(path) in place of every model's path, the base's first."""
     config = deepcopy(config)
-    for holder, key in [(config, "base_model")] + [(entry, "model") for entry in entries(config)]:
+    for holder, key in _named(config):
         if isinstance(holder.get(key), str):
             holder[key] = new_path(holder[key])
     return config
