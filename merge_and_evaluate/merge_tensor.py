@@ -22,14 +22,13 @@ from common.shards.blocks import Reader, Writer, blocks
 from common.shards.headers import DTYPE_CODES, DTYPE_NAMES
 from common.shards.stream import Task, Worker, copy_tensor, new_hash, not_finite
 from merge_and_evaluate.budgets import add_norms, empty_norms, rescale_factor, ties_budget
-from merge_and_evaluate.streamed_methods import Values
+from merge_and_evaluate.streamed_methods import OURS, Values
 from merge_and_evaluate.sum_inputs import Block, Rule
 from merge_and_evaluate.sums import delta_sum, linear, vector_sum
 
 # A program takes two of the kernels' blocks in one call: it leaves stretches behind, so a block need not stay in the
 # caches as a whole, and half as many calls of Python's save what reads twice a tenth of its time (measured).
 _AT_ONCE = 2
-OURS = {"cabs": "nm", "magnitude": "magnitude", "random": "random"}  # {merge method: pruning method}
 
 
 @dataclass(frozen=True)

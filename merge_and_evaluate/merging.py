@@ -88,9 +88,9 @@ def _plan_streamed(*decided):
     return plan_streamed(*decided)
 
 
-def open_model(recipe: Recipe, path: str) -> Checkpoint:
-    """A model of the recipe, its headers read, weights of a Hub id still there (remote.py). A missing directory of the
-    chain names the script that makes it."""
+def check_there(recipe: Recipe, path: str) -> None:
+    """Refuse a model that is no directory and no Hub id. A missing directory of the chain names the script that makes
+    it."""
     if set(path) & set("+@") and not Path(path).is_dir():
         raise DataError(
             f"{recipe.path}: {path!r}: mergekit takes '+' and '@' in a path for a LoRA or a revision, and there is no "
@@ -99,7 +99,6 @@ def open_model(recipe: Recipe, path: str) -> Checkpoint:
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or path.startswith("models/")
     if looks_local and not Path(path).is_dir():
         raise DataError(f"{recipe.path}: model {path} is not there; {_maker(path)}")
-    return describe_checkpoint(path)
 
 
 def _maker(path: str) -> str:
@@ -142,9 +141,12 @@ def check_names(recipe: Recipe, checkpoints: tuple[Checkpoint, ...]) -> None:
 
 
 def plan_merge(recipe: Recipe, save_path: str | Path, settings: MergeSettings = MergeSettings()) -> MergePlan:
-    """Open and compare all inputs from their headers. Raises DataError before a weight is read or downloaded."""
+    """Open and compare all inputs from their headers, those of a Hub id there (remote.py). Raises DataError before a
+    weight is read or downloaded."""
+    for path in model_paths(recipe.config):
+        check_there(recipe, path)  # first: no engine merges what is not there
     reason = mergekit_reason(recipe, settings)
-    checkpoints = tuple(open_model(recipe, path) for path in model_paths(recipe.config))
+    checkpoints = tuple(describe_checkpoint(path) for path in model_paths(recipe.config))
     return _planned(recipe, checkpoints, Path(save_path), settings, reason)
 
 

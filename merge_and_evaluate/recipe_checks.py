@@ -7,7 +7,7 @@ import math
 
 from common.errors import DataError
 from merge_and_evaluate.recipe_paths import as_list, entries, explicit_path, with_paths
-from merge_and_evaluate.streamed_methods import model_path
+from merge_and_evaluate.streamed_methods import OURS, model_path
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -110,12 +110,12 @@ def _check_names(path: str, method, where: str, parameters: dict, per_model: boo
             )
 
 
-def _scalars(setting) -> list:
+def scalars(setting) -> list:
     """The plain values in a parameter setting: one value, a gradient, or values with filters."""
     if isinstance(setting, dict):
-        return _scalars(setting.get("value"))
+        return scalars(setting.get("value"))
     if isinstance(setting, list):
-        return [scalar for item in setting for scalar in _scalars(item)]
+        return [scalar for item in setting for scalar in scalars(item)]
     return [setting]
 
 
@@ -130,10 +130,12 @@ def is_number(value) -> bool:
 def _check_values(path: str, method, where: str, parameters: dict) -> None:
     """Each value must be what the method's parameter takes; numbers must be finite."""
     for spec in method.spec.parameters:
-        for value in _scalars(parameters[spec.name]) if spec.name in parameters else []:
+        for value in scalars(parameters[spec.name]) if spec.name in parameters else []:
             line = f"{path}: {where}: {spec.name} is {value!r:.60}"
             if spec.value_type is float and not is_number(value):
                 raise DataError(f"{line}, needed is a finite number")
+            if spec.name == "density" and method.spec.name.startswith("dare_") and float(value) < 0:
+                raise DataError(f"{line}; it is the probability of being kept, so it must be 0 or more")
             try:
                 spec.validate(value)
             except ValueError as error:
@@ -161,6 +163,8 @@ def _check_counts(path: str, method, holders: list[tuple[str, dict, bool]]) -> N
 
 
 def _check_dtypes(path: str, config: dict) -> None:
+    if config.get("dtype") == "float64" and config["merge_method"] in OURS:
+        raise DataError(f"{path}: {config['merge_method']} sums in float32; set dtype: float32")
     for key in ("dtype", "out_dtype"):
         if config.get(key) and config[key] not in DTYPES:
             raise DataError(f"{path}: {key} is {config[key]!r:.60}, needed is one of {', '.join(DTYPES)}")

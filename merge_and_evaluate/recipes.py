@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import DataError
-from merge_and_evaluate.recipe_checks import check_keys, check_method, is_number, method_of
+from merge_and_evaluate.recipe_checks import check_keys, check_method, is_number, method_of, scalars
 from merge_and_evaluate.recipe_paths import entries, model_paths, one_spelling, with_paths
 from merge_and_evaluate.streamed_methods import METHODS, is_plain, model_path
 from merge_and_evaluate.yaml_files import read_yaml
@@ -90,23 +90,29 @@ def weighted_entries(recipe: Recipe) -> list[dict]:
     return found
 
 
-def _normalizes(path: str, name: str) -> bool:
-    """Whether a method divides by the sum of the weights unless told otherwise."""
+def _defaults(path: str, name: str) -> dict:
+    """{parameter of a method: its default}."""
     if name in METHODS:  # known without mergekit
-        return "normalize" in METHODS[name] and METHODS[name]["normalize"].default
-    return next((spec.default for spec in method_of(path, name).spec.parameters if spec.name == "normalize"), False)
+        return {key: parameter.default for key, parameter in METHODS[name].items()}
+    return {spec.name: spec.default for spec in method_of(path, name).spec.parameters}
+
+
+def _is_set(value) -> bool:
+    """Whether a flag is set as mergekit reads it, which takes text as well: "false" is not."""
+    return value.lower() in ("true", "t", "yes", "y", "on", "1") if isinstance(value, str) else bool(value)
 
 
 def swept_lambda(recipe: Recipe) -> bool:
     """Whether equal weights scale this merge through the recipe's `lambda` (methods that normalise weights)."""
-    parameters = recipe.config.get("parameters") or {}
-    normalizes = _normalizes(recipe.path, recipe.config["merge_method"])
-    if not parameters.get("normalize", normalizes):
+    method, parameters = recipe.config["merge_method"], recipe.config.get("parameters") or {}
+    known = _defaults(recipe.path, method)
+    if not any(map(_is_set, scalars(parameters.get("normalize", known.get("normalize", False))))):
         return False
     if "lambda" not in parameters:
+        instead = ", or a `lambda` for the sweep," if "lambda" in known else ""
         raise DataError(
-            f"{recipe.path}: merge_method {recipe.config['merge_method']} divides by the sum of the weights, so equal "
-            "weights cancel; set `normalize: false`, or a `lambda` for the sweep, under `parameters`"
+            f"{recipe.path}: merge_method {method} divides by the sum of the weights, so equal weights cancel; set "
+            f"`normalize: false`{instead} under `parameters`"
         )
     return True
 

@@ -29,6 +29,7 @@ class Parameter:
     choices: tuple[str, ...] = ()
 
 
+OURS = {"cabs": "nm", "magnitude": "magnitude", "random": "random"}  # {merge method: pruning method}
 _WEIGHT = Parameter(float, per_model=True, needed=True)
 _FLAG, _SET = Parameter(bool, False), Parameter(bool, True)
 _OURS = {
@@ -40,11 +41,11 @@ _OURS = {
 _DENSITY = Parameter(float, 0.25, per_model=True, least=1e-12, most=1.0)
 
 
-def _deltas(normalize: bool, rescale: bool) -> dict[str, Parameter]:
+def _deltas(normalize: bool, rescale: bool, least_density: float = float("-inf")) -> dict[str, Parameter]:
     """The parameters that task_arithmetic, ties, dare_linear and dare_ties share."""
     return {
         "weight": _WEIGHT,
-        "density": Parameter(float, 1.0, per_model=True),
+        "density": Parameter(float, 1.0, per_model=True, least=least_density),
         "normalize": Parameter(bool, normalize),
         "rescale": Parameter(bool, rescale),
         "lambda": Parameter(float, 1.0),
@@ -56,8 +57,9 @@ METHODS: dict[str, dict[str, Parameter]] = {
     "linear": {"weight": _WEIGHT, "normalize": _SET},
     "task_arithmetic": _deltas(normalize=False, rescale=False),
     "ties": _deltas(normalize=True, rescale=False),
-    "dare_linear": _deltas(normalize=False, rescale=True),
-    "dare_ties": _deltas(normalize=False, rescale=True),
+    # mergekit cannot draw with a probability below 0; ties takes that for "keep nothing".
+    "dare_linear": _deltas(normalize=False, rescale=True, least_density=0.0),
+    "dare_ties": _deltas(normalize=False, rescale=True, least_density=0.0),
     "cabs": {
         **_OURS,
         "n": Parameter(int, 64, per_model=True, least=1),

@@ -26,11 +26,11 @@ from common.shards.memory import MemorySink
 from common.shards.stream import Task, Worker, same_bytes
 from common.shards.verify import MERGE_REPORT, recorded_hashes_of
 from merge_and_evaluate.card import write_card
-from merge_and_evaluate.merge_tensor import OURS, Found, TensorMerge, merge_tensor
+from merge_and_evaluate.merge_tensor import Found, TensorMerge, merge_tensor
 from merge_and_evaluate.parameters import layer_depths, parameters_of, written_dtype
 from merge_and_evaluate.recipe_paths import with_paths
 from merge_and_evaluate.recipes import Recipe
-from merge_and_evaluate.streamed_methods import model_path, summed_models
+from merge_and_evaluate.streamed_methods import OURS, model_path, summed_models
 
 # Elements. nm with an m of its own for each model is ranked in blocks of a common multiple of them, and a block is in
 # memory for every model at once.

@@ -228,6 +228,61 @@ def test_a_misspelled_condition_is_refused(table, shared):
     assert "unknown key 'fliter' in a condition of weight; " in refused(config)
 
 
+def test_a_base_of_slices_is_spelled_as_their_models_are(models, tmp_path, monkeypatch):
+    """models/base becomes ./models/base in both places; mergekit compares text."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").symlink_to(models)
+    sources = [{"model": f"models/{name}", "layer_range": [0, 2]} for name in ("base", "wild")]
+    sources[1]["parameters"] = {"weight": 0.6}
+    part = {"base_model": "models/base", "sources": sources}
+    found = merge({"merge_method": "task_arithmetic", "slices": [part], "dtype": "float32", "out_dtype": "float16"})
+    config = {
+        "merge_method": "task_arithmetic",
+        "base_model": "models/base",
+        "dtype": "float32",
+        "out_dtype": "float16",
+    }
+    whole = merge(config | {"models": [{"model": "models/wild", "parameters": {"weight": 0.6}}]}, "--overwrite")
+    assert all(torch.equal(tensor, found[name]) for name, tensor in whole.items())
+
+
+# --- values that no merge can use ---------------------------------------------------------------------
+
+
+def test_weights_that_sum_to_zero_where_they_are_summed(table):
+    """In float32; in float64 0.1 + 0.2 - 0.3 is 5.6e-17."""
+    weights = {"weight": 0.1}, {"weight": 0.2}
+    config = recipe("linear", *weights, base=None)
+    config["models"].append({"model": "./base", "parameters": {"weight": -0.3}})
+    assert "the weights sum to 0, and linear divides by that" in refused(config)
+
+
+DENSITIES = [-0.2, [0.5, -0.2], [{"filter": "mlp", "value": -0.2}, {"value": 0.5}]]
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+@pytest.mark.parametrize("density", DENSITIES, ids=str)
+def test_a_probability_is_not_negative(table, method, density):
+    line = refused(recipe(method, {"weight": 1, "density": density}, {"weight": 1}))
+    assert line.endswith("density is -0.2; it is the probability of being kept, so it must be 0 or more")
+
+
+@pytest.mark.parametrize("method", ["cabs", "magnitude", "random"])
+def test_our_methods_sum_in_float32(models, tmp_path, monkeypatch, method):
+    monkeypatch.chdir(tmp_path)
+    for theirs, name in (("base", "base"), ("wild", "a"), ("west", "b")):
+        (tmp_path / name).symlink_to(models / theirs)
+    config = recipe(method) | {"dtype": "float64"}
+    assert refused(config) == f"r.yml: {method} sums in float32; set dtype: float32"
+    assert merge(config | {"dtype": "float32", "out_dtype": "float64"})["lm_head.weight"].dtype == torch.float64
+
+
+def test_what_no_engine_merges_is_not_sent_to_the_other(table):
+    config = recipe("ties")
+    config["models"][0]["model"] = "./a+lora"
+    assert "there is no such directory; fix the path" in refused(config, "--engine", "stream")
+
+
 # --- sweeps -----------------------------------------------------------------------------------------------
 
 
@@ -244,6 +299,16 @@ def test_a_sweep_sets_the_weight_of_every_model(table):
     assert swept(recipe("task_arithmetic", {}, {}, weight=0.5), 0.9)["parameters"] == {"weight": 0.9}
     found = swept(recipe("task_arithmetic", {"weight": 1}, {"weight": 2}, weight=0.5), 0.9, 0.8)["models"]
     assert [model["parameters"]["weight"] for model in found] == [0.9, 0.8]
+
+
+def test_what_to_do_about_normalised_weights(table):
+    """linear has no lambda to set; a quoted "false" is false to mergekit."""
+    with pytest.raises(DataError, match="equal weights cancel; set `normalize: false` under `parameters`"):
+        swept(recipe("linear", base=None), 0.9)
+    with pytest.raises(DataError, match="set `normalize: false`, or a `lambda` for the sweep, under `parameters`"):
+        swept(recipe("ties"), 0.9)
+    found = swept(recipe("ties", normalize="false"), 0.9)["models"]
+    assert [model["parameters"]["weight"] for model in found] == [0.9, 0.9]
 
 
 # --- "holds this merge already" -------------------------------------------------------------------------
