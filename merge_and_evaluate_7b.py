@@ -105,7 +105,7 @@ from merge_and_evaluate.which_weight import (
     cost_line,
     files_of,
     on,
-    plan_trials,
+    plan_choices,
     priced,
     print_memory,
 )
@@ -115,9 +115,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parsed(__doc__, argv)
 
 
-def print_merges(merge_plans: list[MergePlan], settings: MergeSettings, trials: int) -> None:
+def print_merges(merge_plans: list[MergePlan], settings: MergeSettings, candidates: int) -> None:
     """What --dry_run says of the merges: what is read and written, and what it takes."""
-    each = f", {trials // len(merge_plans)} weights" if trials > len(merge_plans) else ""
+    each = f", {candidates // len(merge_plans)} weights" if candidates > len(merge_plans) else ""
     for merge_plan in merge_plans:
         print(f"merge   {merge_plan.recipe.path}: {merge_plan.recipe.config['merge_method']}{each}")
         print(f"engine  {engine_line(merge_plan)}")
@@ -126,7 +126,7 @@ def print_merges(merge_plans: list[MergePlan], settings: MergeSettings, trials: 
         print(f"reads   {checkpoint.nbytes / 1e9:8.3f} GB  {checkpoint.label}{later}")
     nbytes = max(merge_plan.nbytes for merge_plan in merge_plans)
     print(f"writes  {nbytes / 1e9:8.3f} GB  {merge_plans[0].save_path}")
-    print(f"disk    {nbytes * min(trials, 2) / 1e9:8.3f} GB  to be free; more with --keep_models")
+    print(f"disk    {nbytes * min(candidates, 2) / 1e9:8.3f} GB  to be free; more with --keep_models")
     memory = max(memory_needed(merge_plan, settings) for merge_plan in merge_plans)
     print(f"memory  {memory / 1e9:8.3f} GB  for the merge, about")
 
@@ -228,32 +228,32 @@ def merge_and_evaluate(args: argparse.Namespace) -> None:
     merge_plans = planned_merges(args, settings)
     merge_plan, output_path = merge_plans[0], Path(args.output_path)
     question = question_of(args)
-    trials = plan_trials(question, merge_plans) if question else None
+    asked = plan_choices(question, merge_plans) if question else None
     if merge_plan.reason or not args.merge_only:
         check_one_process()
     if not args.merge_only:
         choosing, reporting = scorings(args, merge_plans)
-    if not args.merge_only and not trials:
+    if not args.merge_only and not asked:
         refuse_existing_file(output_path, args.overwrite)
-    if trials:
-        trials = priced(trials, choosing, None if args.dry_run else output_path.with_suffix(".log"))
+    if asked:
+        asked = priced(asked, choosing, None if args.dry_run else output_path.with_suffix(".log"))
     if args.dry_run:
-        print_merges(merge_plans, settings, trials.candidates if trials else 1)
-        if trials:
+        print_merges(merge_plans, settings, asked.candidates if asked else 1)
+        if asked:
             print_memory(merge_plans, settings, choosing, args.keep_models)
-            print(f"cost    {cost_line(trials)}")
+            print(f"cost    {cost_line(asked)}")
         if not args.merge_only:
-            print_scoring(choosing, reporting, files_of(trials, output_path) if trials else [output_path])
+            print_scoring(choosing, reporting, files_of(asked, output_path) if asked else [output_path])
         return
 
-    if trials:
+    if asked:
         making = Making(settings, args.keep_models, args.overwrite)
         name = args.name or ("" if len(merge_plans) > 1 else merge_plan.recipe.name)
         sweep = Sweep(name, (), choosing, reporting, merge_plan.save_path, output_path)
         if any(plan.is_remote for plan in merge_plans):
-            check_before_download(trials, sweep, making)
-            trials = on(trials, [fetched(plan, settings, args.overwrite) for plan in merge_plans])
-        answer(trials, sweep, making)
+            check_before_download(asked, sweep, making)
+            asked = on(asked, [fetched(plan, settings, args.overwrite) for plan in merge_plans])
+        answer(asked, sweep, making)
         return
     merge_plan = fetched(merge_plan, settings, args.overwrite)
     model = merged_model(merge_plan, settings, args.name or merge_plan.recipe.name, args.overwrite)

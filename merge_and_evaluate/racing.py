@@ -18,6 +18,7 @@ import numpy as np
 
 from common.errors import DataError
 from common.shards.documents import read_json
+from common.shards.hashing import text_hash
 from common.shards.staging import write_file
 from merge_and_evaluate.announcement import shots_of
 from merge_and_evaluate.candidates import Candidate, Making, drop_model, model_to_score
@@ -28,15 +29,8 @@ from merge_and_evaluate.eval_recipes import EvalRecipe
 from merge_and_evaluate.evaluation import eval_identity
 from merge_and_evaluate.in_memory import opened
 from merge_and_evaluate.race import Step, next_step, outcome, told, unscored
-from merge_and_evaluate.race_plan import Plan, most, plan
-from merge_and_evaluate.race_tasks import (
-    check_choice,
-    check_race,
-    documents_hash,
-    larger_is_better,
-    score_items,
-    strata_of_tasks,
-)
+from merge_and_evaluate.race_plan import Plan, most
+from merge_and_evaluate.race_tasks import documents_hash, larger_is_better, score_items
 from merge_and_evaluate.results import MAX_RESULTS_BYTES
 from merge_and_evaluate.scores import average_of
 from merge_and_evaluate.sweep import Outcome, Sweep
@@ -46,10 +40,11 @@ UNITS = {"score": "points", "gold": "hundredths of a nat"}  # a hundredth of wha
 
 @dataclass(frozen=True, eq=False)
 class Field:
-    """What is raced on: the plan, lm-eval's tasks with their documents and a hash of those, the metric of each, and
-    whether gold decides."""
+    """What is raced on: the plan and the seed that drew it, lm-eval's tasks with their documents and a hash of those,
+    the metric of each, and whether gold decides."""
 
     plan: Plan
+    seed: int
     loaded: dict
     documents: dict[str, str]
     metrics: dict[str, str]
@@ -61,16 +56,12 @@ def race_path(output_path: Path) -> Path:
     return output_path.with_name(f"{output_path.stem}_race.json")
 
 
-def plan_race(recipe: EvalRecipe, loaded: dict, labels: list[str], margin: tuple[float, str], seed: int) -> Field:
-    """The race of candidates called `labels` on lm-eval's loaded tasks; margin: (points, score or gold), in hundredths
-    of a score in 0..1 or of a nat. Raises DataError for tasks that cannot be raced on, and for fewer than two
-    candidates."""
-    points, by = margin
-    metrics = check_choice(recipe, loaded, by)
-    check_race(recipe, loaded, metrics)
-    strata = strata_of_tasks(recipe, loaded)
-    documents = {stratum.name: documents_hash(loaded["tasks"][stratum.name], stratum.items) for stratum in strata}
-    return Field(plan(strata, labels, points / 100, seed), loaded, documents, metrics, by)
+def field_of(race_plan: Plan, seed: int, loaded: dict, metrics: dict[str, str], by: str) -> Field:
+    """What is raced on, of a plan drawn by `seed` over lm-eval's loaded tasks; by: score or gold."""
+    documents = {
+        stratum.name: documents_hash(loaded["tasks"][stratum.name], stratum.items) for stratum in race_plan.strata
+    }
+    return Field(race_plan, seed, loaded, documents, metrics, by)
 
 
 # --- what was scored ------------------------------------------------------------------------------
@@ -112,9 +103,9 @@ def _other_than(entry: dict, sweep: Sweep, field: Field, candidate: Candidate) -
 
 def _new_entry(sweep: Sweep, field: Field, candidate: Candidate) -> dict:
     """A candidate's entry before its first item."""
-    # --seed, which draws the items, is in the merge's identity: another one makes other batches, and so other prompts.
-    identity = eval_identity(sweep.choosing.recipe, sweep.choosing.tasks, candidate.identity)
-    return {"identity": identity, "documents": field.documents, "items": {}}
+    scored_as = eval_identity(sweep.choosing.recipe, sweep.choosing.tasks, candidate.identity)
+    # The seed decides which items share a batch, and so what precedes each in its prompt: see the top of this file.
+    return {"identity": text_hash(f"{scored_as} {field.seed}"), "documents": field.documents, "items": {}}
 
 
 def add_scored(entry: dict, samples: dict[str, list[int]], found: dict[str, dict]) -> None:

@@ -60,7 +60,7 @@ def searched_recipe(searched: Searched, weights: Weights) -> Recipe:
     )
 
 
-def trial_of(sweep: Sweep, searched: Searched, weights: Weights, settings: MergeSettings) -> Candidate:
+def candidate_at(sweep: Sweep, searched: Searched, weights: Weights, settings: MergeSettings) -> Candidate:
     """The candidate that tries these weights, of the same models as the search's start."""
     merge = replace(searched.merge_plan, recipe=searched_recipe(searched, weights))
     return candidate_of(Choice(weights), merge, sweep.candidates[0].digests, settings, sweep.output_path)
@@ -70,7 +70,7 @@ def tried_before(sweep: Sweep, searched: Searched, settings: MergeSettings) -> t
     """The candidates whose scores are there from before, as this search comes to them; the next one last."""
     trials, found = [], []
     while weights := next(iter(propose(searched.search, trials).candidates), None):
-        candidate = trial_of(sweep, searched, weights, settings)
+        candidate = candidate_at(sweep, searched, weights, settings)
         found.append(candidate)
         document = scoring.finished(sweep.choosing, candidate.model(sweep.name), candidate.results_path)
         if not document:
@@ -86,7 +86,7 @@ def search(sweep: Sweep, making: Making, searched: Searched) -> Outcome:
     most = searched.search.evaluations
     while (proposal := propose(searched.search, trials)).candidates:
         for weights in proposal.candidates:
-            candidate = trial_of(sweep, searched, weights, making.settings)
+            candidate = candidate_at(sweep, searched, weights, making.settings)
             check_output(candidate, sweep.choosing, making.overwrite)
             document, scored_now = score_candidate(sweep, making, candidate, f"{len(trials) + 1} of at most {most}")
             merges += scored_now

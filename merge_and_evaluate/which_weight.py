@@ -12,9 +12,9 @@ from merge_and_evaluate.announcement import requests_to_make
 from merge_and_evaluate.candidates import Making, candidate_of
 from merge_and_evaluate.choices import Choice
 from merge_and_evaluate.merging import MergePlan, MergeSettings, input_digests
-from merge_and_evaluate.race_plan import most
-from merge_and_evaluate.race_tasks import check_choice, loss_note, read_tasks
-from merge_and_evaluate.racing import Field, plan_race, race, race_path
+from merge_and_evaluate.race_plan import most, plan
+from merge_and_evaluate.race_tasks import check_choice, check_race, loss_note, read_tasks, strata_of_tasks
+from merge_and_evaluate.racing import Field, field_of, race, race_path
 from merge_and_evaluate.recipes import with_weights
 from merge_and_evaluate.scoring import Scoring
 from merge_and_evaluate.searching import Searched, plan_search, search, searched_recipe, tried_before, way_of
@@ -46,11 +46,11 @@ class Question:
 
 @dataclass(frozen=True, eq=False)
 class Planned:
-    """A question that can be answered. trials: {choice: its merge}, of a search its start; requests: of scoring one
+    """A question that can be answered. choices: {choice: its merge}, of a search its start; requests: of scoring one
     candidate on every item, None where no data was read; note: what to mind about the tasks."""
 
     question: Question
-    trials: dict[Choice, MergePlan]
+    choices: dict[Choice, MergePlan]
     searched: Searched | None = None
     field: Field | None = None
     requests: int | None = None
@@ -59,7 +59,7 @@ class Planned:
     @property
     def candidates(self) -> int:
         """How many are tried, at most."""
-        return self.question.evaluations or len(self.trials)
+        return self.question.evaluations or len(self.choices)
 
     @property
     def merges(self) -> int:
@@ -70,22 +70,22 @@ class Planned:
 # --- plan -----------------------------------------------------------------------------------------
 
 
-def plan_trials(question: Question, merge_plans: list[MergePlan]) -> Planned:
+def plan_choices(question: Question, merge_plans: list[MergePlan]) -> Planned:
     """The merges to try, from headers: of each recipe with each of the weights. Raises DataError for weights that a
     recipe has no place for, and for recipes that cannot be told apart by name."""
     if question.evaluations:
         (merge_plan,) = merge_plans
         searched = plan_search(merge_plan, question.evaluations, question.layer_groups, question.seed)
         start = (searched.search.start,) * searched.search.dimensions
-        trial = replace(merge_plan, recipe=searched_recipe(searched, start))
-        return Planned(question, {Choice(start): trial}, searched)
-    several, trials = len(merge_plans) > 1, {}
+        merge = replace(merge_plan, recipe=searched_recipe(searched, start))
+        return Planned(question, {Choice(start): merge}, searched)
+    several, choices = len(merge_plans) > 1, {}
     for merge_plan in merge_plans:
         name = merge_plan.recipe.name if several else ""
         for weights in question.weights or ((),):
             recipe = with_weights(merge_plan.recipe, weights) if weights else merge_plan.recipe
-            trials[Choice(weights, name)] = replace(merge_plan, recipe=recipe)
-    return Planned(question, trials)
+            choices[Choice(weights, name)] = replace(merge_plan, recipe=recipe)
+    return Planned(question, choices)
 
 
 def check_names(paths: list[str]) -> None:
@@ -109,8 +109,10 @@ def priced(planned: Planned, choosing: Scoring, log: Path | None) -> Planned:
     metrics = check_choice(choosing.recipe, loaded, question.by)
     field = None
     if question.points is not None:
-        labels = [choice.label for choice in planned.trials]
-        field = plan_race(choosing.recipe, loaded, labels, (question.points, question.by), question.seed)
+        check_race(choosing.recipe, loaded, metrics)
+        labels = [choice.label for choice in planned.choices]
+        drawn = plan(strata_of_tasks(choosing.recipe, loaded), labels, question.points / 100, question.seed)
+        field = field_of(drawn, question.seed, loaded, metrics, question.by)
     requests = requests_to_make(choosing.recipe, loaded)
     return replace(planned, field=field, requests=requests, note=loss_note(loaded, metrics))
 
@@ -127,7 +129,7 @@ def cost_line(planned: Planned) -> str:
 
 def files_of(planned: Planned, output_path: Path) -> list[Path]:
     """The results files that are written; of a search, which finds its weights as it goes, not those of its trials."""
-    files = planned_files(output_path, [] if planned.field or planned.searched else list(planned.trials))
+    files = planned_files(output_path, [] if planned.field or planned.searched else list(planned.choices))
     return [race_path(output_path), *files] if planned.field else files
 
 
@@ -169,26 +171,26 @@ def check_before_download(planned: Planned, sweep: Sweep, making: Making) -> Non
 
     What is there already is told from a stranger's by hashes and times of the inputs, which are not here yet.
     """
-    trials = planned.trials.items()
-    candidates = (candidate_of(choice, merge, {}, making.settings, sweep.output_path) for choice, merge in trials)
+    choices = planned.choices.items()
+    candidates = (candidate_of(choice, merge, {}, making.settings, sweep.output_path) for choice, merge in choices)
     check_outputs(sweep, tuple(candidates), making.overwrite)
 
 
 def on(planned: Planned, merge_plans: list[MergePlan]) -> Planned:
     """The same of the same merges, whose models have been downloaded in the meantime."""
-    again = plan_trials(planned.question, merge_plans)
-    return replace(planned, trials=again.trials, searched=again.searched)
+    again = plan_choices(planned.question, merge_plans)
+    return replace(planned, choices=again.choices, searched=again.searched)
 
 
 def answer(planned: Planned, sweep: Sweep, making: Making) -> None:
     """Find the best candidate, put its model in its place, report it."""
-    by_recipe = {merge.recipe.path: merge for merge in planned.trials.values()}
+    by_recipe = {merge.recipe.path: merge for merge in planned.choices.values()}
     digests = {path: input_digests(merge) for path, merge in by_recipe.items()}
-    trials = (
+    candidates = (
         candidate_of(choice, merge, digests[merge.recipe.path], making.settings, sweep.output_path)
-        for choice, merge in planned.trials.items()
+        for choice, merge in planned.choices.items()
     )
-    sweep = one_log(replace(sweep, candidates=tuple(trials), by=planned.question.by, way=way(planned)))
+    sweep = one_log(replace(sweep, candidates=tuple(candidates), by=planned.question.by, way=way(planned)))
     known = sweep.candidates
     if planned.searched:
         known = tried_before(sweep, planned.searched, making.settings)

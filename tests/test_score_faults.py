@@ -109,7 +109,7 @@ def test_items_of_changed_documents_are_not_taken(here, asked, monkeypatch):
 
 
 def test_another_seed_scores_anew(here, asked):
-    """Which items share a batch decides what precedes them in their prompts. (A guard: so it was before.)"""
+    """Which items share a batch decides what precedes them in their prompts."""
     race(*RACE)
     before = len(asked)
     drop_winner(here)
