@@ -62,9 +62,9 @@ class Tasks:
         """What lm-eval is told where the bare names would lose the recipe's settings; else []."""
         return part_of_recipe(self.manager.task_index, self.recipe_names, self.names)
 
-    @property
-    def to_load(self) -> list[str]:
-        """The names that lm-eval loads: `names`, or one group of them that carries the recipe's settings."""
+    def add_part_to_index(self) -> list[str]:
+        """The names that lm-eval is to load: `names`, or one group of them that carries the recipe's settings and is
+        added to the manager's index."""
         part = self.part
         if not part:
             return self.names

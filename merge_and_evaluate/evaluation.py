@@ -24,7 +24,7 @@ def load_tasks(recipe: EvalRecipe, tasks: Tasks) -> dict:
     seed = evaluator_config(recipe, "model").seed or [0, 1234]
     random.seed(seed[0])
     np.random.seed(seed[1])
-    return tasks.manager.load(tasks.to_load)
+    return tasks.manager.load(tasks.add_part_to_index())
 
 
 def _roots(loaded: dict) -> list:

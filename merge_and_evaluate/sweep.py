@@ -95,17 +95,15 @@ def score_candidate(sweep: Sweep, making: Making, candidate: Candidate, place: s
     """(its document, whether it was scored now); scores that are there from before are neither merged nor scored again,
     with --overwrite neither: it replaces what is not this sweep's. place: "3 of 6", for people."""
     document = scoring.finished(sweep.choosing, candidate.model(sweep.name), candidate.results_path)
-    before = ", from before" if document else ""
-    if not document:
+    scored_now = not document
+    if scored_now:
         model = model_to_score(making, candidate, sweep.name, sweep.save_path)
         document = scoring.score(sweep.choosing, model, candidate.results_path, **candidate.choice.record)
     average = percent(document["summary"]["average"], document["summary"]["average_stderr"])
     gold = f", gold {value_of(document, candidate.results_path, 'gold'):.4f} nats" if sweep.by == "gold" else ""
-    print(
-        f"{candidate.choice.said} ({place}): average {average}{gold}, {candidate.results_path}{before}",
-        flush=True,
-    )
-    return document, not before
+    before = "" if scored_now else ", from before"
+    print(f"{candidate.choice.said} ({place}): average {average}{gold}, {candidate.results_path}{before}", flush=True)
+    return document, scored_now
 
 
 def record_of(candidate: Candidate, document: dict, value: float) -> dict:

@@ -43,7 +43,7 @@ def asked_models(monkeypatch) -> list[str]:
     asked about."""
     models = []
 
-    def stand_in(recipe, model, tasks, identity):
+    def stand_in(recipe, model, tasks, identity, filled=None):
         models.append(model)
         config = merged_by(Path(model))
         weight = config["models"][0]["parameters"]["weight"]
@@ -237,7 +237,7 @@ def test_an_interrupted_sweep_goes_on(here, asked_models, monkeypatch):
     """Stopped while the second model is scored: nothing is scored twice, and what comes out is the same."""
     stand_in = scoring.evaluate
 
-    def stops(recipe, model, tasks, identity):
+    def stops(recipe, model, tasks, identity, filled=None):
         if model == "merged_weight_0.6":
             raise KeyboardInterrupt
         return stand_in(recipe, model, tasks, identity)
