@@ -77,11 +77,12 @@ def _vector(group: TensorGroup, entry: TensorEntry, tuned: np.ndarray, base: np.
 def _merge(
     group: TensorGroup, weights: list[float], prunings: list[Pruning], vector_dtype: str, consensus: str
 ) -> torch.Tensor:
-    """base + Σ weight · mask · vector in float32; prunings: one a model."""
+    """base + Σ weight · scale · mask · vector in float32; prunings, which have the scale: one a model."""
     base = group.base.tensor
     if group.metadata.name.endswith("inv_freq"):  # no parameter: carried over from the base
         return base
     target = DTYPE_CODES[vector_dtype]
+    factors = tuple(weight * pruning.scale for weight, pruning in zip(weights, prunings, strict=True))
     base_bits, tuned = _bits(base), [_bits(entry.tensor) for entry in group.non_base]
     out = torch.empty_like(base, dtype=torch.float32, memory_format=torch.contiguous_format)
     out_bits = _bits(out)
@@ -96,7 +97,7 @@ def _merge(
         vectors = [read(j, start, stop) for j in range(len(tuned))]
         block, below = Block(out_bits[start:stop], "F32"), Block(base_bits[start:stop], _code(base))
         added = [Block(vector, target) for vector in vectors]
-        vector_sum(block, below, added, masks.of(start, vectors), tuple(weights), consensus == "sign")
+        vector_sum(block, below, added, masks.of(start, vectors), factors, consensus == "sign")
     return out.to(base.dtype)
 
 
@@ -111,26 +112,9 @@ def _mask_name(group: TensorGroup) -> str:
     return _mask_names(model.model.path).get(name, name) if isinstance(model, ModelReference) else name
 
 
-def _shared(density, group: TensorGroup) -> float:
-    """The density of all models. Raises DataError where they differ, which only a streamed merge can do."""
-    values = list(dict.fromkeys(density.values_for(group.non_base)))
-    if len(values) > 1:
-        raise DataError(
-            f"tensor {group.metadata.name!r}: density is {values[0]} for one model and {values[1]} for another; "
-            "through mergekit all models share one density: give one, or use --engine stream"
-        )
-    return values[0]
-
-
 def _as_by_sparsity(density: float) -> float:
     """The density that --sparsity_level 1 - density comes to in float64: 0.3 -> 0.30000000000000004."""
     return 1.0 - (1.0 - density)
-
-
-def _pruned(group: TensorGroup, weight, pruning: Pruning, settings: tuple[str, str]) -> torch.Tensor:
-    """The merge where one Pruning holds for all models."""
-    weights = [value * pruning.scale for value in weight.values_for(group.non_base)]
-    return _merge(group, weights, [pruning] * len(weights), *settings)
 
 
 @ours(name="cabs", pretty_name="CABS", reference_url=CABS_URL)
@@ -160,10 +144,9 @@ def magnitude(
     consensus: Consensus = "none",
 ) -> torch.Tensor:
     """Keep the largest `density` of each tensor of each task vector."""
-    pruning = Pruning(
-        "magnitude", _as_by_sparsity(_shared(density, group)), conflict_aware=conflict_aware, rescale=rescale
-    )
-    return _pruned(group, weight, pruning, (vector_dtype, consensus))
+    densities = map(_as_by_sparsity, density.values_for(group.non_base))
+    prunings = [Pruning("magnitude", each, conflict_aware=conflict_aware, rescale=rescale) for each in densities]
+    return _merge(group, weight.values_for(group.non_base), prunings, vector_dtype, consensus)
 
 
 @ours(
@@ -182,10 +165,10 @@ def random(
     consensus: Consensus = "none",
 ) -> torch.Tensor:
     """Keep each position with probability `density`; with `rescale` what is kept is divided by it."""
-    pruning = Pruning(
-        "random", _as_by_sparsity(_shared(density, group)), seed=seed, conflict_aware=conflict_aware, rescale=rescale
-    )
-    return _pruned(group, weight, pruning, (vector_dtype, consensus))
+    densities = map(_as_by_sparsity, density.values_for(group.non_base))
+    rule = {"seed": seed, "conflict_aware": conflict_aware, "rescale": rescale}
+    prunings = [Pruning("random", each, **rule) for each in densities]
+    return _merge(group, weight.values_for(group.non_base), prunings, vector_dtype, consensus)
 
 
 def register() -> None:

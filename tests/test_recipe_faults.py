@@ -283,6 +283,19 @@ def test_what_no_engine_merges_is_not_sent_to_the_other(table):
     assert "there is no such directory; fix the path" in refused(config, "--engine", "stream")
 
 
+@pytest.mark.parametrize("method", ["magnitude", "random"])
+def test_a_density_for_each_model_through_mergekit_too(models, tmp_path, monkeypatch, method):
+    """The bits of the stream, with `rescale`, whose factor is each model's own."""
+    monkeypatch.chdir(tmp_path)
+    for theirs, name in (("base", "base"), ("wild", "a"), ("west", "b")):
+        (tmp_path / name).symlink_to(models / theirs)
+    beside = {"weight": 0.6, "density": 0.5}, {"weight": 0.5, "density": 0.25}
+    config = recipe(method, *beside, rescale=True, conflict_aware=True) | {"out_dtype": "float16"}
+    streamed, other = merge(config), merge(config, "--engine", "mergekit", "--overwrite")
+    for name, tensor in streamed.items():
+        assert torch.equal(tensor.view(torch.int16), other[name].view(torch.int16)), name
+
+
 # --- sweeps -----------------------------------------------------------------------------------------------
 
 
