@@ -6,9 +6,18 @@ from dataclasses import dataclass
 from common.shards.hashing import text_hash
 
 
+def _text(weight: float) -> str:
+    """A weight in as few digits as tell it from every other: 1.0 -> '1', 0.6000001 -> '0.6000001'.
+
+    Names of directories, results files and rows are made of it: two weights of one name would be taken for one.
+    """
+    short = f"{weight:g}"
+    return short if float(short) == weight else repr(float(weight))
+
+
 def label(weights: tuple[float, ...]) -> str:
     """(0.6, 1.2) -> '0.6 / 1.2'."""
-    return " / ".join(f"{weight:g}" for weight in weights)
+    return " / ".join(map(_text, weights))
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,7 @@ class Choice:
     @property
     def ending(self) -> str:
         """What its directory and results file end in: 'weight_0.6', 'weights_0.6_1.2', 'recipe_cabs_weight_0.6'."""
-        weights = "_".join(f"{weight:g}" for weight in self.weights)
+        weights = "_".join(map(_text, self.weights))
         if len(self.weights) > 16:  # a file's name has 255 bytes at most
             weights = text_hash(repr(self.weights))[:16]
         kind = "weight_" if len(self.weights) == 1 else "weights_"

@@ -29,6 +29,8 @@ class Parameter:
     choices: tuple[str, ...] = ()
 
 
+# Up to so many differences torch's sum(dim=0), and so mergekit, adds in their order; beyond, in groups of 16.
+IN_ORDER = 17
 OURS = {"cabs": "nm", "magnitude": "magnitude", "random": "random"}  # {merge method: pruning method}
 _WEIGHT = Parameter(float, per_model=True, needed=True)
 _FLAG, _SET = Parameter(bool, False), Parameter(bool, True)
@@ -99,6 +101,8 @@ def stream_reason(config: dict) -> str | None:
     for model in [config.get("base_model"), *_models(config)]:
         if isinstance(model, dict) or (isinstance(model, str) and "+" in model and not os.path.isdir(model)):
             return f"model: {model!r:.80} asks mergekit for more than a path (a LoRA, a revision)"
+    if method == "task_arithmetic" and len(summed_models(config)) > IN_ORDER:
+        return f"models: more than {IN_ORDER} differences are summed in an order of mergekit's own"
     return None
 
 

@@ -99,7 +99,9 @@ def _store(values, address, kind, start):
 # --- sums in torch's order ------------------------------------------------------------------------
 # torch's sum(dim=0) of k stacked tensors adds k values one after the other in columns that it takes 32 at a time, and
 # as four interleaved sums in the columns that are left (ATen, SumKernel.cpp: multi_row_sum, row_sum; on every x86
-# processor, whatever the number of threads). From five models on the two differ in the last bit.
+# processor, whatever the number of threads). From five models on the two differ in the last bit. That holds up to 17
+# models: beyond, torch adds sums of 16. task_arithmetic, whose bits are mergekit's, is then left to mergekit
+# (streamed_methods.stream_reason); the other methods add in order whatever the number.
 
 
 @_njit()

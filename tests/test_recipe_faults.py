@@ -17,7 +17,9 @@ from common.errors import DataError
 from common.pruners import kernels
 from common.pruners.kernels import program
 from common.shards import stream
+from merge_and_evaluate.choices import Choice
 from merge_and_evaluate.recipes import read_recipe, with_weights
+from merge_and_evaluate.streamed_methods import stream_reason
 
 SHAPES = {
     "lm_head.weight": (11, 7),
@@ -296,6 +298,16 @@ def test_a_density_for_each_model_through_mergekit_too(models, tmp_path, monkeyp
         assert torch.equal(tensor.view(torch.int16), other[name].view(torch.int16)), name
 
 
+@pytest.mark.parametrize("count", [17, 18])
+def test_many_differences_are_summed_as_mergekit_does(count):
+    """Streamed while torch adds them in their order."""
+    stack = torch.randn(count, 64, generator=torch.Generator().manual_seed(0))
+    in_order = sum(stack, torch.zeros(64))
+    models = [{"model": f"m{i}", "parameters": {"weight": 1}} for i in range(count)]
+    config = {"merge_method": "task_arithmetic", "base_model": "base", "models": [*models, {"model": "base"}]}
+    assert torch.equal(stack.sum(0), in_order) == (stream_reason(config) is None) == (count == 17)
+
+
 # --- sweeps -----------------------------------------------------------------------------------------------
 
 
@@ -322,6 +334,13 @@ def test_what_to_do_about_normalised_weights(table):
         swept(recipe("ties"), 0.9)
     found = swept(recipe("ties", normalize="false"), 0.9)["models"]
     assert [model["parameters"]["weight"] for model in found] == [0.9, 0.9]
+
+
+def test_no_two_weights_share_a_name(table):
+    """Of a directory, a results file, a row; usual weights keep the short names they have."""
+    choices = [Choice((weight,)) for weight in (0.6, 0.6000001, 1.0, 1e-9, 1.2000000000000002)]
+    assert [choice.label for choice in choices] == ["0.6", "0.6000001", "1", "1e-09", "1.2000000000000002"]
+    assert [choice.ending for choice in choices] == [f"weight_{choice.label}" for choice in choices]
 
 
 # --- "holds this merge already" -------------------------------------------------------------------------
