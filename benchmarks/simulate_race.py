@@ -161,8 +161,8 @@ def simulate(
     """Races of one row, each on items of its own. first: items that the first round has at least."""
     rng = np.random.default_rng([seed, scenario.items, scenario.candidates, CURVES.index(scenario.curve)])
     race = plan(strata_of(ITEMS[scenario.items]), [str(i) for i in range(scenario.candidates)], margin, seed, first)
-    rows = list(dict.fromkeys(stratum.row for stratum in race.strata))
-    accuracy = np.array([ACCURACIES[rows.index(stratum.row)] for stratum in race.strata])
+    entries = list(dict.fromkeys(stratum.entry for stratum in race.strata))
+    accuracy = np.array([ACCURACIES[entries.index(stratum.entry)] for stratum in race.strata])
     respond, results = strength(scenario), []
     starts = np.concatenate([[0], np.cumsum(race.sizes)[:-1]])
     for _ in range(races):

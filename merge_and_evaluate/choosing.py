@@ -97,15 +97,15 @@ def gold_average(document: dict, path) -> tuple[float, float | None]:
 
 
 def leaf_weights(document: dict) -> dict[str, float]:
-    """{leaf task: its share of the average}, as in the score: each row counts the same, in a group each item, or each
+    """{leaf task: its share of the average}, as in the score: each entry counts the same, in a group each item, or each
     task where the group's score is the mean of its tasks."""
-    weights, rows, items = {}, document["summary"]["tasks"], document.get("items", {})
-    for row, summary in rows.items():
-        leaves = leaves_of(document, row)
+    weights, entries, items = {}, document["summary"]["tasks"], document.get("items", {})
+    for entry, summary in entries.items():
+        leaves = leaves_of(document, entry)
         values = [items.get(leaf, {}).get("value", []) for leaf in leaves]
-        plain = not all(values) or is_plain_mean(row, values, summary.get("value"))
+        plain = not all(values) or is_plain_mean(entry, values, summary.get("value"))
         counts = [1 if plain else len(of_leaf) for of_leaf in values]
-        weights |= {leaf: count / sum(counts) / len(rows) for leaf, count in zip(leaves, counts, strict=True)}
+        weights |= {leaf: count / sum(counts) / len(entries) for leaf, count in zip(leaves, counts, strict=True)}
     return weights
 
 

@@ -160,27 +160,27 @@ def compare(race: Plan, number: int, differences: np.ndarray) -> tuple[np.ndarra
     freedom.
 
     -> (mean, standard error of the mean of all items, of the mean over new items), each (candidates,); freedom: int.
-    The variance is pooled over a row's strata: MMLU's subjects give a handful of items each, too few for a variance of
-    their own. What the subjects' means differ by counts into it, which errs on the wide side (collapsed strata, Cochran
-    5A.12).
+    The variance is pooled over an entry's strata: MMLU's subjects give a handful of items each, too few for a variance
+    of their own. What the subjects' means differ by counts into it, which errs on the wide side (collapsed strata,
+    Cochran 5A.12).
     """
     counts, sizes = race.counts[number], race.sizes
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    rows = [stratum.row for stratum in race.strata]
-    firsts = np.array([i for i, row in enumerate(rows) if i == 0 or row != rows[i - 1]])
-    row_of = np.repeat(np.arange(len(firsts)), np.diff([*firsts, len(rows)]))
+    entries = [stratum.entry for stratum in race.strata]
+    firsts = np.array([i for i, entry in enumerate(entries) if i == 0 or entry != entries[i - 1]])
+    entry_of = np.repeat(np.arange(len(firsts)), np.diff([*firsts, len(entries)]))
     sums = np.add.reduceat(differences, starts, axis=1)
     squares = np.add.reduceat(differences**2, starts[firsts], axis=1)
-    row_counts, row_sums = np.add.reduceat(counts, firsts), np.add.reduceat(sums, firsts, axis=1)
+    entry_counts, entry_sums = np.add.reduceat(counts, firsts), np.add.reduceat(sums, firsts, axis=1)
     # Zero everywhere is agreement so far, not certainty: without any difference seen there is no scale for a bound.
     largest = np.abs(differences).max() or np.inf
     pseudo = PSEUDO_ITEMS / len(firsts)
-    spread = squares - row_sums**2 / row_counts + pseudo * largest**2
-    variance = spread / (row_counts - 1 + pseudo)
-    of_means = variance[:, row_of] * race.weights**2 / counts
+    spread = squares - entry_sums**2 / entry_counts + pseudo * largest**2
+    variance = spread / (entry_counts - 1 + pseudo)
+    of_means = variance[:, entry_of] * race.weights**2 / counts
     left = counts < sizes  # summed only where items are left: infinity times 0 would be NaN
     stderr = np.sqrt(of_means[:, left] @ (1 - counts / sizes)[left])
-    return sums @ (race.weights / counts), stderr, np.sqrt(of_means.sum(axis=1)), int((row_counts - 1).sum())
+    return sums @ (race.weights / counts), stderr, np.sqrt(of_means.sum(axis=1)), int((entry_counts - 1).sum())
 
 
 def spent(alpha: float, time: float) -> float:

@@ -19,14 +19,14 @@ FIRST_ROUND = 60
 class Stratum:
     """Items of which a share is drawn: a task, or one subject of a group.
 
-    row: the task or group that counts once in the average. weight: the stratum's share of the average.
+    entry: the task or group that counts once in the average. weight: the stratum's share of the average.
     requests: requests to the model that an item makes (multiple choice: one a choice). cost: the time that an item
     takes beside the others', in any unit; of two strata of the same weight, the one at four times the cost gives half
     the items.
     """
 
     name: str
-    row: str
+    entry: str
     items: int
     weight: float
     requests: int = 1
@@ -37,8 +37,8 @@ class Stratum:
 class Plan:
     """A race before it starts.
 
-    strata: those of a row side by side. margin: in the unit of the item values. order: per stratum its items as drawn,
-    int64 (items,). counts: how many of them are scored after each round, int64 (rounds, strata), never falling.
+    strata: those of an entry side by side. margin: in the unit of the item values. order: per stratum its items as
+    drawn, int64 (items,). counts: how many of them are scored after each round, int64 (rounds, strata), never falling.
     """
 
     strata: tuple[Stratum, ...]
@@ -74,18 +74,18 @@ class Cost:
 
 
 def strata_of(
-    rows: Mapping[str, Mapping[str, int]],
+    entries: Mapping[str, Mapping[str, int]],
     requests: Mapping[str, int] | None = None,
     costs: Mapping[str, float] | None = None,
 ) -> tuple[Stratum, ...]:
-    """{row: {leaf task: items}} -> strata: rows weigh the same, leaves share their row's weight equally.
+    """{entry: {leaf task: items}} -> strata: entries weigh the same, leaves share their entry's weight equally.
 
     {"arc": {"arc": 8}, "mmlu": {"law": 4, "art": 2}} -> weights 1/2, 1/4, 1/4. requests, costs: {leaf: of an item}.
     """
     requests, costs = requests or {}, costs or {}
     return tuple(
-        Stratum(leaf, row, items, 1 / len(rows) / len(leaves), requests.get(leaf, 1), costs.get(leaf, 1.0))
-        for row, leaves in rows.items()
+        Stratum(leaf, entry, items, 1 / len(entries) / len(leaves), requests.get(leaf, 1), costs.get(leaf, 1.0))
+        for entry, leaves in entries.items()
         for leaf, items in leaves.items()
     )
 
@@ -99,8 +99,8 @@ def plan(
     A stratum's order depends on the seed, its name and its size alone. Raises DataError where there is no race to run.
     """
     _check_race(candidates, margin)
-    rows = list(dict.fromkeys(stratum.row for stratum in strata))
-    strata = tuple(sorted(strata, key=lambda stratum: rows.index(stratum.row)))
+    entries = list(dict.fromkeys(stratum.entry for stratum in strata))
+    strata = tuple(sorted(strata, key=lambda stratum: entries.index(stratum.entry)))
     _check_strata(strata)
     order = tuple(np.random.default_rng([seed, *s.name.encode()]).permutation(s.items) for s in strata)
     shares = [share_out(strata, part) for part in ROUNDS]

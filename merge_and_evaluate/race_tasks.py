@@ -17,18 +17,18 @@ from merge_and_evaluate.scores import OPENED_GROUPS, PLAIN_MEAN_GROUPS, main_met
 from merge_and_evaluate.scoring import Scoring
 
 
-def rows_of_loaded(loaded: dict) -> list[str]:
-    """The tasks and groups that count once each in the average, as scores.rows_of finds them in a document."""
+def entries_of_loaded(loaded: dict) -> list[str]:
+    """The tasks and groups that count once each in the average, as scores.entries_of finds them in a document."""
     inner = {child for children in loaded["group_map"].values() for child in children}
-    waiting, rows = [name for name in [*loaded["groups"], *loaded["tasks"]] if name not in inner], []
+    waiting, entries = [name for name in [*loaded["groups"], *loaded["tasks"]] if name not in inner], []
     while waiting:
         name = waiting.pop(0)
         group = loaded["groups"].get(name)
         if group is not None and (not group.has_aggregation or name in OPENED_GROUPS):
             waiting = list(loaded["group_map"][name]) + waiting
         else:
-            rows.append(name)
-    return rows
+            entries.append(name)
+    return entries
 
 
 def _filters(task) -> list[str]:
@@ -43,18 +43,18 @@ def _keys(task) -> list[str]:
 def metrics_of(loaded: dict) -> dict[str, str | None]:
     """{leaf task: the metric that counts in it}, as scores.leaf_metrics finds it in a document; None: no metric."""
     found = {}
-    for row in rows_of_loaded(loaded):
-        leaves, group = leaves_below(loaded, row), loaded["groups"].get(row)
-        of_row = None
+    for entry in entries_of_loaded(loaded):
+        leaves, group = leaves_below(loaded, entry), loaded["groups"].get(entry)
+        of_entry = None
         if group is not None:
             kinds = _filters(loaded["tasks"][leaves[0]])
             keys = [
                 f"{each.metric},{kind}" for each in group.aggregate_metric_list for kind in each.filter_list or kinds
             ]
-            of_row = main_metric(row, dict.fromkeys(keys, 0.0))
+            of_entry = main_metric(entry, dict.fromkeys(keys, 0.0))
         for leaf in leaves:
             keys = _keys(loaded["tasks"][leaf])
-            found[leaf] = of_row if of_row in keys else main_metric(leaf, dict.fromkeys(keys, 0.0))
+            found[leaf] = of_entry if of_entry in keys else main_metric(leaf, dict.fromkeys(keys, 0.0))
     return found
 
 
@@ -114,18 +114,18 @@ def larger_is_better(loaded: dict, leaf: str, metric: str) -> bool:
 
 
 def strata_of_tasks(recipe: EvalRecipe, loaded: dict) -> tuple[Stratum, ...]:
-    """Every leaf as a stratum, weighted as in the score that people compare: rows alike, in a group tasks by their
+    """Every leaf as a stratum, weighted as in the score that people compare: entries alike, in a group tasks by their
     items, or alike in MMLU and where the group says so. An item costs its requests."""
-    rows, strata = rows_of_loaded(loaded), []
-    for row in rows:
-        leaves, group = leaves_below(loaded, row), loaded["groups"].get(row)
+    entries, strata = entries_of_loaded(loaded), []
+    for entry in entries:
+        leaves, group = leaves_below(loaded, entry), loaded["groups"].get(entry)
         by_size = group is None or all(each.weight_by_size for each in group.aggregate_metric_list)
-        plain = row in PLAIN_MEAN_GROUPS or not by_size
+        plain = entry in PLAIN_MEAN_GROUPS or not by_size
         counts = [items_to_score(recipe, loaded["tasks"][leaf]) for leaf in leaves]
         for leaf, count in zip(leaves, counts, strict=True):
             share = 1 / len(leaves) if plain else count / sum(counts)
             asked = requests_of(loaded["tasks"][leaf], count) / count
-            strata.append(Stratum(leaf, row, count, share / len(rows), round(asked), asked))
+            strata.append(Stratum(leaf, entry, count, share / len(entries), round(asked), asked))
     return tuple(strata)
 
 

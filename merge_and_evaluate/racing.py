@@ -69,7 +69,7 @@ def field_of(race_plan: Plan, seed: int, loaded: dict, metrics: dict[str, str], 
 
 def read_scored(sweep: Sweep, field: Field, overwrite: bool) -> dict[str, dict]:
     """{candidate's label: {"identity", "documents": {leaf: hash}, "items": {leaf: {"number", "value", "gold"}}}} out of
-    the race's file. Raises DataError for a file that is not a race's, or whose entry of a candidate is of other models,
+    the race's file. Raises DataError for a file that is not a race's, or whose tally of a candidate is of other models,
     tasks, documents or settings, unless it may be replaced. What fits counts, with --overwrite too."""
     path = race_path(sweep.output_path)
     if not path.is_file():
@@ -80,8 +80,8 @@ def read_scored(sweep: Sweep, field: Field, overwrite: bool) -> dict[str, dict]:
             return {}
         raise DataError(f"{path}: already there, and not what a race scored; give --overwrite to replace it")
     for candidate in sweep.candidates:
-        entry = found.get(candidate.label, {})
-        if entry and (other := _other_than(entry, sweep, field, candidate)):
+        tally = found.get(candidate.label, {})
+        if tally and (other := _other_than(tally, sweep, field, candidate)):
             if not overwrite:
                 raise DataError(
                     f"{path}: {candidate.choice.said} was scored there with other {other}; give --overwrite to score "
@@ -91,27 +91,27 @@ def read_scored(sweep: Sweep, field: Field, overwrite: bool) -> dict[str, dict]:
     return found
 
 
-def _other_than(entry: dict, sweep: Sweep, field: Field, candidate: Candidate) -> str:
-    """What an entry differs in from what this race would record; "" if it counts here."""
-    new = _new_entry(sweep, field, candidate)
-    if entry.get("identity") != new["identity"]:
+def _other_than(tally: dict, sweep: Sweep, field: Field, candidate: Candidate) -> str:
+    """What a tally differs in from what this race would record; "" if it counts here."""
+    new = _new_tally(sweep, field, candidate)
+    if tally.get("identity") != new["identity"]:
         return "models, tasks or settings"
     # Items are kept by number: of a data set that was changed since, the same numbers are other questions.
-    changed = [leaf for leaf, of_leaf in new["documents"].items() if entry.get("documents", {}).get(leaf) != of_leaf]
+    changed = [leaf for leaf, of_leaf in new["documents"].items() if tally.get("documents", {}).get(leaf) != of_leaf]
     return f"documents in {', '.join(changed)}" if changed else ""
 
 
-def _new_entry(sweep: Sweep, field: Field, candidate: Candidate) -> dict:
-    """A candidate's entry before its first item."""
+def _new_tally(sweep: Sweep, field: Field, candidate: Candidate) -> dict:
+    """A candidate's tally before its first item."""
     scored_as = eval_identity(sweep.choosing.recipe, sweep.choosing.tasks, candidate.identity)
     # The seed decides which items share a batch, and so what precedes each in its prompt: see the top of this file.
     return {"identity": text_hash(f"{scored_as} {field.seed}"), "documents": field.documents, "items": {}}
 
 
-def add_scored(entry: dict, samples: dict[str, list[int]], found: dict[str, dict]) -> None:
-    """Put a batch into a candidate's entry, item by item in the order in which they were scored."""
+def add_scored(tally: dict, samples: dict[str, list[int]], found: dict[str, dict]) -> None:
+    """Put a batch into a candidate's tally, item by item in the order in which they were scored."""
     for leaf, numbers in samples.items():
-        kept = entry["items"].setdefault(leaf, {"number": [], "value": [], "gold": []})
+        kept = tally["items"].setdefault(leaf, {"number": [], "value": [], "gold": []})
         kept["number"] += numbers
         for key in ("value", "gold"):
             kept[key] += found[leaf][key]
@@ -128,10 +128,10 @@ def deciding(field: Field, leaf: str, record: dict, path: Path, said: str) -> li
     return [sign * value for value in record["value"]]
 
 
-def values_of(field: Field, entry: dict, path: Path, said: str) -> dict[str, np.ndarray]:
+def values_of(field: Field, tally: dict, path: Path, said: str) -> dict[str, np.ndarray]:
     """What decides, item by item: {leaf: float64 (items,), larger is better, NaN = not scored}."""
     values = unscored(field.plan)
-    for leaf, kept in entry.get("items", {}).items():
+    for leaf, kept in tally.get("items", {}).items():
         if leaf in values:
             values[leaf][kept["number"]] = deciding(field, leaf, kept, path, said)
     return values
@@ -143,13 +143,13 @@ def values_of(field: Field, entry: dict, path: Path, said: str) -> dict[str, np.
 def race(sweep: Sweep, making: Making, field: Field) -> Outcome:
     """Race until one is left, saying who drops out; what it took is said at the end."""
     path, began = race_path(sweep.output_path), time.monotonic()
-    entries, merges, requests = read_scored(sweep, field, making.overwrite), 0, 0
+    tallies, merges, requests = read_scored(sweep, field, making.overwrite), 0, 0
     candidates, told_of = {candidate.label: candidate for candidate in sweep.candidates}, set()
     # Each turn decides anew from everything that is scored, and carries nothing over: so a race that was stopped
     # anywhere resumes by the same steps.
     while True:
         scored = {
-            label: values_of(field, entries.get(label, {}), path, candidate.choice.said)
+            label: values_of(field, tallies.get(label, {}), path, candidate.choice.said)
             for label, candidate in candidates.items()
         }
         step = next_step(field.plan, scored)
@@ -166,14 +166,14 @@ def race(sweep: Sweep, making: Making, field: Field) -> Outcome:
             merges, requests = merges + 1, requests + asked
             for leaf, record in found.items():  # before it is written: what is in the file is never scored again
                 deciding(field, leaf, record, path, candidates[label].choice.said)
-            entry = entries.setdefault(label, _new_entry(sweep, field, candidates[label]))
-            add_scored(entry, samples, found)
+            tally = tallies.setdefault(label, _new_tally(sweep, field, candidates[label]))
+            add_scored(tally, samples, found)
             # After every batch: what a kill may cost is one candidate's round. In one line, since a line for each
             # number would double what is written so often.
-            write_file(path, json.dumps({"tasks": sweep.choosing.tasks.names, "candidates": entries}).encode())
+            write_file(path, json.dumps({"tasks": sweep.choosing.tasks.names, "candidates": tallies}).encode())
     print(outcome(field.plan, step, UNITS[field.by]))
     print(spent_line(field.plan, scored, merges, requests, time.monotonic() - began), flush=True)
-    return outcome_of(sweep, field, step, entries, scored)
+    return outcome_of(sweep, field, step, tallies, scored)
 
 
 def _score(sweep: Sweep, making: Making, candidate: Candidate, field: Field, samples: dict, step: Step):
@@ -211,41 +211,41 @@ def _mean_and_stderr(values: list[float]) -> tuple[float, float | None]:
     return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
 
 
-def summary_of(field: Field, entry: dict, recipe: EvalRecipe) -> dict:
-    """A results file's `summary` over the items that a candidate scored: rows as in the race, the metric's own
+def summary_of(field: Field, tally: dict, recipe: EvalRecipe) -> dict:
+    """A results file's `summary` over the items that a candidate scored: entries as in the race, the metric's own
     values."""
     tasks: dict[str, dict] = {}
-    rows = list(dict.fromkeys(stratum.row for stratum in field.plan.strata))
-    for row in rows:
-        strata = [stratum for stratum in field.plan.strata if stratum.row == row]
-        parts = [_mean_and_stderr(entry["items"][stratum.name]["value"]) for stratum in strata]
-        shares = [stratum.weight * len(rows) for stratum in strata]  # weights add up to 1 over all rows
+    entries = list(dict.fromkeys(stratum.entry for stratum in field.plan.strata))
+    for entry in entries:
+        strata = [stratum for stratum in field.plan.strata if stratum.entry == entry]
+        parts = [_mean_and_stderr(tally["items"][stratum.name]["value"]) for stratum in strata]
+        shares = [stratum.weight * len(entries) for stratum in strata]  # weights add up to 1 over all entries
         known = None not in [stderr for _, stderr in parts]
         shots = {shots_of(recipe, field.loaded["tasks"][stratum.name]) for stratum in strata}
-        tasks[row] = {
+        tasks[entry] = {
             "metric": field.metrics[strata[0].name],
             "value": math.fsum(share * mean for share, (mean, _) in zip(shares, parts, strict=True)),
             "stderr": math.sqrt(math.fsum((s * e) ** 2 for s, (_, e) in zip(shares, parts, strict=True)))
             if known
             else None,
-            "samples": sum(len(entry["items"][stratum.name]["value"]) for stratum in strata),
+            "samples": sum(len(tally["items"][stratum.name]["value"]) for stratum in strata),
             "num_fewshot": shots.pop() if len(shots) == 1 else None,
             "higher_is_better": larger_is_better(field.loaded, strata[0].name, field.metrics[strata[0].name]),
         }
     return {"tasks": tasks, **average_of(tasks)}
 
 
-def outcome_of(sweep: Sweep, field: Field, step: Step, entries: dict, scored: Mapping) -> Outcome:
+def outcome_of(sweep: Sweep, field: Field, step: Step, tallies: dict, scored: Mapping) -> Outcome:
     """The winner, and of every candidate what it scored on the items it was asked."""
     drops = {drop.candidate: drop for drop in step.dropped}
     documents, tried, golds, recipe = {}, [], {}, sweep.choosing.recipe
     config = {"limit": recipe.config.get("limit")}  # so that the table and the CSV say it, as they do of a sweep
     for candidate in sweep.candidates:
-        summary = summary_of(field, entries[candidate.label], recipe)
+        summary = summary_of(field, tallies[candidate.label], recipe)
         documents[candidate] = {"summary": {"name": candidate.label, **summary}, "results": {}, "config": config}
         if field.by == "gold":
             weights = {stratum.name: stratum.weight for stratum in field.plan.strata}
-            items = entries[candidate.label]["items"]
+            items = tallies[candidate.label]["items"]
             golds[candidate] = mean_log_gold(weights, items, race_path(sweep.output_path))
         drop = drops.get(candidate.label)
         record = {**candidate.choice.record, **{key: summary[key] for key in ("average", "average_stderr")}}

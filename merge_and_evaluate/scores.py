@@ -61,30 +61,30 @@ def leaves_of(document: dict, name: str) -> list[str]:
     return [leaf for child in children for leaf in leaves_of(document, child)]
 
 
-def rows_of(document: dict) -> list[str]:
+def entries_of(document: dict) -> list[str]:
     """The tasks and aggregated groups that count once each: groups without a score of their own are opened."""
     groups = document.get("group_subtasks", {})
     inner = {child for children in groups.values() for child in children}
-    waiting, rows = [name for name in document["results"] if name not in inner], []
+    waiting, entries = [name for name in document["results"] if name not in inner], []
     while waiting:
         name = waiting.pop(0)
         scoreless = main_metric(name, document["results"].get(name, {})) is None
         if groups.get(name) and (scoreless or name in OPENED_GROUPS):
             waiting = list(groups[name]) + waiting
         else:
-            rows.append(name)
-    return rows
+            entries.append(name)
+    return entries
 
 
 def leaf_metrics(document: dict) -> dict[str, str]:
-    """{leaf task: the metric that counts in it}, which is its row's where it has that: the subjects of a group count
+    """{leaf task: the metric that counts in it}, which is its entry's where it has that: the subjects of a group count
     by what the group is summed up by."""
     found = {}
-    for row in rows_of(document):
-        of_row = main_metric(row, document["results"].get(row, {}))
-        for leaf in leaves_of(document, row):
+    for entry in entries_of(document):
+        of_entry = main_metric(entry, document["results"].get(entry, {}))
+        for leaf in leaves_of(document, entry):
             results = document["results"].get(leaf, {})
-            metric = of_row if of_row in results else main_metric(leaf, results)
+            metric = of_entry if of_entry in results else main_metric(leaf, results)
             if metric is not None:
                 found[leaf] = metric
     return found
@@ -124,7 +124,7 @@ def task_summary(document: dict, name: str) -> dict:
 
 def summarize(document: dict) -> dict:
     """{tasks, average, average_stderr} of lm-eval's document."""
-    tasks = {name: task_summary(document, name) for name in rows_of(document)}
+    tasks = {name: task_summary(document, name) for name in entries_of(document)}
     return {"tasks": tasks, **average_of(tasks)}
 
 

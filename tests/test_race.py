@@ -54,7 +54,7 @@ def mean_score(race, values: dict[str, np.ndarray]) -> float:
     """The score of the full grid, by loops: rows count the same, a row is the plain mean of its strata."""
     rows = {}
     for s in race.strata:
-        rows.setdefault(s.row, []).append(sum(values[s.name]) / s.items)
+        rows.setdefault(s.entry, []).append(sum(values[s.name]) / s.items)
     return sum(sum(means) / len(means) for means in rows.values()) / len(rows)
 
 
@@ -153,7 +153,7 @@ def test_what_is_no_race_is_refused(change, message):
 def slow_compare(race, number, differences):
     """compare() by loops, from the formulas."""
     counts, out = race.counts[number], []
-    rows = list(dict.fromkeys(s.row for s in race.strata))
+    rows = list(dict.fromkeys(s.entry for s in race.strata))
     for of_one in differences:
         parts, at = {}, 0
         for s, count in zip(race.strata, counts, strict=True):
@@ -163,7 +163,7 @@ def slow_compare(race, number, differences):
         mean = sum(s.weight * sum(parts[s.name]) / len(parts[s.name]) for s in race.strata)
         here = everywhere = 0.0
         for row in rows:
-            members = [s for s in race.strata if s.row == row]
+            members = [s for s in race.strata if s.entry == row]
             values = [d for s in members for d in parts[s.name]]
             middle = sum(values) / len(values)
             extra = races.PSEUDO_ITEMS / len(rows)
