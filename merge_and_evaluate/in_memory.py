@@ -201,7 +201,7 @@ def form_of(merge_plan: MergePlan, settings: MergeSettings) -> tuple:
 
 
 @contextmanager
-def bench(
+def model_loader(
     recipe: EvalRecipe, settings: MergeSettings, keep_models: bool
 ) -> Iterator[Callable[[MergePlan], LoadedModel | None]]:
     """A function that loads the model into which a merge is streamed, when first called, and says so; None from it

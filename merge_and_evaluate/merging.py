@@ -82,10 +82,10 @@ class MergePlan:
 # --- plan -----------------------------------------------------------------------------------------
 
 
-def _plan_streamed(*decided):
+def _plan_streamed(recipe: Recipe, checkpoints: tuple[Checkpoint, ...], save_path: Path, settings: MergeSettings):
     from merge_and_evaluate.streaming import plan_streamed  # numba is slow to import: not for --help
 
-    return plan_streamed(*decided)
+    return plan_streamed(recipe, checkpoints, save_path, settings)
 
 
 def check_there(recipe: Recipe, path: str) -> None:
@@ -126,7 +126,7 @@ def mergekit_reason(recipe: Recipe, settings: MergeSettings) -> str | None:
     return reason
 
 
-def check_names(recipe: Recipe, checkpoints: tuple[Checkpoint, ...]) -> None:
+def check_same_names(recipe: Recipe, checkpoints: tuple[Checkpoint, ...]) -> None:
     """Refuse models that fit together only under other names: mergekit matches by name."""
     whole, free_rows = checkpoints[0], mergekit_engine.tokenizes(recipe.config)
     for other in checkpoints[1:]:
@@ -176,7 +176,7 @@ def _planned(recipe: Recipe, checkpoints: tuple[Checkpoint, ...], output: Path, 
         merge_plan._streamed[settings] = streamed
         return merge_plan
     if not mergekit_engine.cuts(recipe.config):
-        check_names(recipe, checkpoints)
+        check_same_names(recipe, checkpoints)
     return MergePlan(recipe, checkpoints, output, mergekit_engine.output_bytes(recipe, checkpoints), reason)
 
 

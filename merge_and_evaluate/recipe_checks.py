@@ -7,9 +7,9 @@ import math
 
 from common.errors import DataError
 from merge_and_evaluate.recipe_paths import as_list, entries, explicit_path, with_paths
-from merge_and_evaluate.streamed_methods import OURS, model_path
+from merge_and_evaluate.streamed_methods import OURS, STREAMED_DTYPES, model_path
 
-DTYPES = ("float16", "bfloat16", "float32", "float64")
+MERGED_DTYPES = (*STREAMED_DTYPES, "float64")  # mergekit's, which has the names from torch
 
 
 def _refuse_unknown(path: str, where: str, mapping, known) -> None:
@@ -166,8 +166,8 @@ def _check_dtypes(path: str, config: dict) -> None:
     if config.get("dtype") == "float64" and config["merge_method"] in OURS:
         raise DataError(f"{path}: {config['merge_method']} sums in float32; set dtype: float32")
     for key in ("dtype", "out_dtype"):
-        if config.get(key) and config[key] not in DTYPES:
-            raise DataError(f"{path}: {key} is {config[key]!r:.60}, must be one of {', '.join(DTYPES)}")
+        if config.get(key) and config[key] not in MERGED_DTYPES:
+            raise DataError(f"{path}: {key} is {config[key]!r:.60}, must be one of {', '.join(MERGED_DTYPES)}")
 
 
 def _check_inputs(path: str, method, config: dict) -> None:

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 KEYS = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype")
-DTYPE_NAMES = ("float16", "bfloat16", "float32")
+STREAMED_DTYPES = ("float16", "bfloat16", "float32")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ _WEIGHT = Parameter(float, per_model=True, needed=True)
 _FLAG, _SET = Parameter(bool, False), Parameter(bool, True)
 _OURS = {
     "weight": _WEIGHT,
-    "vector_dtype": Parameter(str, "float16", choices=DTYPE_NAMES),
+    "vector_dtype": Parameter(str, "float16", choices=STREAMED_DTYPES),
     "consensus": Parameter(str, "none", choices=("none", "sign")),
 }
 # mergekit has no least density; what is 0 or below keeps nothing, so such a value is mergekit's to judge.
@@ -160,7 +160,7 @@ def _plain_shape(config: dict) -> bool:
         config.keys() <= set(KEYS)
         and all(entry.keys() <= {"model", "parameters"} for entry in entries)
         and len(set(paths)) == len(paths)
-        and all(dtype in DTYPE_NAMES for dtype in dtypes)
+        and all(dtype in STREAMED_DTYPES for dtype in dtypes)
         and all(mapping is None or isinstance(mapping, dict) for mapping in mappings)
         and (config["merge_method"] == "linear" or (base is not None and bool(set(paths) - {base})))
     )

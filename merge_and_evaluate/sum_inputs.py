@@ -22,12 +22,12 @@ class Rule:
     """How the differences of one tensor are summed. weights and scales: one number a model, in the recipe's order.
 
     normalize: divide by the sum of the weights (with `elect`: of those that agree, position by position).
-    elect: TIES' sign election. scale: the recipe's `lambda`. scales: what kept values are multiplied by (`rescale`).
+    elect: TIES' sign election. lambda_: the recipe's `lambda`. scales: what kept values are multiplied by (`rescale`).
     """
 
     weights: tuple[float, ...]
     normalize: bool = False
-    scale: float = 1.0
+    lambda_: float = 1.0
     elect: bool = False
     scales: tuple[float, ...] | None = None
 

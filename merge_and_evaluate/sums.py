@@ -340,7 +340,7 @@ def delta_sum(
     weights[: len(models)] = rule.weights
     elements = (at, *(block.bits for block in (out, base, *models)), *masks)
     numbers = (len(models), len(masks), int(rule.elect), int(rule.elect and rule.normalize))
-    common = np.array([divisor, rule.scale], np.float32)
+    common = np.array([divisor, rule.lambda_], np.float32)
     others = (*numbers, in_order(numel), kinds_of(out, base, *models), scales, weights, common)
     return [Step(_delta_kernel(), elements, others)]
 

@@ -200,7 +200,7 @@ def answer(planned: Planned, sweep: Sweep, making: Making) -> None:
         check_outputs(sweep, known, making.overwrite)
     print(cost_line(planned) + (f"\n{planned.note}" if planned.note else ""), flush=True)
     began = time.monotonic()
-    with in_memory.bench(sweep.choosing.recipe, making.settings, making.keep_models) as load:
+    with in_memory.model_loader(sweep.choosing.recipe, making.settings, making.keep_models) as load:
         outcome = find(planned, sweep, replace(making, load=load))
     if outcome.merges is not None:
         took = f"{outcome.merges} merges and {outcome.merges * planned.requests:,} requests"
