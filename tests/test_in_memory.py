@@ -220,8 +220,7 @@ def test_one_model_is_loaded_and_dropped_before_the_winner_is_scored(here, monke
 
     filled, alive = [], []
 
-    def stand_in(recipe, model, tasks, identity, filled_model=None, **given):
-        loaded = given.get("filled")
+    def stand_in(recipe, model, tasks, identity, loaded=None, **given):
         if loaded:
             filled.append(weakref.ref(loaded.lm))
         else:
