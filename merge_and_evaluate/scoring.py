@@ -123,7 +123,7 @@ def score(scoring: Scoring, model: Model, path: Path, **chosen) -> dict | None:
     """
     recipe, tasks = scoring.recipe, scoring.tasks
     with logged_to(scoring.log or path.with_suffix(".log")):
-        document = evaluate(recipe, model.path, tasks, model.identity, model.filled)
+        document = evaluate(recipe, model.path, tasks, model.identity, filled=model.filled)
     if document is None:
         return None
     identity = eval_identity(recipe, tasks, model.identity)
