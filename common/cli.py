@@ -5,6 +5,7 @@ import math
 import os
 from pathlib import Path
 
+from common.errors import DataError
 from common.shards.hub import is_hub_id
 from common.shards.places import plain
 
@@ -24,8 +25,8 @@ def path(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{text!r}: there is no such home directory; write the path out")
     try:
         expanded.encode()
-    except UnicodeEncodeError:  # reports and JSON files name it, in UTF-8
-        raise argparse.ArgumentTypeError(f"{ascii(text)} is not valid UTF-8; rename it") from None
+    except UnicodeEncodeError:  # what is written names it in UTF-8, and that would fail when all work is done
+        raise DataError(f"{ascii(text)}: not UTF-8, or a locale without it; rename it, or set LC_ALL=C.UTF-8") from None
     return plain(Path(expanded))
 
 

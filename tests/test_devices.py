@@ -38,7 +38,7 @@ def test_a_device_that_flushes_subnormals_is_refused(name):
 
     setattr(arithmetic, name, flushing)
     with pytest.raises(
-        DataError, match=r"^--device mps: computes other bits than the CPU \(\d+ of the probing F32 values\)"
+        DataError, match=r"^--device mps: computes other bits than the CPU \(\d+ of the probing float32 values\)"
     ):
         check_bits(arithmetic, "mps")
 

@@ -82,6 +82,9 @@ def test_a_locale_without_utf8(odd):
     assert "ünï" in (odd / "out" / "config.json").read_text(encoding="utf-8")
     assert load(odd / "out").keys() == TENSORS.keys()
     done = start("--model_path", odd / "ünï", "--save_path", odd / "out2")
+    assert done.returncode == 1 and done.stderr.count(b"\n") == 1 and done.stderr.isascii()
+    assert done.stderr.endswith(b": not UTF-8, or a locale without it; rename it, or set LC_ALL=C.UTF-8\n")
+    done = start("--model_path", odd / "nothing", "--save_path", odd / "out2")
     assert done.returncode == 1 and done.stderr.count(b"\n") == 1 and b"no such directory" in done.stderr
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import chain, extract, files, load, prune, refusal, run, state, usage_error, write
+from checkpoints import chain, extract, files, load, prune, refusal, run, state, write
 
 import convert_dtype
 from common.errors import DataError
@@ -178,11 +178,11 @@ def test_kinds_are_compared_under_names_that_agree(tmp_path):
     assert line.startswith("tensor 'model.scale' is I32 in ")
 
 
-def test_a_path_that_is_no_utf8(tmp_path, capsys):
+def test_a_path_that_is_no_utf8(tmp_path):
     """Reports name it, and JSON is UTF-8."""
     path = os.fsdecode(os.fsencode(tmp_path) + b"/m\xff")
-    line = usage_error(capsys, "convert", "--model_path", path, "--save_path", "x")
-    assert line.endswith("is not valid UTF-8; rename it") and line.isascii()
+    line = refusal("convert", "--model_path", path, "--save_path", "x")
+    assert line.endswith(": not UTF-8, or a locale without it; rename it, or set LC_ALL=C.UTF-8") and line.isascii()
 
 
 def test_dtypes_that_are_no_wider_are_not_advised(tmp_path):

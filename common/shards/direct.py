@@ -23,7 +23,8 @@ from common.shards.systems import make_durable
 PAGE = 4096  # offsets, sizes and addresses of direct I/O are multiples of it: enough for every common disk
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _MINCORE = getattr(_LIBC, "mincore", None)
-_CACHESTAT = 451  # the system call's number, one for all processors (Linux 6.5); on another system it is another call
+_CACHESTAT = 451  # the number of the system call, one for all processors (Linux 6.5); elsewhere another call has it
+_HAS_CACHESTAT = sys.platform == "linux" and hasattr(_LIBC, "syscall")
 
 
 def aligned(nbytes: int) -> np.ndarray:
@@ -61,7 +62,7 @@ class PageCache:
     """
 
     def __init__(self, descriptor: int):
-        self._descriptor, self._map, self._counts = descriptor, None, sys.platform == "linux"
+        self._descriptor, self._map, self._counts = descriptor, None, _HAS_CACHESTAT
 
     def holds(self, begin: int, end: int) -> bool:
         """Whether it holds all of begin:end, `begin` a multiple of the page size; False where nobody can say.

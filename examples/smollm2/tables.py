@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 from examples import markdown
-from merge_and_evaluate.choosing import log_gold
+from merge_and_evaluate.choosing import log_golds
 from merge_and_evaluate.items import Items, read_items, shared
 from merge_and_evaluate.statistics import Difference, mean_difference, paired_difference
 
@@ -43,7 +43,7 @@ class Scored:
     def gold(self) -> dict[str, Items]:
         """The same questions with the log-probability of the right answer, in nats, for a score."""
         return {
-            task: Items(found.names, [log_gold(p) for p in found.gold], found.gold)
+            task: Items(found.names, log_golds(found.gold, self.name, task), found.gold)
             for task, found in self.items.items()
         }
 
