@@ -21,7 +21,7 @@ from common.shards.matching import match
 from common.shards.places import check_disk, check_places, refuse_existing, whole_path
 from common.shards.remote import describe_checkpoint, fetch, to_download
 from common.shards.verify import MERGE_REPORT as REPORT_NAME
-from common.shards.verify import PRUNE_REPORT, recorded_hashes_of
+from common.shards.verify import PRUNE_REPORT, hashes_as_recorded
 from merge_and_evaluate import mergekit_engine
 from merge_and_evaluate.card import command
 from merge_and_evaluate.recipe_paths import model_paths, with_paths
@@ -201,17 +201,15 @@ def model_digest(checkpoint: Checkpoint) -> str:
 
 
 def input_digest(checkpoint: Checkpoint, streams: bool) -> str:
-    """What tells models apart without reading weights: their files' sizes and times of last change.
+    """What tells models apart without reading weights: the hashes that were recorded when they were written, if a
+    streamed merge checks the bytes that pass against them, or else their files' sizes and times of last change.
 
-    Hashes that were recorded when the model was written count as well where a streamed merge checks the bytes that pass
-    against them; then the directory may lie elsewhere. They alone would not do: files may have been replaced since.
+    By the hashes a model that is pruned again to the same bytes is the same, and its scores count.
     """
-    known, files = recorded_hashes_of(checkpoint) if streams else {}, input_files([checkpoint])
+    known = hashes_as_recorded(checkpoint) if streams else {}  # mergekit does not look at them
     beside = [[path.name, file_hash(path)] for path in companion_files(checkpoint.path)]
     config = text_hash(json.dumps(checkpoint.config, sort_keys=True))
-    if known:
-        files = known | {Path(path).name: stat for path, stat in files.items()}
-    return text_hash(json.dumps([sorted(files.items()), config, beside]))
+    return text_hash(json.dumps([sorted((known or input_files([checkpoint])).items()), config, beside]))
 
 
 def input_digests(merge_plan: MergePlan) -> dict[str, str]:

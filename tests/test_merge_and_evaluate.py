@@ -216,7 +216,9 @@ def test_no_average_where_scores_are_missing_or_point_both_ways():
 def test_a_task_without_a_number_is_an_error(here, monkeypatch):
     """The document is kept, hours may be in it, but the run does not look like one that succeeded."""
 
-    monkeypatch.setattr("merge_and_evaluate.scoring.evaluate", lambda *_: document(colours={"acc,none": float("nan")}))
+    monkeypatch.setattr(
+        "merge_and_evaluate.scoring.evaluate", lambda *_, **__: document(colours={"acc,none": float("nan")})
+    )
     with pytest.raises(DataError, match="gave no number for task 'colours'"):
         score("west")
     assert (here / "results.json").is_file()

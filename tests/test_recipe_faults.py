@@ -384,6 +384,15 @@ def test_weights_that_were_replaced_are_noticed_by_a_finished_stream(converted):
         run(config)
 
 
+def test_models_that_were_written_again_with_the_same_bytes_are_the_same(converted, models, capsys):
+    config = recipe("task_arithmetic")
+    run(config)
+    convert("convert", "--model_path", models / "west", "--save_path", "b", "--dtype", "float16", "--overwrite")
+    capsys.readouterr()
+    run(config)
+    assert "out holds this merge already" in capsys.readouterr().out
+
+
 def test_a_merge_is_the_same_however_its_models_are_spelled(table, capsys):
     config = recipe("task_arithmetic")
     run(config)
