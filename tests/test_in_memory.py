@@ -218,19 +218,19 @@ def test_one_model_is_loaded_and_dropped_before_the_winner_is_scored(here, monke
     import gc
     import weakref
 
-    filled, alive = [], []
+    loaded, alive = [], []
 
-    def stand_in(recipe, model, tasks, identity, loaded=None, **given):
-        if loaded:
-            filled.append(weakref.ref(loaded.lm))
+    def stand_in(recipe, model, tasks, identity, filled):
+        if filled:
+            loaded.append(weakref.ref(filled.lm))
         else:
             gc.collect()
-            alive.append(filled[-1]() is not None)
+            alive.append(loaded[-1]() is not None)
         return whole_document(recipe, model, tasks, identity)
 
     monkeypatch.setattr(scoring, "evaluate", stand_in)
     merge_and_score("--weights", "0.3", "0.9", "--choose_on", "colours")
-    assert len(filled) == 2 and filled[0]() is filled[1]() is None and alive == [False]
+    assert len(loaded) == 2 and loaded[0]() is loaded[1]() is None and alive == [False]
 
 
 def test_a_merge_that_overflows_in_memory_is_refused_by_name(here):
