@@ -77,6 +77,7 @@ def drop_winner(here) -> None:
     shutil.rmtree(here / "merged")
 
 
+@pytest.mark.slow
 def test_a_large_race_is_read_again(here, asked, monkeypatch):
     """800,000 items, as of 28 candidates on the whole leaderboard: more than a checkpoint's JSON files may have."""
     race(*RACE)
@@ -93,6 +94,7 @@ def test_a_large_race_is_read_again(here, asked, monkeypatch):
     assert asked == []
 
 
+@pytest.mark.slow
 def test_items_of_changed_documents_are_not_taken(here, asked, monkeypatch):
     monkeypatch.setattr(racing, "eval_identity", lambda *_: "")  # as of a data set on the Hub: no hash of the data
     race(*RACE)
@@ -108,6 +110,7 @@ def test_items_of_changed_documents_are_not_taken(here, asked, monkeypatch):
     assert len(asked) == 2 * before
 
 
+@pytest.mark.slow
 def test_another_seed_scores_anew(here, asked):
     """Which items share a batch decides what precedes them in their prompts."""
     race(*RACE)
@@ -316,6 +319,7 @@ def test_what_chance_does_among_many_rows_is_said_of_many_rows(here, capsys):
     assert "enough items for these two alone, but chance does as much among so many rows (200 items)" in said
 
 
+@pytest.mark.slow
 def test_a_mixed_average_is_neither_shown_nor_bold(here, capsys):
     """The rows share an accuracy and a perplexity, which no average holds; a has a third task."""
     save(
@@ -335,6 +339,7 @@ def test_a_column_has_one_scale(here, capsys):
     assert lines[2] == "| A | 0.90 ± 0.01 | 0.90 ± 0.01 |" and lines[3] == "| B | **1.40 ± 0.01** | **1.40 ± 0.01** |"
 
 
+@pytest.mark.slow
 def test_gold_can_choose_on_tasks_that_point_both_ways(here, asked):
     """There is a mean log-probability, and no average score: none is drawn."""
     change_task(here, "colours", **LOSS)
@@ -369,6 +374,7 @@ def test_a_file_of_another_kind_is_no_score(here):
         merge_and_score("--weights", "0.5")
 
 
+@pytest.mark.slow
 def test_a_finished_sweep_is_not_taken_for_one_of_other_data(here, asked):
     """The choosing task is as it was, the reported one has changed."""
     path = here / "shades.jsonl"  # what is in the recipe's folder counts for every task
