@@ -126,7 +126,7 @@ def print_merges(merge_plans: list[MergePlan], settings: MergeSettings, candidat
         print(f"reads   {checkpoint.nbytes / 1e9:8.3f} GB  {checkpoint.label}{later}")
     nbytes = max(merge_plan.nbytes for merge_plan in merge_plans)
     print(f"writes  {nbytes / 1e9:8.3f} GB  {merge_plans[0].save_path}")
-    print(f"disk    {nbytes * min(candidates, 2) / 1e9:8.3f} GB  to be free; more with --keep_models")
+    print(f"disk    {nbytes * min(candidates, 2) / 1e9:8.3f} GB  needed; more with --keep_models")
     memory = max(memory_needed(merge_plan, settings) for merge_plan in merge_plans)
     print(f"memory  {memory / 1e9:8.3f} GB  for the merge, about")
 

@@ -19,8 +19,9 @@ mergekit reads, with prune_report.json beside it.
 
 It streams: 0.3 GB of memory on 2 cores, 0.7 GB on 8, for models of any size; magnitude reads the vectors twice (more
 often if conflict-aware) and keeps up to 0.5 GB of them in between. If it is stopped, run the same command again: it
-resumes at the last complete shard. Several processes write the same bytes: torchrun --nproc-per-node 2 --
-prune_task_vector_7b.py ...
+resumes at the last complete shard. Several processes write the same bytes:
+
+    torchrun --nproc-per-node 2 -- prune_task_vector_7b.py ...
 
 Afterwards: draw two ways of pruning side by side from their reports, or check that files are still what was written:
 

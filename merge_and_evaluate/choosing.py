@@ -116,8 +116,8 @@ def mean_log_gold(weights: Mapping[str, float], items: Mapping[str, dict], path)
     for leaf, weight in weights.items():
         if leaf not in items:
             raise DataError(
-                f"{path}: has no items of task {leaf!r} (its score may not be a mean over them), so no probability of its "
-                "right answers; choose on others with --choose_on, or --choose_by score"
+                f"{path}: has no items of task {leaf!r} (its score may not be a mean over them), so no probability of "
+                "its right answers; choose on others with --choose_on, or --choose_by score"
             )
         logs = log_golds(items[leaf]["gold"], path, leaf)
         middle = math.fsum(logs) / len(logs)

@@ -161,6 +161,7 @@ def _choosing_flags(add: Callable) -> None:
 
 def _race_and_search_flags(add: Callable) -> None:
     """The same for fewer merges and fewer scored items: a race, a search."""
+    # const, not default: --race alone means half a point, without it nothing races.
     add(
         "--race",
         nargs="?",

@@ -198,8 +198,7 @@ def merge_tensor(task: Task, worker: Worker, how: TensorMerge | None, found: Fou
     if how.rescales and found.scales is None:
         # `packed` is not for `found`: a sweep would hold the masks of the whole model.
         found.scales, packed = find_scales(how, masks, readers, worker)
-    if masks.in_passes:
-        masks.thresholds = found.thresholds  # a pass over the blocks uses up the ties at them: from the first again
+        masks.rewind()
     counts = new_counts(len(prunings))
     if how.method in OURS:
         note = partial(_note_vectors, how, readers, masks=masks, prunings=prunings, counts=counts)

@@ -14,7 +14,7 @@ MERGED_DTYPES = (*STREAMED_DTYPES, "float64")  # mergekit's, which has the names
 
 def _refuse_unknown(path: str, where: str, mapping, known) -> None:
     if not isinstance(mapping, dict):
-        raise DataError(f"{path}: {where} is {mapping!r:.60}, must be a mapping of keys to values")
+        raise DataError(f"{path}: {where} is {mapping!r:.60}; it must be a mapping of keys to values")
     for key in mapping:
         if key not in known:
             raise DataError(f"{path}: unknown key {key!r} in {where}; known: {', '.join(known)}")
@@ -133,7 +133,7 @@ def _check_values(path: str, method, where: str, parameters: dict) -> None:
         for value in scalars(parameters[spec.name]) if spec.name in parameters else []:
             line = f"{path}: {where}: {spec.name} is {value!r:.60}"
             if spec.value_type is float and not is_number(value):
-                raise DataError(f"{line}, must be a finite number")
+                raise DataError(f"{line}; it must be a finite number")
             if spec.name == "density" and method.spec.name.startswith("dare_") and float(value) < 0:
                 raise DataError(f"{line}; it is the probability of being kept, so it must be 0 or more")
             try:
@@ -155,7 +155,7 @@ def _check_counts(path: str, method, holders: list[tuple[str, dict, bool]]) -> N
         n, m = ({**defaults, **shared, **parameters}[name] for name in ("n", "m"))
         for name, setting in (("n", n), ("m", m)):
             if isinstance(setting, list) and len(setting) > 1 and not any(isinstance(item, dict) for item in setting):
-                raise DataError(f"{path}: {where}: {name} is the gradient {setting!r:.60}, must be one whole number")
+                raise DataError(f"{path}: {where}: {name} is the gradient {setting!r:.60}; it must be one whole number")
         if isinstance(n, list | dict) or isinstance(m, list | dict):
             continue
         if specs["n"].validate(n) > specs["m"].validate(m):  # which may be text, "64"
@@ -167,7 +167,7 @@ def _check_dtypes(path: str, config: dict) -> None:
         raise DataError(f"{path}: {config['merge_method']} sums in float32; set dtype: float32")
     for key in ("dtype", "out_dtype"):
         if config.get(key) and config[key] not in MERGED_DTYPES:
-            raise DataError(f"{path}: {key} is {config[key]!r:.60}, must be one of {', '.join(MERGED_DTYPES)}")
+            raise DataError(f"{path}: {key} is {config[key]!r:.60}; it must be one of {', '.join(MERGED_DTYPES)}")
 
 
 def _check_inputs(path: str, method, config: dict) -> None:

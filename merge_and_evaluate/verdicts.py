@@ -131,7 +131,8 @@ def _what_it_would_take(difference: Difference) -> str:
     if difference.value == 0:
         return f"no difference on {now}"
     if needed is not None and needed > difference.items:
-        return f"a difference this size takes about {two_digits(needed):,} items to show, there are {difference.items:,} here"
+        there = f"there are {difference.items:,} here"
+        return f"a difference this size takes about {two_digits(needed):,} items to show, {there}"
     if needed is not None and difference.p < LEVEL:
         return f"enough items for these two alone, but chance does as much among so many rows ({now})"
     # items_needed counts on the normal distribution: of a few items it says "enough" where the exact test does not.

@@ -19,5 +19,5 @@ def read_yaml(path: str) -> tuple[str, dict]:
         reason = " ".join(str(error).split())
         raise DataError(f"{path}: no valid YAML ({reason:.160}); fix the recipe") from None
     if not isinstance(value, dict):
-        raise DataError(f"{path}: found {type(value).__name__}, must be a mapping of keys to values")
+        raise DataError(f"{path}: found {type(value).__name__}; it must be a mapping of keys to values")
     return text, value

@@ -30,12 +30,14 @@ HOLDS = {
     ),
     "shards without index": (
         [ONE, TWO],
-        f"2 shard(s) ({ONE}, …) but no model.safetensors.index.json, which says what is in them; download it into this directory",
+        f"2 shard(s) ({ONE}, …) but no model.safetensors.index.json, which says what is in them; download it into this "
+        "directory",
     ),
     "a shard": ([TWO], f"1 of 2 shards ({TWO}) and no model.safetensors.index.json; finish the download"),
     "bin": (
         [BIN],
-        f"1 shard(s) ({BIN}, …) but no pytorch_model.bin.index.json, which says what is in them; download it into this directory",
+        f"1 shard(s) ({BIN}, …) but no pytorch_model.bin.index.json, which says what is in them; download it into this "
+        "directory",
     ),
     "partial": (
         [".cache/huggingface/download/x.incomplete", "tokenizer.json"],

@@ -246,9 +246,9 @@ RECIPE_REFUSALS = [
         "unknown key 'weight' in models; known: model, parameters",
     ),
     (recipe_with(merge_method="tias"), "unknown merge_method 'tias'; known: "),
-    (recipe_with(models=models_with(weight="much")), "model ./west: weight is 'much', must be a finite number"),
-    (recipe_with(models=models_with(weight=True)), "model ./west: weight is True, must be a finite number"),
-    (recipe_with(models=models_with(weight=float("nan"))), "model ./west: weight is nan, must be a finite number"),
+    (recipe_with(models=models_with(weight="much")), "model ./west: weight is 'much'; it must be a finite number"),
+    (recipe_with(models=models_with(weight=True)), "model ./west: weight is True; it must be a finite number"),
+    (recipe_with(models=models_with(weight=float("nan"))), "model ./west: weight is nan; it must be a finite number"),
     (recipe_with(models=models_with()), "model ./west has no weight; merge_method task_arithmetic needs one per model"),
     (
         recipe_with(models=models_with(weight=1.0, density=0.5)),
@@ -279,11 +279,11 @@ RECIPE_REFUSALS = [
     (recipe_with(models=RECIPE["models"] * 2), "merge_method task_arithmetic: Duplicate merge inputs; fix the recipe"),
     (recipe_with(base_model=""), "the path of a model is empty; write it out, or leave out the entry"),
     (recipe_with(models=models_with(weight=[])), "model ./west has no weight; "),
-    (recipe_with(dtype="half"), "dtype is 'half', must be one of float16, bfloat16, float32, float64"),
+    (recipe_with(dtype="half"), "dtype is 'half'; it must be one of float16, bfloat16, float32, float64"),
     (recipe_with(chat_template="{x"), "mergekit could not make the tokenizer that `chat_template` asks for"),
     (recipe_with(models=None), "Exactly one of 'models', 'slices', or 'modules' must be present"),
     (recipe_with(models=7), "models: Input should be a valid list; fix the recipe"),
-    (["models"], "found list, must be a mapping of keys to values"),
+    (["models"], "found list; it must be a mapping of keys to values"),
 ]
 
 

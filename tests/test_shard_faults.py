@@ -70,7 +70,8 @@ def test_what_appears_while_a_job_runs_stays(tmp_path, monkeypatch):
         patch.setattr(job, "_claim", claim)
         line = refusal(*command)
     assert line == (
-        f"{out}: appeared while this job ran, and would be deleted; move it away; fix that and run the same command again"
+        f"{out}: appeared while this job ran, and would be deleted; move it away; fix that and run the same command "
+        "again"
     )
     assert files(out) == {"mine.txt": b"mine"}
     out.rename(tmp_path / "away")

@@ -182,7 +182,7 @@ SLIPS = [
     (config_of("cabs", consensus="sing"), "consensus is 'sing'"),
     (config_of("magnitude", density=1.5), "density is 1.5; input should be less than or equal to 1"),
     (config_of("linear", base=None) | {"models": [{"model": "a"}]}, "model a has no weight"),
-    (config_of("ties", first={"weight": math.nan}), "weight is nan, must be a finite number"),
+    (config_of("ties", first={"weight": math.nan}), "weight is nan; it must be a finite number"),
     (config_of("task_arithmetic", density=0.5), "ignores the parameter 'density'"),
     (config_of("ties", first={"weight": 1, "normalize": False}), "'normalize' holds for the whole merge"),
 ]

@@ -61,6 +61,6 @@ def check_bits(arithmetic, device: str) -> None:
             raise DataError(f"--device {device}: lacks what pruning needs ({reason:.120}); use --device cpu") from None
         if differ:
             raise DataError(
-                f"--device {device}: computes other bits than the CPU ({differ} of the probing {DTYPE_NAMES[dtype]} values); "
-                "use --device cpu"
+                f"--device {device}: computes other bits than the CPU ({differ} of the probing {DTYPE_NAMES[dtype]} "
+                "values); use --device cpu"
             )

@@ -80,6 +80,11 @@ class Masks:
     def thresholds(self, found: list[list[Threshold]]) -> None:
         for scope, thresholds in zip(self._scopes, found, strict=True):
             scope.thresholds = thresholds
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Before the blocks are gone through again: a pass uses up the ties at the thresholds."""
+        for scope in self._scopes:
             scope.rewind()
 
     def blocks(self) -> Iterator[tuple[int, int]]:

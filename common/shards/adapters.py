@@ -79,7 +79,8 @@ def _check_kind(label: str, config: dict) -> None:
     """Refuse what is not a plain LoRA, by name."""
     if "peft_type" not in config and ("lora_parameters" in config or "fine_tune_type" in config):
         raise DataError(
-            f"{label}: an mlx_lm adapter, and only peft's are read here; fuse it with mlx_lm.fuse and extract from the result"
+            f"{label}: an mlx_lm adapter, and only peft's are read here; fuse it with mlx_lm.fuse and extract from the "
+            "result"
         )
     kind = config.get("peft_type")
     if kind != "LORA":
@@ -170,8 +171,8 @@ def _sorted_out(label: str, tensors: list[Tensor]) -> tuple[dict[str, dict[str, 
             raise DataError(f"tensor {tensor.name!r} in {label}: of a kind that plain LoRA does not have; {MERGE}")
         elif (name := _WHOLE.sub("", tensor.name)) in whole:  # one of them is the layer as it was before training
             raise DataError(
-                f"tensors {whole[name].name!r} and {tensor.name!r} of {label} replace the same tensor; save the adapter "
-                "with peft's save_pretrained"
+                f"tensors {whole[name].name!r} and {tensor.name!r} of {label} replace the same tensor; save the "
+                "adapter with peft's save_pretrained"
             )
         else:
             whole[name] = tensor

@@ -156,7 +156,10 @@ def _shards(directory: Path) -> Iterator[str]:
         index = f"{stem}{suffix}.index.json"
         if len(own) < int(count):
             yield f"{len(own)} of {int(count)} shards ({_names(own)}) and no {index}; finish the download"
-        yield f"{len(own)} shard(s) ({path.name}, …) but no {index}, which says what is in them; download it into this directory"
+        yield (
+            f"{len(own)} shard(s) ({path.name}, …) but no {index}, which says what is in them; download it into this "
+            "directory"
+        )
 
 
 def _variant(directory: Path) -> Iterator[str]:
