@@ -55,7 +55,8 @@ def test_mergekit_loads_it(path):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_its_commands_use_it_and_parse(path):
+def test_its_commands_use_it_and_parse(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the clone may have models already, made by the README's commands
     commands = header_commands(path)
     assert commands
     for command in commands:
