@@ -103,3 +103,10 @@ def test_a_room_lists_its_files(room):
     present = {path.name for path in folder.glob("*.py")} - {"__init__.py"}
     present |= {f"{path.name}/" for path in folder.iterdir() if (path / "__init__.py").is_file()}
     assert sorted(listed) == sorted(present)
+
+
+def test_no_test_imports_another():
+    """What two share is a helper's: an import would run the other's fixtures, and tie its tests to where they are."""
+    for file in sorted((ROOT / "tests").glob("*.py")):
+        found = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+        assert not [node.module for node in found if (node.module or "").startswith("test_")], file.name

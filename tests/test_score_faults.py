@@ -5,14 +5,13 @@ import json
 import math
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 from long_tasks import EVAL as LONG
 from long_tasks import LOSS, change_task, race, results, whole_document
 from recipes_and_models import EVAL, left_over, merge_and_score, score, write_yaml
-from test_verdicts import scored
+from results_files import save, scored
 
 import merge_and_evaluate_7b
 from common.errors import DataError
@@ -282,12 +281,6 @@ def test_who_is_worse_than_whom_is_said():
 
 
 # --- tables and verdicts --------------------------------------------------------------------------
-
-
-def save(**documents: dict) -> None:
-    """A results file of each document, by its name."""
-    for name, document in documents.items():
-        Path(f"{name}.json").write_text(json.dumps(document))
 
 
 def said_of_comparing(capsys, *flags: str) -> str:

@@ -35,7 +35,7 @@ def stopped_before_publishing(monkeypatch, *command) -> None:
 
 def test_another_tokenizer_is_another_job(tmp_path, monkeypatch):
     """--vocabulary common: tokenizers decide which rows are subtracted, so a stopped job with another is refused."""
-    from test_vocabulary import WORDS, model, tokenizer
+    from word_models import WORDS, model, tokenizer
 
     model(tmp_path / "base", "MistralForCausalLM", WORDS, 0)
     model(tmp_path / "tuned", "MistralForCausalLM", [*WORDS, "<pad>"], 1)

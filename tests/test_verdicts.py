@@ -1,11 +1,11 @@
 """--compare with items: every printed figure recomputed from the files, verdicts, and what is refused."""
 
-import json
 import math
 import re
 
 import numpy as np
 import pytest
+from results_files import save, scored
 from scipy.stats import norm
 
 import merge_and_evaluate_7b as script
@@ -13,30 +13,6 @@ from common.errors import DataError
 from merge_and_evaluate.scores import summarize
 
 SIZES = {"arc_challenge": 400, "hellaswag": 900, "winogrande": 300}
-
-
-def scored(name: str, values: dict[str, list], **changes) -> dict:
-    """A results document with these items; `changes` replace parts of it."""
-    results = {
-        task: {"acc,none": float(np.mean(v)), "acc_stderr,none": float(np.std(v, ddof=1) / math.sqrt(len(v)))}
-        for task, v in values.items()
-    }
-    document = {
-        "results": results,
-        "group_subtasks": {},
-        "n-shot": dict.fromkeys(values, 5),
-        "n-samples": {task: {"effective": len(v), "original": len(v)} for task, v in values.items()},
-        "higher_is_better": {},
-        "config": {"model_dtype": "torch.bfloat16", "limit": None, "model_args": {"pretrained": name}},
-        **changes,
-    }
-    document["summary"] = {"name": name, **summarize(document)}
-    document["provenance"] = {"batch_size": 8, "versions": {"lm_eval": "0.4.13"}}
-    document["items"] = {
-        task: {"doc": [f"{task[:4]}{i:012x}" for i in range(len(v))], "value": list(v), "gold": [None] * len(v)}
-        for task, v in values.items()
-    }
-    return document
 
 
 def flipped(values: list[int], up: int, down: int) -> list[int]:
@@ -56,12 +32,6 @@ def in_tmp_path(tmp_path, monkeypatch):
 def base() -> dict[str, list[int]]:
     random = np.random.default_rng(0)
     return {task: (random.random(n) < 0.6).astype(int).tolist() for task, n in SIZES.items()}
-
-
-def save(**documents: dict) -> None:
-    for name, document in documents.items():
-        with open(f"{name}.json", "w") as file:
-            json.dump(document, file)
 
 
 def compare(capsys, *flags: str) -> list[str]:
