@@ -1,5 +1,6 @@
 """Tiny real models, made on the spot: transformers classes, tokenizer files, a local lm-eval task."""
 
+import gc
 import json
 import os
 import sys
@@ -11,6 +12,13 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALL
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+gc.disable()  # until all is imported: going over what imports leave, again and again, is a fifth of their time
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
 
 def pytest_xdist_auto_num_workers(config) -> int | None:
     """How many processes `-n auto` of pyproject.toml starts: xdist's own choice for the whole suite, none where files
@@ -18,13 +26,8 @@ def pytest_xdist_auto_num_workers(config) -> int | None:
     return 0 if any(".py" in argument for argument in config.args) else None
 
 
-def _cuda_is_there() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-NO_CUDA = pytest.mark.skipif(not _cuda_is_there(), reason="torch sees no CUDA device")
+# A condition in words is asked where a test begins: the process that only hands tests out need not import torch.
+NO_CUDA = pytest.mark.skipif("not __import__('torch').cuda.is_available()", reason="torch sees no CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=NO_CUDA)]
 
 

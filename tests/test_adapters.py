@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from checkpoints import load, refusal, run
+from conftest import first_quick
 from safetensors.torch import load_file, save_file
 
 from common.pruners.kernels.lora import delta_rows
@@ -121,7 +122,7 @@ def test_as_peft_merges(tmp_path, kind, settings):
         torch.testing.assert_close(base[name] + vector[name], merged[name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", first_quick("float16", "bfloat16"))
 def test_bit_for_bit(tmp_path, dtype):
     """Every adapted tensor is the oracle's, rounded once; A and B in bfloat16."""
     adapted(tmp_path, "llama", ADAPTERS["plain"][1], torch.bfloat16)
@@ -217,6 +218,7 @@ def test_an_adapter_of_another_base(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_base_that_differs(tmp_path):
     """peft saves the embedding beside its A and B: were it another base's, the sum would be another model."""
     adapted(tmp_path, "llama", ADAPTERS["embeddings"][1])
@@ -239,6 +241,7 @@ def test_a_copy_of_the_base_that_differs(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_skip(tmp_path):
     """Products and whole tensors are left out by the base's names; a pattern that matches nothing is refused."""
     adapted(tmp_path, "llama", ADAPTERS["modules to save"][1])

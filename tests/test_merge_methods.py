@@ -209,6 +209,7 @@ def test_one_pass_equals_the_chain(bfloat16_models, method, parameters, flags):
         assert oracle.same(merged[name], summed(base[name], vectors, masks, [1.2, 0.9])), name
 
 
+@pytest.mark.slow
 def test_tied_heads_stay_tied(bfloat16_models):
     """A head that both models spell out and config.json ties draws its random mask under the embedding's name."""
     for name in ("base", "zulu", "alpha"):

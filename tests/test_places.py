@@ -203,8 +203,8 @@ def test_a_mount_point(model, tmp_path, mounted):
     ]
     line = refusal("convert", "--model_path", model, "--save_path", mounted)
     assert line == f"{mounted}: already there; give --overwrite to replace it, or write elsewhere"
-    convert(model, mounted, "--overwrite", "--dtype", "bfloat16", "--max_shard_size", 300)
-    convert(model, tmp_path / "sharded", "--dtype", "bfloat16", "--max_shard_size", 300)
+    convert(model, mounted, "--overwrite", "--max_shard_size", 300)
+    convert(model, tmp_path / "sharded", "--max_shard_size", 300)
     assert files(mounted) == files(tmp_path / "sharded")
 
 

@@ -69,6 +69,7 @@ def test_another_seed_draws_other_items(here, asked):
     assert set(asked) != before
 
 
+@pytest.mark.slow
 def test_a_race_by_gold_reads_the_probabilities_and_shows_them(here, asked, capsys):
     race(*RACE, "--choose_by", "gold")
     said = capsys.readouterr().out
@@ -82,6 +83,7 @@ def test_a_race_by_gold_reads_the_probabilities_and_shows_them(here, asked, caps
     assert f"| **{np.mean(means):.4f} ± " in said and "log p of the right answer, nats (chooses) |" in said
 
 
+@pytest.mark.slow
 def test_values_are_turned_round_where_less_is_better(here, asked):
     """The worst accuracy wins if the task says that less is better."""
     for task in TASKS:
@@ -93,6 +95,7 @@ def test_values_are_turned_round_where_less_is_better(here, asked):
     assert results(here)["summary"]["weights"] == [0.1]
 
 
+@pytest.mark.slow
 def test_a_race_without_choose_on_scores_the_winner_in_full(here, asked, capsys):
     race("0.5", "--weights", "0.3", "0.9")
     summary = results(here)["summary"]

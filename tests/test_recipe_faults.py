@@ -84,6 +84,7 @@ def by_mergekit(method: str, name: str, models: list[dict], base: dict, **parame
     return merged
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("density", [0.3, (0.3, 1.0), (0.0, 0.5)])
 def test_ties_rescales_as_mergekit_does(table, density):
     """To the last bit but of the norm, which mergekit sums in float32, and where a filter says so only."""
@@ -100,6 +101,7 @@ def test_ties_rescales_as_mergekit_does(table, density):
         assert torch.equal(found[name], plain[name]) == ("mlp" not in name), name
 
 
+@pytest.mark.slow
 def test_ties_rescales_alike_however_it_is_cut(table, monkeypatch):
     """Of equal magnitudes at a threshold the first are kept in every pass, those that follow the norms' included."""
     coarse = {name: torch.randint(-2, 3, shape) / 8 for name, shape in SHAPES.items()}

@@ -128,6 +128,7 @@ def test_a_changed_recipe_is_scored_anew_only_if_told(here, asked):
     assert {name for name, _, _ in asked} == {"far"}, "what the other scored still counts"
 
 
+@pytest.mark.slow
 def test_recipes_without_a_race_are_all_scored(here, tried_recipes, capsys):
     """A plain sweep over recipes, each with a results file of its own."""
     merge_and_evaluate_7b.main(

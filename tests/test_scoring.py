@@ -131,6 +131,7 @@ def test_float16_on_a_cpu_is_scored_in_float32_and_says_so(here, capsys):
     )
 
 
+@pytest.mark.slow
 def test_flags_win_over_the_recipe(here, capsys):
     write_yaml(here / "eval.yml", {**EVAL, "model_args": "dtype=float32,max_length=32"})
     document = score("--dtype", "float16", "--limit", "2", "--model_args", "max_length=16")
@@ -266,6 +267,7 @@ def test_a_task_whose_package_is_missing_is_refused(here):
         dry_run()
 
 
+@pytest.mark.slow
 def test_a_score_is_not_lost_for_a_version(here, monkeypatch):
     """Without mergekit, which what streams does not need; the others' versions are recorded all the same."""
     real = results.version

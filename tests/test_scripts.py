@@ -257,6 +257,7 @@ def test_a_copy_of_the_base_with_or_without_its_tied_head(tmp_path, recorded, gi
     expect(tmp_path / "crossed", load(tmp_path / "straight"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", ["5GB", "2KB"])
 def test_vectors_of_two_dtypes_are_not_written_side_by_side(tmp_path, limit):
     """Their files would be cut apart at other tensors. As models, both have the base's dtype."""

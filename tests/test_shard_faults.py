@@ -186,6 +186,7 @@ def test_a_path_that_is_no_utf8(tmp_path):
     assert line.endswith(": not UTF-8, or a locale without it; rename it, or set LC_ALL=C.UTF-8") and line.isascii()
 
 
+@pytest.mark.slow
 def test_dtypes_that_are_no_wider_are_not_advised(tmp_path):
     write(tmp_path / "base", {"a": torch.full((4,), -3e38)})
     write(tmp_path / "tuned", {"a": torch.full((4,), 3e38)})
