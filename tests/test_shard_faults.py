@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import chain, extract, files, load, prune, refusal, run, state, write
+from word_models import WORDS, model, tokenizer
 
 import convert_dtype
 from common.errors import DataError
@@ -35,8 +36,6 @@ def stopped_before_publishing(monkeypatch, *command) -> None:
 
 def test_another_tokenizer_is_another_job(tmp_path, monkeypatch):
     """--vocabulary common: tokenizers decide which rows are subtracted, so a stopped job with another is refused."""
-    from word_models import WORDS, model, tokenizer
-
     model(tmp_path / "base", "MistralForCausalLM", WORDS, 0)
     model(tmp_path / "tuned", "MistralForCausalLM", [*WORDS, "<pad>"], 1)
     paths = ["--finetuned_model_path", tmp_path / "tuned", "--base_model_path", tmp_path / "base"]
