@@ -77,27 +77,29 @@ def vector_cases(directory: Path) -> dict[str, dict]:
     return rows
 
 
-MERGES = {  # {row: (method, what stands beside each model)}
+MERGES = {  # {row: (method, its parameters)}
     "merge task_arithmetic": ("task_arithmetic", {}),
     "merge linear": ("linear", {}),
     "merge cabs 64:256": ("cabs", {}),
     "merge random": ("random", {}),
     "merge magnitude": ("magnitude", {}),
     "merge ties": ("ties", {"density": 0.25}),
+    "merge ties, rescaled": ("ties", {"density": 0.25, "rescale": True}),
     "merge dare_ties": ("dare_ties", {"density": 0.25}),
 }
 
 
-def write_recipe(directory: Path, method: str, beside: dict) -> Path:
+def write_recipe(path: Path, directory: Path, method: str, parameters: dict) -> Path:
     """A recipe that merges both fine-tuned models by a method."""
     models = [
-        {"model": str(directory / name), "parameters": {"weight": weight, **beside}}
+        {"model": str(directory / name), "parameters": {"weight": weight}}
         for name, weight in (("finetuned1", 0.6), ("finetuned2", 0.5))
     ]
     recipe = {"merge_method": method, "models": models, "dtype": "float32", "out_dtype": "float16"}
+    if parameters:
+        recipe["parameters"] = parameters
     if method != "linear":
         recipe["base_model"] = str(directory / "base")
-    path = directory / f"{method}.yml"
     path.write_text(json.dumps(recipe))  # JSON is YAML
     return path
 
@@ -106,8 +108,9 @@ def merge_cases(directory: Path) -> dict[str, dict]:
     """Rows of merges, once base and both fine-tuned models are there."""
     base, tuned, out = directory / "base", [directory / "finetuned1", directory / "finetuned2"], directory / "out1"
     rows = {}
-    for name, (method, beside) in MERGES.items():
-        command = ["merge_and_evaluate_7b.py", "--recipe", write_recipe(directory, method, beside), "--merge_only"]
+    for number, (name, (method, parameters)) in enumerate(MERGES.items()):
+        recipe = write_recipe(directory / f"recipe{number}.yml", directory, method, parameters)
+        command = ["merge_and_evaluate_7b.py", "--recipe", recipe, "--merge_only"]
         only_read = [tuned[1]] if method == "linear" else [base, tuned[1]]
         rows[name] = case([*command, "--save_path", out], only_read, [tuned[0]], [out])
     return rows
@@ -195,7 +198,7 @@ def measure_mergekit(directory: Path) -> tuple[float, float] | None:
     mergekit = Path(sys.executable).parent / "mergekit-yaml"
     if not mergekit.exists():
         return None
-    result = timed([mergekit, write_recipe(directory, *MERGES["merge task_arithmetic"]), out])
+    result = timed([mergekit, write_recipe(directory / "usual.yml", directory, "task_arithmetic", {}), out])
     remove([out])
     return result
 

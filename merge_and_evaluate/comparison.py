@@ -28,7 +28,7 @@ def table(
         cells = []
         for name in names:
             value, stderr = cell(row, name, shared)
-            bold = value is not None and value == best[name] and len(rows) > 1
+            bold = value is not None and value == best[name] and len(rows) > 1  # a row alone is always the best
             shown = percent(value, stderr, scale_of(rows, name))
             cells.append(f"**{shown}**" if bold else shown)
         cells += [beside[1][number]] if beside else []

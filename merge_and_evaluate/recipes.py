@@ -77,7 +77,7 @@ def weighted_entries(recipe: Recipe) -> list[dict]:
             f"{recipe.path}: some models have a `weight` of their own and others share one; a sweep needs one beside "
             "each, or the shared one alone"
         )
-    found = own or found
+    found = own or found  # where each model has its own, the shared one sets none
     for entry in found:
         weight = entry["parameters"]["weight"]
         if not is_number(weight):

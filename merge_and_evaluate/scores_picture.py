@@ -22,7 +22,7 @@ def draw(rows: list[Row], found: list[Against], reference: Row, path: Path) -> N
     down = math.ceil(len(panels) / across)
     figure = Figure(figsize=(1.8 + 2.6 * across, 0.6 + down * (0.8 + 0.3 * len(rows))), layout="constrained")
     axes = figure.subplots(down, across, squeeze=False, sharey=True).flatten()
-    for (name, kind), axis in zip(panels, axes, strict=False):
+    for (name, kind), axis in zip(panels, axes, strict=False):  # a last line of the grid may have places left over
         if kind == "score":
             _draw_scores(axis, rows, name)
         else:

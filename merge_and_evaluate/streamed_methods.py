@@ -99,6 +99,7 @@ def stream_reason(config: dict) -> str | None:
         if config.get(key) == "float64":
             return f"{key}: float64 is summed and written by mergekit only"
     for model in [config.get("base_model"), *_models(config)]:
+        # mergekit reads a+b as model a with LoRA b; a directory may have a plus in its name all the same.
         if isinstance(model, dict) or (isinstance(model, str) and "+" in model and not os.path.isdir(model)):
             return f"model: {model!r:.80} asks mergekit for more than a path (a LoRA, a revision)"
     if method == "task_arithmetic" and len(summed_models(config)) > IN_ORDER:
