@@ -466,3 +466,32 @@ def test_n_and_m_are_compared_tensor_by_tensor(table):
     assert line in refused(recipe("cabs", n=n, m=m))
     n[1]["value"] = 1
     assert merge(recipe("cabs", n=n, m=m)).keys() == SHAPES.keys()
+
+
+# --- anchors ------------------------------------------------------------------------------------------------
+
+ANCHORED = """
+merge_method: task_arithmetic
+base_model: ./base
+models:
+  - model: ./a
+    parameters: &same {weight: 1.0}
+  - model: ./b
+    parameters: *same
+dtype: float32
+"""
+
+
+def test_weights_that_share_an_anchor_are_set_one_by_one(table):
+    """One mapping in two places took the last weight for both."""
+    Path("r.yml").write_text(ANCHORED)
+    found = with_weights(read_recipe("r.yml"), (0.5, 2.0))
+    assert [model["parameters"]["weight"] for model in found.config["models"]] == [0.5, 2.0]
+    assert yaml.safe_load(found.text) == found.config
+
+
+@pytest.mark.parametrize("levels", [1, 40])
+def test_aliases_without_an_end_are_refused(table, levels):
+    """Of themselves, or of ten each time: a file of some lines, and no memory would hold what it means."""
+    lines = [f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 10)}]" for i in range(1, levels)]
+    assert "no valid YAML" in refused("\n".join(["x0: &x0 [*x0]" if levels == 1 else "x0: &x0 [1]", *lines]))
