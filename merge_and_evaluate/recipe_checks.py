@@ -6,7 +6,7 @@ A typing error would merge something else than was meant. mergekit, imported her
 import math
 
 from common.errors import DataError
-from merge_and_evaluate.recipe_paths import as_list, entries, explicit_path, with_paths
+from merge_and_evaluate.recipe_paths import as_list, entries, explicit_path, named, with_paths
 from merge_and_evaluate.streamed_methods import OURS, STREAMED_DTYPES, model_path
 
 MERGED_DTYPES = (*STREAMED_DTYPES, "float64")  # mergekit's, which has the names from torch
@@ -50,6 +50,28 @@ def _check_models(path: str, models) -> None:
         _check_holder(path, "models", entry, InputModelDefinition.model_fields)
 
 
+def _check_reference(path: str, model: dict) -> None:
+    """mergekit's longer form of a model: nothing in it but a path, since only that is opened, compared and merged."""
+    from mergekit.common import ModelPath, ModelReference
+
+    _refuse_unknown(path, "a model", model, ModelReference.model_fields)
+    inner = model.get("model")
+    if isinstance(inner, dict):
+        _refuse_unknown(path, "the path of a model", inner, ModelPath.model_fields)
+        if inner.get("revision"):
+            raise DataError(
+                f"{path}: model {model_path(model)} asks for a revision, {inner['revision']}; download that revision "
+                "and name its directory"
+            )
+    if model.get("lora"):
+        lora = model_path(model["lora"]) or model["lora"]
+        raise DataError(
+            f"{path}: model {model_path(model)} asks for a LoRA, {lora!s:.80}; merge it first (peft's "
+            "merge_and_unload()), or extract and prune it (extract_task_vector_7b.py takes adapters), and name that "
+            "directory"
+        )
+
+
 def check_keys(path: str, config: dict) -> None:
     """Refuse keys that mergekit would ignore, and values that it cannot read."""
     from mergekit.config import MergeConfiguration, OutputModuleDefinition
@@ -63,6 +85,9 @@ def check_keys(path: str, config: dict) -> None:
             _check_holder(path, "modules", part, OutputModuleDefinition.model_fields)
         _check_models(path, part.get("models"))
         _check_slices(path, part.get("slices"))
+    for holder, key in named(config):
+        if isinstance(holder.get(key), dict):
+            _check_reference(path, holder[key])
     if isinstance(config.get("tokenizer"), dict):
         _refuse_unknown(path, "tokenizer", config["tokenizer"], TokenizerConfig.model_fields)
     try:

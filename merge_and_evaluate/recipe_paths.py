@@ -34,7 +34,7 @@ def entries(config: dict) -> list[dict]:
     return [entry for entry in found if isinstance(entry, dict)]
 
 
-def _named(config: dict) -> list[tuple[dict, str]]:
+def named(config: dict) -> list[tuple[dict, str]]:
     """(mapping, key) wherever a recipe names a model: the base, models, then bases that slices have of their own."""
     bases = [(each, "base_model") for part in _modules(config) for each in _slices(part)]
     return [(config, "base_model"), *((entry, "model") for entry in entries(config)), *bases]
@@ -42,7 +42,7 @@ def _named(config: dict) -> list[tuple[dict, str]]:
 
 def model_paths(config: dict) -> list[str]:
     """Every model a recipe names, base first, each once."""
-    paths = [model_path(holder.get(key)) for holder, key in _named(config)]
+    paths = [model_path(holder.get(key)) for holder, key in named(config)]
     return list(dict.fromkeys(path for path in paths if path))
 
 
@@ -76,7 +76,11 @@ def explicit_path(path: str) -> str | dict:
 def with_paths(config: dict, new_path: Callable[[str], str | dict]) -> dict:
     """The recipe's config with new_path(path) in place of every model's path, the base's first."""
     config = deepcopy(config)
-    for holder, key in _named(config):
-        if isinstance(holder.get(key), str):
-            holder[key] = new_path(holder[key])
+    for holder, key in named(config):
+        model, path = holder.get(key), model_path(holder.get(key))
+        if isinstance(model, str):
+            holder[key] = new_path(path)
+        elif path is not None and "model" in model:  # the longer form; what else it says stays
+            inner = model["model"] if isinstance(model["model"], dict) else {}
+            holder[key] = model | {"model": inner | {"path": model_path(new_path(path))}}
     return config

@@ -495,3 +495,47 @@ def test_aliases_without_an_end_are_refused(table, levels):
     """Of themselves, or of ten each time: a file of some lines, and no memory would hold what it means."""
     lines = [f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 10)}]" for i in range(1, levels)]
     assert "no valid YAML" in refused("\n".join(["x0: &x0 [*x0]" if levels == 1 else "x0: &x0 [1]", *lines]))
+
+
+# --- mergekit's longer form of a model ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def real(models, tmp_path, monkeypatch) -> Path:
+    """A working directory with base, a and b, of an architecture that mergekit knows."""
+    monkeypatch.chdir(tmp_path)
+    for theirs, name in (("base", "base"), ("wild", "a"), ("west", "b")):
+        (tmp_path / name).symlink_to(models / theirs)
+    return tmp_path
+
+
+LONGER = [{"model": {"path": "./a"}}, {"model": "a"}, {"model": {"path": "./a", "revision": None}, "lora": None}]
+
+
+@pytest.mark.parametrize("model", LONGER, ids=str)
+def test_flags_replace_paths_in_the_longer_form(real, model):
+    config = recipe("task_arithmetic", {"weight": 0.6}) | {"base_model": {"model": {"path": "./b"}}}
+    config["models"][0]["model"] = model
+    found = merge(config, "--models", "./b", "--base_model", "./base")
+    wanted = recipe("task_arithmetic", {"weight": 0.6})
+    wanted["models"][0]["model"] = "./b"
+    wanted = merge(wanted, "--engine", "mergekit", "--overwrite")
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+MORE = [
+    ({"model": {"path": "./a"}, "lora": {"path": "./b"}}, "asks for a LoRA, ./b; "),
+    ({"model": "./a", "lora": "./b"}, "asks for a LoRA, ./b; "),
+    ({"model": {"path": "./a", "revision": "v1"}}, "asks for a revision, v1; "),
+    ({"model": {"path": "./a"}, "laro": "./b"}, "unknown key 'laro' in a model; known: model, lora, override_arch"),
+    ({"model": {"path": "./a", "version": 1}}, "unknown key 'version' in the path of a model; known: path, revision"),
+]
+
+
+@pytest.mark.parametrize(("model", "line"), MORE, ids=[line[:30] for _, line in MORE])
+def test_what_of_the_longer_form_is_not_merged_is_refused(real, model, line):
+    """A LoRA ended in "Need to specify cache dir"; of a revision the headers of another one were checked."""
+    config = recipe("task_arithmetic")
+    config["models"][0]["model"] = model
+    assert line in refused(config)
+    assert line in refused(recipe("task_arithmetic") | {"base_model": model})
