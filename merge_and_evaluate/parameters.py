@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from functools import partial
 
 from common.errors import DataError
+from merge_and_evaluate.recipe_paths import explicit_path, with_paths
 from merge_and_evaluate.recipes import Recipe
 from merge_and_evaluate.streamed_methods import Values, is_plain, plain_values, summed_models
 from merge_and_evaluate.sum_inputs import sum_of_weights
@@ -62,7 +63,8 @@ def _by_mergekit(recipe: Recipe, names: list[str], depths: dict[str, float]) -> 
     from merge_and_evaluate.merge_methods import register
 
     register()
-    method, config = registry.get(recipe.config["merge_method"]), MergeConfiguration.model_validate(recipe.config)
+    method = registry.get(recipe.config["merge_method"])
+    config = MergeConfiguration.model_validate(with_paths(recipe.config, explicit_path))  # str() is the path again
     beside = {str(entry.model): entry.parameters for entry in config.models or []}
     paths = summed_models(recipe.config)
     # Tensor by tensor: a filter looks at the name, a gradient at how deep its layer is, so no two need have the same.

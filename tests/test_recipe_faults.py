@@ -539,3 +539,32 @@ def test_what_of_the_longer_form_is_not_merged_is_refused(real, model, line):
     config["models"][0]["model"] = model
     assert line in refused(config)
     assert line in refused(recipe("task_arithmetic") | {"base_model": model})
+
+
+PLACES = ["c++", "a+b", "v@2", "x@y+z@1"]
+
+
+@pytest.mark.parametrize("engine", ["stream", "mergekit"])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_directory_may_have_any_name(real, place, engine):
+    """What mergekit would take for a LoRA or a revision, or could not parse; with a filter beside a model as well."""
+    beside = {"weight": [{"filter": "mlp", "value": 0.2}, {"value": 0.6}]}, {"weight": 0.5}
+    wanted = merge(recipe("task_arithmetic", *beside), "--engine", engine)
+    (real / place).mkdir()
+    config = recipe("task_arithmetic", *beside) | {"base_model": f"./{place}/base"}
+    for model, name in zip(["base", *config["models"]], ("base", "a", "b"), strict=True):
+        shutil.copytree(real / name, real / place / name)
+        if name != "base":
+            model["model"] = f"{real}/{place}/{name}"
+    found = merge(config, "--engine", engine, "--overwrite")
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+@pytest.mark.parametrize("method", ["linear", "cabs"])
+def test_a_plus_in_a_path_of_other_methods(table, method):
+    (table / "c++").symlink_to(".")
+    config = recipe(method, base=None if method == "linear" else "./base")
+    wanted = merge(config)
+    flags = ["--models", "c++/a", "c++/b", *([] if method == "linear" else ["--base_model", "c++/base"])]
+    found = merge(config, *flags, "--overwrite")
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
