@@ -102,7 +102,8 @@ def stream_reason(config: dict) -> str | None:
         # mergekit reads a+b as model a with LoRA b; a directory may have a plus in its name all the same.
         if isinstance(model, dict) or (isinstance(model, str) and "+" in model and not os.path.isdir(model)):
             return f"model: {model!r:.80} asks mergekit for more than a path (a LoRA, a revision)"
-    if method == "task_arithmetic" and len(summed_models(config)) > IN_ORDER:
+    # dare_* are not mergekit's bits anyway, by their masks, and `linear` adds in the recipe's order there as well.
+    if method in ("task_arithmetic", "ties") and len(summed_models(config)) > IN_ORDER:
         return f"models: more than {IN_ORDER} differences are summed in an order of mergekit's own"
     return None
 

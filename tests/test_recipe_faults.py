@@ -78,7 +78,7 @@ def by_mergekit(method: str, name: str, models: list[dict], base: dict, **parame
     from mergekit.merge_methods import registry
     from mergekit.merge_methods.base import TensorGroup
 
-    tensors, ids = [model[name] for model in [*models, base]], [*"ab"[: len(models)], "base"]
+    tensors, ids = [model[name] for model in [*models, base]], [*map(str, range(len(models))), "base"]
     group = TensorGroup.from_tensors(tensors, ids=ids, base_index=len(models), name=name)
     (merged,) = registry.get(method)([group], parameters=parameters)
     return merged
@@ -568,3 +568,27 @@ def test_a_plus_in_a_path_of_other_methods(table, method):
     flags = ["--models", "c++/a", "c++/b", *([] if method == "linear" else ["--base_model", "c++/base"])]
     found = merge(config, *flags, "--overwrite")
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+# --- more models than torch adds in their order -------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [17, 18])
+def test_ties_of_many_models_is_mergekits(table, count):
+    """The election sums the differences, too: beyond 17 the stream's sum is not torch's."""
+    base, models = load(table / "base"), []
+    for i in range(count):
+        models.append(state(i + 3, torch.float32, SHAPES, near=base))
+        write(table / f"m{i}", models[-1])
+    config = recipe("ties", density=0.5, weight=0.7)
+    config["models"] = [{"model": f"./m{i}"} for i in range(count)]
+    assert (stream_reason(config) is None) == (count == 17)
+    if count == 18:
+        assert "models: more than 17 differences are summed" in refused(config, "--engine", "stream")
+        return
+    found = merge(config)
+    values = {"weight": [0.7] * count, "density": [0.5] * count}
+    for name in SHAPES:
+        wanted = by_mergekit("ties", name, models, base, **values)
+        assert torch.equal(found[name], wanted), name
