@@ -102,17 +102,33 @@ def _is_set(value) -> bool:
     return value.lower() in ("true", "t", "yes", "y", "on", "1") if isinstance(value, str) else bool(value)
 
 
+def _base_keeps_weight(recipe: Recipe) -> bool:
+    """Whether what is summed includes a base whose weight a sweep leaves as it is, so that equal weights do not cancel:
+    `linear` sums a base as it does the models."""
+    config, base = recipe.config, model_path(recipe.config.get("base_model"))
+    if config["merge_method"] != "linear" or base is None:
+        return False
+    holders = [entry for entry in entries(config) if model_path(entry.get("model")) == base]
+    if all(entry is not config for entry in weighted_entries(recipe)):
+        holders.append(config)  # the shared weight, which is then set for no model
+    own = [entry["parameters"]["weight"] for entry in holders if "weight" in (entry.get("parameters") or {})]
+    return any(not is_number(weight) or float(weight) for weight in scalars(own[:1]))
+
+
 def swept_lambda(recipe: Recipe) -> bool:
     """Whether equal weights scale this merge through the recipe's `lambda` (methods that normalise weights)."""
     method, parameters = recipe.config["merge_method"], recipe.config.get("parameters") or {}
     known = _defaults(recipe.path, method)
-    if not any(map(_is_set, scalars(parameters.get("normalize", known.get("normalize", False))))):
+    flag = "normalize_weights" if "normalize_weights" in known else "normalize"  # multislerp's, that of all others
+    setting = method == "nuslerp" or parameters.get(flag, known.get(flag, False))  # nuslerp has none, and always does
+    if not any(map(_is_set, scalars(setting))) or _base_keeps_weight(recipe):
         return False
     if "lambda" not in parameters:
         instead = ", or a `lambda` for the sweep," if "lambda" in known else ""
+        remedy = f"set `{flag}: false`{instead} under `parameters`"
         raise DataError(
-            f"{recipe.path}: merge_method {method} divides by the sum of the weights, so equal weights cancel; set "
-            f"`normalize: false`{instead} under `parameters`"
+            f"{recipe.path}: merge_method {method} divides by the sum of the weights, so equal weights cancel; "
+            f"{'give --weight_grid for each model' if method == 'nuslerp' else remedy}"
         )
     return True
 

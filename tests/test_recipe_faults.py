@@ -592,3 +592,40 @@ def test_ties_of_many_models_is_mergekits(table, count):
     for name in SHAPES:
         wanted = by_mergekit("ties", name, models, base, **values)
         assert torch.equal(found[name], wanted), name
+
+
+# --- which weights cancel -----------------------------------------------------------------------------------
+
+
+def test_a_listed_base_keeps_its_weight(table):
+    """linear from base to tuned model, as WiSE-FT: of 1 and λ, λ is swept."""
+    config = recipe("linear", {"weight": 0.5}, base="./base")
+    config["models"].insert(0, {"model": "base", "parameters": {"weight": 1.0}})
+    assert [model["parameters"]["weight"] for model in swept(config, 3.0)["models"]] == [1.0, 3.0]
+    base, a = load(table / "base"), load(table / "a")
+    merged = merge(swept(config, 3.0))
+    assert all(torch.allclose(merged[name], (base[name] + 3 * a[name]) / 4, atol=1e-6) for name in base)
+    shared = recipe("linear", {}, {}, base="./base", weight=0.5)
+    shared["models"].append({"model": "./base", "parameters": {"weight": [1.0, 0.5]}})
+    assert swept(shared, 3.0)["parameters"] == {"weight": 3.0}
+
+
+@pytest.mark.parametrize(("base", "shared"), [({"weight": 0}, {}), ({}, {"weight": 0.5}), (None, {"weight": 0.5})])
+def test_a_base_without_a_weight_of_its_own_keeps_none(table, base, shared):
+    beside = [{}, {}] if shared else [{"weight": 0.6}, {"weight": 0.5}]
+    config = recipe("linear", *beside, base="./base", **shared)
+    config["models"] += [] if base is None else [{"model": "./base", "parameters": base}]
+    with pytest.raises(DataError, match="equal weights cancel"):
+        swept(config, 0.9)
+
+
+def test_methods_that_normalise_under_another_name(table):
+    """Two weights, the same for both models, were two names for one merge."""
+    with pytest.raises(
+        DataError, match="nuslerp divides .* so equal weights cancel; give --weight_grid for each model"
+    ):
+        swept(recipe("nuslerp"), 0.25)
+    with pytest.raises(DataError, match="equal weights cancel; set `normalize_weights: false` under `parameters`"):
+        swept(recipe("multislerp"), 0.25)
+    assert swept(recipe("multislerp", normalize_weights=False), 0.25)["models"][1]["parameters"] == {"weight": 0.25}
+    assert swept(recipe("nuslerp"), 0.25, 1.0)["models"][1]["parameters"] == {"weight": 1.0}
