@@ -102,6 +102,7 @@ from merge_and_evaluate.which_weight import (
     answer,
     check_before_download,
     check_names,
+    check_places_of_results,
     cost_line,
     files_of,
     on,
@@ -236,6 +237,7 @@ def merge_and_evaluate(args: argparse.Namespace) -> None:
     if not args.merge_only and not asked:
         refuse_existing_file(output_path, args.overwrite)
     if asked:
+        check_places_of_results(asked, merge_plan.save_path, output_path)
         asked = priced(asked, choosing, None if args.dry_run else output_path.with_suffix(".log"))
     if args.dry_run:
         print_merges(merge_plans, settings, asked.candidates if asked else 1)

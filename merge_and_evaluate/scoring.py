@@ -8,7 +8,7 @@ from common.errors import DataError
 from common.shards.checkpoint import Checkpoint
 from common.shards.companions import has_tokenizer
 from common.shards.documents import read_json
-from common.shards.places import refuse_existing
+from common.shards.places import refuse_existing_file
 from merge_and_evaluate.card import add_scores
 from merge_and_evaluate.eval_log import logged_to
 from merge_and_evaluate.eval_machine import on_this_machine
@@ -166,7 +166,7 @@ def score_or_reuse(scoring: Scoring, model: Model, path: Path, overwrite: bool, 
     again. `chosen` is added to the summary."""
     before = None if overwrite else scored_before(scoring, model, path)
     if not (before and finished(scoring, model, path)):  # what is there may be another model's, wherever these are from
-        refuse_existing(path, overwrite)
+        refuse_existing_file(path, overwrite)
     if before is None:
         result = score(scoring, model, path, **chosen)
     elif int(os.environ.get("RANK", "0")):  # one process of `accelerate launch` writes

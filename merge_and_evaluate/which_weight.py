@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import DataError
+from common.shards.places import refuse_directories, whole_path
 from merge_and_evaluate import in_memory
 from merge_and_evaluate.announcement import requests_to_make
 from merge_and_evaluate.candidates import Making, candidate_of
@@ -99,6 +100,18 @@ def check_names(paths: list[str]) -> None:
             raise DataError(f"--recipe: {first} and {path} would both be called {name!r} in tables; rename one")
 
 
+def check_places_of_results(planned: Planned, save_path: Path, output_path: Path) -> None:
+    """DataError where scores would be lost once they are there: within the directory that the winner's model replaces,
+    or where a directory has the name of a table or the log."""
+    # The folder's place, not the file's: a link of the file's name is replaced where it is.
+    folder = Path(whole_path(output_path.parent))
+    if Path(whole_path(save_path)) in (Path(whole_path(output_path)), folder, *folder.parents):
+        raise DataError(
+            f"{output_path}: inside {save_path}, which the chosen model replaces; write the results elsewhere"
+        )
+    refuse_directories([*files_of(planned, output_path), output_path.with_suffix(".log")])
+
+
 def priced(planned: Planned, choosing: Scoring, log: Path | None) -> Planned:
     """The same with its cost: the choosing tasks' data is read and refused where it cannot choose. log: for lm-eval's
     messages, None in a dry run. A sweep's dry run, which needs no data, reads none."""
@@ -129,8 +142,9 @@ def cost_line(planned: Planned) -> str:
 
 def files_of(planned: Planned, output_path: Path) -> list[Path]:
     """The results files that are written; of a search, which finds its weights as it goes, not those of its trials."""
-    files = planned_files(output_path, [] if planned.field or planned.searched else list(planned.choices))
-    return [race_path(output_path), *files] if planned.field else files
+    races = planned.question.points is not None
+    files = planned_files(output_path, [] if races or planned.searched else list(planned.choices))
+    return [race_path(output_path), *files] if races else files
 
 
 def print_memory(merge_plans: list[MergePlan], settings: MergeSettings, choosing: Scoring, keep_models: bool) -> None:

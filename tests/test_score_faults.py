@@ -29,6 +29,55 @@ from merge_and_evaluate.scoring import Scoring
 RACE = ("0.5", "--weights", "0.3", "0.9", "--choose_on", "colours", "tints")
 
 
+# --- where results go -----------------------------------------------------------------------------
+
+
+def not_scored(*_, **__):
+    pytest.fail("a model is scored")
+
+
+@pytest.mark.parametrize("flags", [(), ("--overwrite",)])
+def test_a_directory_is_no_results_file(here, monkeypatch, flags):
+    """Said before hours of scoring, not after them."""
+    monkeypatch.setattr(scoring, "evaluate", not_scored)
+    (here / "out").mkdir()
+    with pytest.raises(DataError, match="out: a directory; give a file's name"):
+        score("base", "--output_path", "out", *flags)
+
+
+@pytest.mark.parametrize("name", ["results_race.json", "results_sweep.csv", "results_sweep.png", "results.log"])
+def test_nor_is_one_a_table_or_a_log(here, asked, name):
+    (here / name).mkdir()
+    with pytest.raises(DataError, match=f"{name}: a directory; move it away, or write elsewhere"):
+        race(*RACE, "--overwrite")
+    assert asked == [] and left_over(here) == {name} - {"results.log"}
+
+
+@pytest.mark.parametrize(
+    "save_path, output_path",
+    first_quick(
+        ("merged", "merged/results.json"),
+        ("./x/../merged/", "{here}/merged/deep/results.json"),
+        ("link", "merged/results.json"),
+        ("merged", "link/results.json"),
+    ),
+)
+def test_results_do_not_go_into_the_directory_that_the_winner_replaces(here, asked, save_path, output_path):
+    (here / "merged").mkdir()
+    (here / "link").symlink_to("merged")
+    paths = ("--save_path", save_path, "--output_path", output_path.format(here=here))
+    with pytest.raises(DataError, match=r"results.json: inside .*, which the chosen model replaces; write the res"):
+        race(*RACE, *paths, "--overwrite")
+    assert asked == [] and list((here / "merged").iterdir()) == []
+
+
+def test_results_of_one_merge_may_go_into_its_directory(here, monkeypatch):
+    monkeypatch.setattr(scoring, "evaluate", whole_document)
+    merge_and_score("--output_path", "merged/results.json")
+    merge_and_score("--output_path", "merged/results.json", "--overwrite")
+    assert (here / "merged" / "results.json").is_file() and left_over(here) == {"merged"}
+
+
 # --- NaN ------------------------------------------------------------------------------------------
 
 

@@ -128,6 +128,13 @@ def refuse_existing_file(path: Path, overwrite: bool) -> None:
     refuse_existing(path, overwrite)
 
 
+def refuse_directories(files: list[Path]) -> None:
+    """DataError if a directory is in the place of a file that is written without being asked for by name."""
+    for path in files:
+        if path.is_dir():
+            raise DataError(f"{path}: a directory; move it away, or write elsewhere")
+
+
 def cannot_be_renamed(path: Path) -> bool:
     """Whether a directory stays where it is: a mount point, or one in a directory that we may not write to.
 
