@@ -103,6 +103,16 @@ def plain_mean(document: dict, group: str, metric: str) -> dict:
     }
 
 
+def more_is_better(document: dict, name: str, metric: str) -> bool:
+    """Whether more is better in a task or group. lm-eval gives groups their direction in the order it loads them, so a
+    group of groups may have none: it has its tasks' where they agree."""
+    directions, key = document.get("higher_is_better", {}), metric.partition(",")[0]
+    own = directions.get(name, {}).get(key)
+    if own is not None:
+        return own
+    return any(directions.get(leaf, {}).get(key) is not False for leaf in leaves_of(document, name))
+
+
 def task_summary(document: dict, name: str) -> dict:
     """{metric, value, stderr, …} of one task or group. The value is None where lm-eval gave no number."""
     scores = document["results"].get(name, {})
@@ -115,10 +125,9 @@ def task_summary(document: dict, name: str) -> dict:
     leaves = leaves_of(document, name)
     shots = {document.get("n-shot", {}).get(leaf) for leaf in leaves}
     counts = [document.get("n-samples", {}).get(leaf, {}).get("effective") for leaf in leaves]
-    better = document.get("higher_is_better", {}).get(name, {}).get(metric.partition(",")[0])
     summary["num_fewshot"] = shots.pop() if len(shots) == 1 else None
     summary["samples"] = sum(counts) if None not in counts else None
-    summary["higher_is_better"] = better is not False
+    summary["higher_is_better"] = more_is_better(document, name, metric)
     return summary
 
 

@@ -23,7 +23,7 @@ from merge_and_evaluate.evaluation import eval_identity
 from merge_and_evaluate.race import next_step, outcome
 from merge_and_evaluate.race_plan import plan, strata_of
 from merge_and_evaluate.race_tasks import read_tasks, strata_of_tasks
-from merge_and_evaluate.scores import summarize
+from merge_and_evaluate.scores import summarize, task_summary
 from merge_and_evaluate.scoring import Scoring
 
 RACE = ("0.5", "--weights", "0.3", "0.9", "--choose_on", "colours", "tints")
@@ -262,6 +262,33 @@ def test_a_task_in_a_group_written_in_place_is_held_out(here, capsys):
     assert "report  on colours 0-shot, shades 0-shot" in capsys.readouterr().out.splitlines()
     with pytest.raises(DataError, match="task 'shades' would choose the weight and report it"):
         merge_and_score(*flags, "--choose_on", "outer", "--report_on", "shades")
+
+
+def test_a_group_of_groups_points_the_way_its_tasks_do():
+    """lm-eval gives directions to groups in the order it loads them: outer gets none from inner, which has none yet."""
+    document = {
+        "results": {name: {"acc,none": 0.2} for name in ("outer", "inner", "colours", "tints")},
+        "group_subtasks": {"outer": ["inner"], "inner": ["colours", "tints"]},
+        "higher_is_better": {name: {"acc": False} for name in ("inner", "colours", "tints")},
+    }
+    assert task_summary(document, "outer")["higher_is_better"] is False
+    document["higher_is_better"] |= {"tints": {"acc": True}, "inner": {"acc": None}}
+    assert task_summary(document, "outer")["higher_is_better"] is True
+
+
+@pytest.mark.slow
+def test_a_sweep_chooses_the_same_of_a_group_of_groups(here, long_tasks):
+    for task in ("colours", "tints"):
+        change_task(here, task, **LOSS)
+    group_of(here, "inner", ["colours", "tints"], aggregate_metric_list=[{"metric": "acc"}])
+    group_of(here, "outer", ["inner"], aggregate_metric_list=[{"metric": "acc"}])
+    chosen = {}
+    for name in ("inner", "outer"):
+        write_yaml(here / "eval.yml", {**LONG, "tasks": [name]})
+        merge_and_score("--weights", "0.3", "0.9", "1.5", "--output_path", f"{name}.json", "--overwrite")
+        chosen[name] = json.loads((here / f"{name}.json").read_text())["summary"]
+    averages = [found["average"] for found in chosen["inner"]["chosen"]["candidates"]]
+    assert chosen["inner"]["average"] == chosen["outer"]["average"] == min(averages) < max(averages)
 
 
 @pytest.mark.parametrize("by_size", [True, False])
