@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import DataError
+from common.errors import DataError, reason_of
 from common.shards.checkpoint import Checkpoint
 from common.shards.companions import has_tokenizer
 from common.shards.documents import read_json
@@ -79,6 +79,16 @@ def finished(scoring: Scoring, model: Model, path: Path) -> dict | None:
     return None if missing_scores(document["summary"]) else document
 
 
+def _finished_anywhere(scoring: Scoring, model: Model, path: Path, identity: str) -> dict | None:
+    """The same of a file that may be anybody's: one that cannot be read holds no scores, and stops nothing. identity:
+    of the scores, without which the file is not parsed."""
+    try:
+        found = path.is_file() and identity.encode() in path.read_bytes()
+        return finished(scoring, model, path) if found else None
+    except (OSError, DataError):
+        return None
+
+
 def has_chat_template(directory: Path) -> bool:
     """Whether a model directory brings a chat template: a file of its own, or a key in tokenizer_config.json."""
     config = directory / "tokenizer_config.json"
@@ -139,8 +149,13 @@ def score(scoring: Scoring, model: Model, path: Path, **chosen) -> dict | None:
 
 
 def _put_into_card(model: Model, document: dict) -> None:
+    """Put the scores into the model's card, or say why not: they are complete without it."""
     table = summary_text(document["summary"], limit_of(document))
-    add_scores(Path(model.path), way_of_asking(document), table)
+    try:
+        add_scores(Path(model.path), way_of_asking(document), table)
+    except (OSError, UnicodeDecodeError, DataError) as error:
+        reason = getattr(error, "strerror", None) or reason_of(error)
+        print(f"note: the scores are not in {Path(model.path) / 'README.md'}: {reason:.200}", flush=True)
 
 
 def scored_before(scoring: Scoring, model: Model, path: Path) -> dict | None:
@@ -151,13 +166,12 @@ def scored_before(scoring: Scoring, model: Model, path: Path) -> dict | None:
     identity = eval_identity(scoring.recipe, scoring.tasks, model.identity)
     beside = sorted(path.parent.glob("*.json")) if path.parent.is_dir() else []
     for place in dict.fromkeys([path, *beside]):
-        if place.is_file() and identity.encode() in place.read_bytes():
-            document = finished(scoring, model, place)
-            if document:
-                print(f"{model.path} was scored by this recipe before: its scores are taken from {place}", flush=True)
-                summary = {key: value for key, value in document["summary"].items() if key not in OF_A_CHOICE}
-                origin = {**document["provenance"], "model": model.path}
-                return {**document, "summary": {**summary, "name": model.name}, "provenance": origin}
+        document = _finished_anywhere(scoring, model, place, identity)
+        if document:
+            print(f"{model.path} was scored by this recipe before: its scores are taken from {place}", flush=True)
+            summary = {key: value for key, value in document["summary"].items() if key not in OF_A_CHOICE}
+            origin = {**document["provenance"], "model": model.path}
+            return {**document, "summary": {**summary, "name": model.name}, "provenance": origin}
     return None
 
 

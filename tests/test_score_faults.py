@@ -5,13 +5,14 @@ import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import first_quick
 from long_tasks import EVAL as LONG
 from long_tasks import LOSS, change_task, race, results, whole_document
-from recipes_and_models import EVAL, left_over, merge_and_score, score, write_yaml
+from recipes_and_models import EVAL, left_over, merge, merge_and_score, score, write_yaml
 from results_files import save, scored
 
 import merge_and_evaluate_7b
@@ -76,6 +77,48 @@ def test_results_of_one_merge_may_go_into_its_directory(here, monkeypatch):
     merge_and_score("--output_path", "merged/results.json")
     merge_and_score("--output_path", "merged/results.json", "--overwrite")
     assert (here / "merged" / "results.json").is_file() and left_over(here) == {"merged"}
+
+
+# --- finished scores ------------------------------------------------------------------------------
+
+
+def test_scores_are_not_lost_for_a_card(here, monkeypatch, capsys):
+    """A directory in the card's place stands for a model in a store that is only read."""
+    monkeypatch.setattr(scoring, "evaluate", whole_document)
+    merge("--overwrite")
+    (here / "merged" / "README.md").unlink()
+    (here / "merged" / "README.md").mkdir()
+    score("merged")
+    said = capsys.readouterr().out
+    assert "note: the scores are not in merged/README.md: Is a directory" in said and "wrote results.json" in said
+    score("merged")  # from before
+
+
+def test_a_card_of_another_encoding_is_left_alone(here, monkeypatch, capsys):
+    monkeypatch.setattr(scoring, "evaluate", whole_document)
+    merge()
+    (here / "merged" / "README.md").write_bytes(b"\xff\xfe")
+    score("merged")
+    assert "note: the scores are not in merged/README.md: " in capsys.readouterr().out
+    assert (here / "merged" / "README.md").read_bytes() == b"\xff\xfe"
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file here that even root cannot read")
+def test_a_strangers_file_beside_the_results_stops_nothing(here, monkeypatch):
+    monkeypatch.setattr(scoring, "evaluate", whole_document)
+    (here / "another.json").symlink_to("/proc/self/mem")
+    score("base")
+    assert results(here)["summary"]["name"] == "base"
+
+
+def test_nor_does_a_half_of_a_copy(here, monkeypatch):
+    monkeypatch.setattr(scoring, "evaluate", whole_document)
+    score("base")
+    text = (here / "results.json").read_text()
+    (here / "copy.json").write_text(text[: text.index('"identity"') + 200])
+    (here / "results.json").unlink()
+    score("base")
+    assert results(here)["summary"]["name"] == "base"
 
 
 # --- NaN ------------------------------------------------------------------------------------------
