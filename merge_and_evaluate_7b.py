@@ -93,6 +93,7 @@ from merge_and_evaluate.scoring import (
     Scoring,
     check_chat_template,
     check_one_process,
+    check_results,
     check_tokenizer,
     score_or_reuse,
 )
@@ -152,8 +153,18 @@ def print_scoring(choosing: Scoring, reporting: Scoring | None, files: list[Path
         print(f"writes  {file}")
 
 
+def check_results_of(merge_plan: MergePlan, settings: MergeSettings, choosing: Scoring, path: Path, overwrite) -> None:
+    """Refuse what lies at `path` before the merge, unless it may be replaced or is what this very command wrote; while
+    models are on the Hub that cannot be told."""
+    if merge_plan.is_remote:
+        refuse_existing_file(path, overwrite)
+        return
+    identity = merge_identity(merge_plan.recipe, input_digests(merge_plan), settings)
+    check_results(choosing, Model(str(merge_plan.save_path), "", identity, {}), path, overwrite)
+
+
 def merged_model(merge_plan: MergePlan, settings: MergeSettings, name: str, overwrite: bool) -> Model:
-    """Merge, unless the output holds this merge from an earlier run that did not get to scoring."""
+    """Merge, unless the output holds this merge from an earlier run."""
     digests = input_digests(merge_plan)
     identity = merge_identity(merge_plan.recipe, digests, settings)
     if overwrite or not already_merged(merge_plan.save_path, identity):
@@ -235,7 +246,7 @@ def merge_and_evaluate(args: argparse.Namespace) -> None:
     if not args.merge_only:
         choosing, reporting = scorings(args, merge_plans)
     if not args.merge_only and not asked:
-        refuse_existing_file(output_path, args.overwrite)
+        check_results_of(merge_plan, settings, choosing, output_path, args.overwrite)
     if asked:
         check_places_of_results(asked, merge_plan.save_path, output_path)
         asked = priced(asked, choosing, None if args.dry_run else output_path.with_suffix(".log"))

@@ -158,6 +158,14 @@ def _put_into_card(model: Model, document: dict) -> None:
         print(f"note: the scores are not in {Path(model.path) / 'README.md'}: {reason:.200}", flush=True)
 
 
+def check_results(scoring: Scoring, model: Model, path: Path, overwrite: bool) -> None:
+    """Refuse what lies at `path`, unless it may be replaced or holds this model's scores already, which are reused.
+    Of `model` the identity is enough, so a merge can be asked about before it is carried out."""
+    identity = eval_identity(scoring.recipe, scoring.tasks, model.identity)
+    if not _finished_anywhere(scoring, model, path, identity):
+        refuse_existing_file(path, overwrite)
+
+
 def scored_before(scoring: Scoring, model: Model, path: Path) -> dict | None:
     """Scores of the same content by the same recipe, from `path` or another results file beside it; says so.
 
@@ -178,9 +186,8 @@ def scored_before(scoring: Scoring, model: Model, path: Path) -> dict | None:
 def score_or_reuse(scoring: Scoring, model: Model, path: Path, overwrite: bool, **chosen) -> None:
     """Score a model, or take the scores that the same content got before by the same recipe; --overwrite scores it
     again. `chosen` is added to the summary."""
+    check_results(scoring, model, path, overwrite)
     before = None if overwrite else scored_before(scoring, model, path)
-    if not (before and finished(scoring, model, path)):  # what is there may be another model's, wherever these are from
-        refuse_existing_file(path, overwrite)
     if before is None:
         result = score(scoring, model, path, **chosen)
     elif int(os.environ.get("RANK", "0")):  # one process of `accelerate launch` writes

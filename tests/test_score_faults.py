@@ -82,6 +82,23 @@ def test_results_of_one_merge_may_go_into_its_directory(here, monkeypatch):
 # --- finished scores ------------------------------------------------------------------------------
 
 
+def test_the_same_command_again_takes_its_scores(here, monkeypatch, capsys):
+    """Also where another model was merged into the directory since; other settings are refused before the merge."""
+    monkeypatch.setattr(scoring, "evaluate", whole_document)
+    merge_and_score()
+    before = json.loads((here / "results.json").read_text())
+    shutil.rmtree(here / "merged")
+    monkeypatch.setattr(scoring, "evaluate", not_scored)
+    merge_and_score("--dry_run")
+    merge_and_score()
+    assert "merged was scored by this recipe before: its scores are taken from results.json" in capsys.readouterr().out
+    assert json.loads((here / "results.json").read_text()) == before and (here / "merged").is_dir()
+    shutil.rmtree(here / "merged")
+    with pytest.raises(DataError, match="results.json: already there; give --overwrite"):
+        merge_and_score("--limit", "3")
+    assert not (here / "merged").exists()
+
+
 def test_scores_are_not_lost_for_a_card(here, monkeypatch, capsys):
     """A directory in the card's place stands for a model in a store that is only read."""
     monkeypatch.setattr(scoring, "evaluate", whole_document)
