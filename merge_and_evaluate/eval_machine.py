@@ -26,7 +26,7 @@ def stored_dtype(model: str) -> str | None:
 def on_this_machine(recipe: EvalRecipe, model: str) -> EvalRecipe:
     """The recipe as it is carried out for `model`: a float16 model on a CPU is scored in float32 unless the recipe
     or --dtype says otherwise, since float16 is about 4 times slower there and float32 holds every one of its values."""
-    told = "dtype" in recipe.model_args or recipe.config.get("model", "hf") not in TRANSFORMERS
+    told = "dtype" in recipe.model_args or recipe.backend not in TRANSFORMERS
     if told or device_of(recipe) != "cpu" or stored_dtype(model) != "float16":
         return recipe
     return replace(recipe, config={**recipe.config, "model_args": {**recipe.model_args, "dtype": "float32"}})

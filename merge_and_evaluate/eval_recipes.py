@@ -53,6 +53,11 @@ class EvalRecipe:
         return list(dict.fromkeys(name.strip() for name in names))
 
     @property
+    def backend(self) -> str:
+        """lm-eval's name for what loads the model: `model`, transformers where that is left out or empty."""
+        return self.config.get("model") or "hf"
+
+    @property
     def model_args(self) -> dict:
         """The recipe's model_args without `pretrained`, which is the model that is scored."""
         return {key: value for key, value in _mapping(self.config.get("model_args")).items() if key != "pretrained"}
@@ -86,8 +91,8 @@ def read_eval_recipe(path: str, **flags) -> EvalRecipe:
         config["model_args"] = {**_mapping(config.get("model_args")), **model_args}
     config["include_path"] = include_path(path, config.get("include_path"))
     check_device(config.get("device"))
-    check_backend(path, config.get("model") or "hf")
     recipe = EvalRecipe(path, text, config)
+    check_backend(path, recipe.backend)
     try:
         evaluator_config(recipe, "model")
     except (ValueError, TypeError, AttributeError, ArithmeticError, OSError) as error:

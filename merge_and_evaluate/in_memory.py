@@ -62,9 +62,8 @@ def written_reason(recipe: EvalRecipe, merge_plan: MergePlan, settings: MergeSet
     has."""
     if merge_plan.reason is not None:
         return f"mergekit merges: {merge_plan.reason}"
-    backend = recipe.config.get("model") or "hf"
-    if backend not in TRANSFORMERS:
-        return f"model: {backend} loads its models itself"
+    if recipe.backend not in TRANSFORMERS:
+        return f"model: {recipe.backend} loads its models itself"
     if others := sorted(recipe.model_args.keys() - PLAIN_ARGS):
         return f"model_args: {others[0]} may change what is loaded"
     if merge_plan.streamed(settings).one_dtype is None:

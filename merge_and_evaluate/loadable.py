@@ -20,7 +20,7 @@ def check_loadable(
     models: of a merge its inputs, base first (whose config the merged model has, and the first of whose tokenizers);
     else the model itself. makes_tokenizer: the merge recipe has another tokenizer made.
     """
-    if (recipe.config.get("model") or "hf") not in TRANSFORMERS:
+    if recipe.backend not in TRANSFORMERS:
         return
     runs_code = bool(recipe.model_args.get("trust_remote_code"))
     _check_architecture(models[0], is_merged, runs_code)

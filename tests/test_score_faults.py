@@ -138,6 +138,14 @@ def test_nor_does_a_half_of_a_copy(here, monkeypatch):
     assert results(here)["summary"]["name"] == "base"
 
 
+# --- an eval recipe's keys ------------------------------------------------------------------------
+
+
+def test_an_empty_model_is_transformers_everywhere(here):
+    write_yaml(here / "eval.yml", {**EVAL, "model": None, "device": "cpu"})
+    assert eval_machine.on_this_machine(read_eval_recipe("eval.yml"), "base").model_args == {"dtype": "float32"}
+
+
 # --- NaN ------------------------------------------------------------------------------------------
 
 
