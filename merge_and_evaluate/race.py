@@ -35,13 +35,9 @@ import numpy as np
 
 from common.errors import DataError
 from merge_and_evaluate.race_plan import Plan
+from merge_and_evaluate.statistics import PSEUDO_ITEMS
 
 ALPHA = 0.05
-
-# Items counted as if seen on top, half won and half lost by the largest difference that was seen. Without them the
-# first sixty 0/1 items of candidates that disagree on 2 % may show no variance, and the bound would have no width.
-# (Bonett and Price, J. Educ. Behav. Stat. 2012, add two to paired proportions.)
-PSEUDO_ITEMS = 2.0
 
 Scored = Mapping[str, Mapping[str, np.ndarray]]
 
@@ -174,6 +170,8 @@ def compare(race: Plan, number: int, differences: np.ndarray) -> tuple[np.ndarra
     entry_counts, entry_sums = np.add.reduceat(counts, firsts), np.add.reduceat(sums, firsts, axis=1)
     # Zero everywhere is agreement so far, not certainty: without any difference seen there is no scale for a bound.
     largest = np.abs(differences).max() or np.inf
+    # Without pseudo-items the first sixty 0/1 items of candidates that disagree on 2 % may show no variance, and the
+    # bound would have no width.
     pseudo = PSEUDO_ITEMS / len(firsts)
     spread = squares - entry_sums**2 / entry_counts + pseudo * largest**2
     variance = spread / (entry_counts - 1 + pseudo)

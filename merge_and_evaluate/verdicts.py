@@ -128,7 +128,7 @@ def _verdict(rows: list[Row], reference: Row, average: Difference | None, p: flo
 def _what_it_would_take(difference: Difference) -> str:
     needed = statistics.items_needed(difference)
     now = f"{difference.items:,} items"
-    if difference.value == 0:
+    if abs(difference.value) < statistics.NO_DIFFERENCE:
         return f"no difference on {now}"
     if needed is not None and needed > difference.items:
         there = f"there are {difference.items:,} here"

@@ -550,3 +550,21 @@ def test_a_task_without_items_is_not_said_to_be_no_choice():
     document = {"summary": {"tasks": {"a": {"value": 0.5}}}, "items": {}}
     with pytest.raises(DataError, match=r"r.json: has no items of task 'a' \(its score may not be a mean over them\)"):
         choosing.gold_average(document, "r.json")
+
+
+# --- what is proved -------------------------------------------------------------------------------
+
+
+def test_a_task_of_five_items_decides_nothing(here, capsys):
+    other = [0, 1] * 20 + [1] * 160
+    save(a=scored("A", {"x": [0] * 5, "y": other}), b=scored("B", {"x": [1] * 5, "y": other[1:] + [1]}))
+    said = said_of_comparing(capsys, "a.json", "b.json")
+    assert "cannot tell" in said and "better than" not in said
+
+
+def test_differences_that_cancel_are_said_to_be_none(here, capsys):
+    """One item more, two more, three fewer of 10: 0.1 + 0.2 - 0.3."""
+    first, values = [0] * 5 + [1] * 5, {"x": (1, 0), "y": (2, 0), "z": (0, 3)}
+    second = {task: [1] * up + [0] * (5 - up) + [0] * down + [1] * (5 - down) for task, (up, down) in values.items()}
+    save(a=scored("A", dict.fromkeys(values, first)), b=scored("B", second))
+    assert "cannot tell: no difference on 30 items |" in said_of_comparing(capsys, "a.json", "b.json")

@@ -124,3 +124,53 @@ def test_the_promised_power():
     assert share_called_different(found) == pytest.approx(0.8, abs=0.04)
     assert np.mean([d.value for d in found]) == pytest.approx(difference, abs=0.002)
     assert np.std([d.value for d in found]) == pytest.approx(np.mean([d.stderr for d in found]), rel=0.08)
+
+
+def part_of(better: int, worse: int, alike: int) -> Difference:
+    """A task's difference, of 0/1 items of which so many are better, worse, and alike."""
+    first = [0] * better + [1] * worse + [1] * alike
+    return statistics.paired_difference(first, [1] * better + [0] * worse + [1] * alike)
+
+
+@pytest.mark.parametrize(
+    "parts, exact",
+    [
+        ([(5, 0, 0), (20, 20, 160)], 0.0625),  # a task of five items, all better, beside one that says nothing
+        ([(2, 0, 0), (1, 0, 1)] + [(0, 0, 2)] * 55, 0.25),  # MMLU's subjects, two items each: three are better
+        ([(1, 0, 1)] * 5 + [(0, 0, 2)] * 52, 0.0625),
+        ([(0, 0, 300), (1, 0, 1), (0, 0, 2), (2, 0, 0)], 0.25),
+    ],
+)
+def test_parts_without_spread_prove_no_more_than_their_items(parts, exact):
+    """An exact test over the items that differ says p `exact`; the mean says nothing surer, and no verdict."""
+    found = statistics.mean_difference([part_of(*part) for part in parts])
+    assert found.p > statistics.LEVEL and found.p > 0.8 * exact
+    assert found.p == pytest.approx(statistics.normal_p(found.value, found.stderr))
+    turned = statistics.mean_difference([part_of(worse, better, alike) for better, worse, alike in parts])
+    assert (turned.value, turned.stderr, turned.p) == (-found.value, found.stderr, found.p)
+
+
+def test_a_part_without_spread_by_hand():
+    """Five of five better: p 1/16, which is 1.8627 standard errors of the normal distribution, so 1 ± 1/1.8627."""
+    found = statistics.mean_difference([part_of(5, 0, 0), part_of(20, 20, 160)])
+    other = part_of(20, 20, 160).stderr
+    assert found.value == 0.5 and found.stderr == pytest.approx(math.hypot(1 / 1.862732, other) / 2, rel=1e-6)
+
+
+def test_differences_alike_but_for_rounding_have_no_spread():
+    """0.6 - 0.5 and 0.7 - 0.6 differ in the last bit: no spread to divide by."""
+    found = statistics.paired_difference([0.5, 0.6, 0.7], [0.6, 0.7, 0.8])
+    assert (found.stderr, found.p) == (0, 0.25)
+    assert statistics.mean_difference([found, Difference(0.0, 0.1, 1.0, 50)]).p > 0.25
+
+
+def test_scores_without_spread_on_other_items_are_no_certainty():
+    """None of three right, and three of three others."""
+    assert statistics.unpaired_difference((0.0, 0.0), (1.0, 0.0), 3).p == 0.25
+    assert statistics.unpaired_difference((1.0, 0.0), (1.0, 0.0), 3).p == 1
+
+
+def test_differences_that_cancel_are_none():
+    """0.1 + 0.2 - 0.3 is 2.8e-17 in floats: not a difference to look for with more items."""
+    parts = [Difference(value, 0.05, 0.1, 100) for value in (0.1, 0.2, -0.3)]
+    assert statistics.items_needed(statistics.mean_difference(parts)) is None
