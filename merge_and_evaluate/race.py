@@ -46,7 +46,8 @@ Scored = Mapping[str, Mapping[str, np.ndarray]]
 class Drop:
     """A candidate that dropped out after round `round` (0 is the first), and why, in the unit of the item values.
 
-    difference: candidate minus leader. stderr: of what all items would show; stderr_new: of what new items would.
+    difference: candidate minus leader. stderr: of what all items would show; stderr_new: of what new items would,
+    None if all candidates had the same value on every item, which gives it no scale.
     bound: the most by which the candidate may be better. worse: whether the leader is better on new items too.
     """
 
@@ -55,7 +56,7 @@ class Drop:
     round: int
     difference: float
     stderr: float
-    stderr_new: float
+    stderr_new: float | None
     bound: float
     worse: bool
 
@@ -146,8 +147,13 @@ def decide(race: Plan, number: int, racing: Sequence[str], values: np.ndarray) -
     worse = difference + _quantile(ALPHA / pairs / race.rounds, freedom) * stderr_new < 0
     leader = racing[best]
     out = [i for i in range(len(racing)) if i != best and bound[i] <= race.margin]
-    figures = (difference, stderr, stderr_new, bound)
-    drops = (Drop(racing[i], leader, number, *(float(f[i]) for f in figures), bool(worse[i])) for i in out)
+    known = [float(each) if np.isfinite(each) else None for each in stderr_new]
+    drops = (
+        Drop(
+            racing[i], leader, number, float(difference[i]), float(stderr[i]), known[i], float(bound[i]), bool(worse[i])
+        )
+        for i in out
+    )
     return leader, tuple(drops)
 
 
@@ -210,6 +216,8 @@ def told(race: Plan, drop: Drop, unit: str) -> str:
     """Why a candidate dropped out. unit: what a hundredth of the values' unit is called, "points" of a score."""
     items, all_items = int(race.counts[drop.round].sum()), int(race.sizes.sum())
     start = f"{drop.candidate} drops out after {items:,} of {all_items:,} items: "
+    if drop.stderr_new is None:
+        return f"{start}the same on all items as {drop.leader}"
     gap = f"{_gap(drop)} {unit} behind {drop.leader}"
     if drop.worse:
         return f"{start}worse, {gap}"
@@ -222,6 +230,10 @@ def told(race: Plan, drop: Drop, unit: str) -> str:
 
 def _gap(drop: Drop) -> str:
     return f"{100 * abs(drop.difference):.2f} ± {100 * drop.stderr_new:.2f}"
+
+
+def _by(drop: Drop) -> str:
+    return ", the same on all items" if drop.stderr_new is None else f" by {_gap(drop)}"
 
 
 def outcome(race: Plan, step: Step, unit: str) -> str:
@@ -237,7 +249,7 @@ def outcome(race: Plan, step: Step, unit: str) -> str:
     if worse:
         lines.append(f"- worse, on new items too (95 %, over all pairs): {', '.join(worse)}")
     behind = [
-        f"{drop.candidate} by {_gap(drop)}" + ("" if drop.leader == step.leader else f" (behind {drop.leader})")
+        f"{drop.candidate}{_by(drop)}" + ("" if drop.leader == step.leader else f" (behind {drop.leader})")
         for drop in sorted(step.dropped, key=lambda drop: -drop.difference)
         if not drop.worse
     ]

@@ -568,3 +568,23 @@ def test_differences_that_cancel_are_said_to_be_none(here, capsys):
     second = {task: [1] * up + [0] * (5 - up) + [0] * down + [1] * (5 - down) for task, (up, down) in values.items()}
     save(a=scored("A", dict.fromkeys(values, first)), b=scored("B", second))
     assert "cannot tell: no difference on 30 items |" in said_of_comparing(capsys, "a.json", "b.json")
+
+
+@pytest.mark.slow
+def test_weights_with_the_same_answers_race_to_the_end(here, asked, monkeypatch, capsys):
+    """No difference on any item is no scale for a standard error of new ones: none is told, and the file is JSON."""
+    stand_in = racing.score_items
+
+    def one_answer(*args):
+        found = stand_in(*args)
+        return {task: {**record, "value": [1] * len(record["value"])} for task, record in found.items()}
+
+    monkeypatch.setattr(racing, "score_items", one_answer)
+    race(*RACE)
+    said = capsys.readouterr().out
+    assert "0.9 drops out after 1,000 of 1,000 items: the same on all items as 0.3\n" in said
+    assert "though new items might say otherwise, in points: 0.9, the same on all items\n" in said and "inf" not in said
+    text = (here / "results.json").read_text()
+    json.loads(text, parse_constant=pytest.fail)
+    (dropped,) = [tried["dropped"] for tried in results(here)["summary"]["chosen"]["candidates"] if "dropped" in tried]
+    assert dropped["difference"] == 0 and dropped["stderr"] is None
