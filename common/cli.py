@@ -52,6 +52,17 @@ def positive_int(text: str) -> int:
     return value
 
 
+def seed(text: str) -> int:
+    """'0' -> 0; anything but a whole number of at least 0 is a usage error: numpy's generators take no other."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return value
+
+
 def sparsity(text: str) -> float:
     """'0.75' -> 0.75, the fraction to zero; must be in [0, 1)."""
     try:

@@ -85,7 +85,7 @@ def _merge_flags(parser: argparse.ArgumentParser) -> None:
     )
     cli.add_skip_flag(group)
     parser.set_defaults(skip=None)  # as of every flag here: whether it was given decides what it may stand beside
-    add("--seed", type=int, metavar="N", help="for methods that draw at random: dare_*, della_* (default: 0)")
+    add("--seed", type=cli.seed, metavar="N", help="for methods that draw at random: dare_*, della_* (default: 0)")
 
 
 def _scoring_flags(parser: argparse.ArgumentParser) -> None:

@@ -232,6 +232,8 @@ def test_samples_are_the_races_own(here):
         (["--layer_groups", "3"], "--layer_groups needs --search"),
         (["--search", "cma", "--weights", "1"], "--search does not go with --weights"),
         (["--race", "--weights", "1", "2", "--keep_models"], "--race does not go with --keep_models"),
+        (["--seed", "-1"], "argument --seed: '-1' is not a whole number of at least 0"),
+        (["--seed", "1.5"], "argument --seed: '1.5' is not a whole number of at least 0"),
         (["--weights", "1", "--race", "-0.1"], "argument --race: '-0.1' is below 0; a margin is 0 or more"),
         (["--recipe", "a", "b", "--merge_only"], "--merge_only takes one recipe, and --recipe names 2"),
         (
