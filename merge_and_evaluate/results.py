@@ -13,6 +13,7 @@ from common.errors import DataError
 from common.shards.documents import read_json, write_json
 from common.shards.staging import write_file
 from merge_and_evaluate import scores
+from merge_and_evaluate.eval_machine import device_of
 from merge_and_evaluate.eval_recipes import EvalRecipe
 from merge_and_evaluate.leaderboard_v2 import leaderboard_v2
 
@@ -33,7 +34,7 @@ def provenance(model: str, identity: str, eval_recipe: EvalRecipe, tasks: list[s
         "eval_recipe": eval_recipe.text,
         "tasks": tasks,
         "batch_size": eval_recipe.config.get("batch_size", 1),
-        "device": eval_recipe.config.get("device"),
+        "device": device_of(eval_recipe),
         "limit": eval_recipe.config.get("limit"),
         "model_args": eval_recipe.model_args,
         "command": sys.argv,

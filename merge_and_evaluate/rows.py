@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
+from merge_and_evaluate.eval_machine import TRANSFORMERS
 from merge_and_evaluate.items import Items, read_items
 from merge_and_evaluate.results import limit_of, marked, read_results
 from merge_and_evaluate.scores import leaves_of, mean_stderr
@@ -40,13 +41,17 @@ def settings_of(document: dict) -> dict:
     known = isinstance(model_args, dict)
     dtype = config.get("model_dtype") or (model_args.get("dtype") if known else None)
     others = {k: v for k, v in model_args.items() if k not in ("pretrained", "dtype")} if known else {}
+    backend, device = config.get("model"), config.get("device") or origin.get("device")
     template = document.get("chat_template_sha")
     instruction = document.get("system_instruction_sha")
     # None and "none" differ: a file that does not say is not told apart from another, one without a template is.
     return {
         "limit": limit_of(document),
         "dtypes": str(dtype).removeprefix("torch.") if dtype else None,
-        "model_args": (",".join(f"{k}={others[k]}" for k in sorted(others)) or "none") if known else None,
+        "backends": "hf" if backend in TRANSFORMERS else backend,
+        "model_args": _listed(others) if known else None,
+        "gen_kwargs": _listed(config["gen_kwargs"]) if "gen_kwargs" in config else None,
+        "devices": str(device).partition(":")[0] if device else None,
         "chat templates": (template[:8] if template else "none") if "chat_template_sha" in document else None,
         "system instructions": (instruction[:8] if instruction else "none")
         if "system_instruction_sha" in document
@@ -54,6 +59,13 @@ def settings_of(document: dict) -> dict:
         "batch sizes": origin.get("batch_size", config.get("batch_size")),
         "lm_eval versions": (origin.get("versions") or {}).get("lm_eval") or document.get("lm_eval_version"),
     }
+
+
+def _listed(settings: dict | str | None) -> str:
+    """{"b": 1, "a": 2} -> "a=2,b=1"; nothing -> "none"."""
+    if isinstance(settings, dict):
+        settings = ",".join(f"{key}={settings[key]}" for key in sorted(settings))
+    return settings or "none"
 
 
 def row_of(document: dict, path: str = "", name: str | None = None) -> Row:

@@ -588,3 +588,26 @@ def test_weights_with_the_same_answers_race_to_the_end(here, asked, monkeypatch,
     json.loads(text, parse_constant=pytest.fail)
     (dropped,) = [tried["dropped"] for tried in results(here)["summary"]["chosen"]["candidates"] if "dropped" in tried]
     assert dropped["difference"] == 0 and dropped["stderr"] is None
+
+
+def test_what_scored_it_is_told_apart(here, capsys):
+    """Another backend, other settings of what it generates, another kind of device; hf-auto is hf by another name."""
+    config = {"model_dtype": "torch.bfloat16", "limit": None, "model_args": {}, "device": None, "gen_kwargs": None}
+    first = scored("A", {"x": [0, 1]}, config={**config, "model": "hf", "device": "cuda:0"})
+    second = scored("B", {"x": [0, 1]}, config={**config, "model": "vllm", "gen_kwargs": {"top_p": 1, "do_sample": 0}})
+    third = scored("C", {"x": [0, 1]}, config={**config, "model": "hf-auto", "device": "cuda:1"})
+    second["provenance"]["device"] = "cpu"
+    save(a=first, b=second, c=third)
+    lines = said_of_comparing(capsys, "a.json", "b.json").splitlines()
+    assert [line for line in lines if line.startswith("- ")] == [
+        "- backends differ: A hf, B vllm",
+        "- gen_kwargs differ: A none, B do_sample=0,top_p=1",
+        "- devices differ: A cuda, B cpu",
+    ]
+    assert "- " not in said_of_comparing(capsys, "a.json", "c.json")
+
+
+@pytest.mark.slow
+def test_the_device_is_recorded_where_no_recipe_names_one(here):
+    score("base")
+    assert results(here)["provenance"]["device"] == eval_machine.device_of(read_eval_recipe("eval.yml"))
