@@ -14,7 +14,7 @@ def reason_of(error: BaseException) -> str:
     reason = " ".join(str(error).split()) or type(error).__name__
     if "trust_remote_code" in reason:
         return (
-            "config.json names code of its own (auto_map), which is never run, and transformers does not know the "
-            "architecture without it; take a version of the model that transformers knows"
+            "it names code of its own (auto_map), which is never run, and transformers cannot read it without; take a "
+            "version of the model that transformers knows"
         )
     return reason

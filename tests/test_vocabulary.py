@@ -1,5 +1,6 @@
 """--vocabulary common: fine-tuned models with other tokens than their base."""
 
+import io
 import json
 
 import pytest
@@ -96,6 +97,25 @@ def test_a_tokenizer_is_needed(tmp_path):
     assert line.startswith(f"{tmp_path}/ft: its tokenizer cannot be read (") and line.endswith(
         "); --vocabulary common compares the tokenizers of both models, so put its files beside the weights"
     )
+
+
+@pytest.mark.slow
+def test_code_beside_a_tokenizer_is_not_offered_to_be_run(tmp_path, monkeypatch):
+    """transformers would ask, and run it on "y": with the code of an unknown architecture, too."""
+    model(tmp_path / "base", "MistralForCausalLM", WORDS, 1)
+    model(tmp_path / "ft", "MistralForCausalLM", [*WORDS, "<pad>"], 2)
+    for name, changes in (
+        ("config.json", {"model_type": "x"}),
+        ("tokenizer_config.json", {"tokenizer_class": "Tok", "auto_map": {"AutoTokenizer": ["tok_x.Tok", None]}}),
+    ):
+        path = tmp_path / "ft" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    (tmp_path / "ft" / "tok_x.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')\nclass Tok: pass\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    paths = ["--finetuned_model_path", tmp_path / "ft", "--base_model_path", tmp_path / "base"]
+    line = refusal("extract", *paths, "--save_path", tmp_path / "v", "--vocabulary", "common")
+    assert not (tmp_path / "was_run").exists()
+    assert line.startswith(f"{tmp_path}/ft: its tokenizer cannot be read (it names code of its own (auto_map), which")
 
 
 @given(st.sets(st.integers(0, 40)), st.integers(1, 9))

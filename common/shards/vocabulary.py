@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from itertools import chain, pairwise
 
-from common.errors import DataError
+from common.errors import DataError, reason_of
 from common.shards.architecture import quiet_transformers
 from common.shards.checkpoint import Checkpoint
 from common.shards.headers import Tensor
@@ -32,11 +32,12 @@ def tokens_of(checkpoint: Checkpoint) -> dict[str, int]:
 
     try:
         with quiet_transformers():
-            return dict(AutoTokenizer.from_pretrained(str(checkpoint.path), local_files_only=True).get_vocab())
+            # Left unsaid, transformers asks on the terminal whether to run a model's own code, and runs it on "y".
+            flags = {"local_files_only": True, "trust_remote_code": False}
+            return dict(AutoTokenizer.from_pretrained(str(checkpoint.path), **flags).get_vocab())
     except Exception as error:  # files from anyone, and tokenizers fail in as many ways as there are kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"{checkpoint.label}: its tokenizer cannot be read ({reason:.100}); --vocabulary common compares the "
+            f"{checkpoint.label}: its tokenizer cannot be read ({reason_of(error):.200}); --vocabulary common compares the "
             "tokenizers of both models, so put its files beside the weights"
         ) from None
 
