@@ -259,4 +259,7 @@ def test_skip(tmp_path):
         "--skip",
         "head",
     )
-    assert got == f"--skip 'head': no tensor of {tmp_path}/lora or {tmp_path}/base has such a name; correct it"
+    assert got == (
+        f"--skip 'head': no tensor of {tmp_path}/base has such a name, and what {tmp_path}/lora changes is left out by "
+        "the base's names; correct it"
+    )

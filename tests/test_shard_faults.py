@@ -240,6 +240,34 @@ def test_an_alpha_that_is_no_finite_number(tmp_path, alpha):
     assert "not a finite number" in refused_adapter(tmp_path, A_AND_B, lora_alpha=alpha)
 
 
+@pytest.mark.slow
+def test_a_constant_in_an_adapter_is_not_the_bases(tmp_path):
+    """GPT-2's causal mask, which old versions save, in another dtype: the vector keeps the base's bits."""
+    mask, name = torch.ones(1, 1, 4, 4).tril(), "transformer.h.0.attn.bias"
+    config = {"model_type": "gpt2", "n_embd": 4, "n_layer": 1, "n_head": 2, "n_positions": 4, "vocab_size": 5}
+    norm = {"transformer.ln_f.weight": torch.ones(4)}
+    write(tmp_path / "base", norm | {name: mask}, config)
+    prefix = "base_model.model."
+    own = {prefix + "transformer.ln_f.weight": torch.full((4,), 3.0), prefix + name: mask.half()}
+    extract(lora(tmp_path / "lora", own), tmp_path / "base", tmp_path / "v")
+    vector = load(tmp_path / "v")
+    assert torch.equal(vector[name], mask) and vector[name].dtype == mask.dtype
+    assert torch.equal(vector["transformer.ln_f.weight"], torch.full((4,), 2.0).half())
+    prune([tmp_path / "v"], [tmp_path / "p"], "--n", 1, "--m", 4)
+
+
+@pytest.mark.parametrize("pattern", ["base_model.model.lm_head.*", "*lora_A*", "head"])
+def test_an_adapter_is_skipped_by_the_bases_names(tmp_path, pattern):
+    """Its own would leave out nothing."""
+    write(tmp_path / "base", state())
+    adapter = lora(tmp_path / "lora", A_AND_B | {f"{HEAD}.weight": torch.ones(11, 7)})
+    paths = ["--finetuned_model_path", adapter, "--base_model_path", tmp_path / "base", "--save_path", tmp_path / "v"]
+    assert refusal("extract", *paths, "--skip", "lm_head.*", pattern) == (
+        f"--skip {pattern!r}: no tensor of {tmp_path}/base has such a name, and what {adapter} changes is left out by "
+        "the base's names; correct it"
+    )
+
+
 def test_a_bin_model_beside_an_adapter_config_is_a_model(tmp_path):
     lora(tmp_path / "lora", A_AND_B)
     assert is_adapter(tmp_path / "lora")

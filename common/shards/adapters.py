@@ -15,7 +15,7 @@ from common.shards.companions import check_companions
 from common.shards.documents import read_json
 from common.shards.findings import has_weights
 from common.shards.headers import FLOAT_DTYPES, Tensor
-from common.shards.leftover import check_skip, skipped
+from common.shards.leftover import skipped
 from common.shards.matching import Match, check_shapes
 from common.shards.resolving import names_in
 
@@ -215,8 +215,9 @@ def open_adapter(label: str, directory: Path, base: Checkpoint, free_rows: bool 
             f"the first {lost[0]!r:.200}; is it an adapter of this base? Otherwise {MERGE}"
         )
     found = Checkpoint(label, directory.resolve(), {tensor.name: tensor for tensor in tensors}, base.config)
-    # A tensor that is adapted and stored whole, too, is what peft saves beside adapted embeddings: a copy of the
-    # base's.
+    # A constant is the base's own whatever the adapter's copy says, as in a fine-tuned model. A tensor that is adapted
+    # and stored whole, too, is what peft saves beside adapted embeddings: a copy of the base's.
+    whole = {name: tensor for name, tensor in whole.items() if base.tensors[place[name]].is_parameter}
     adapted = {place[name] for name in factors}
     copies = {place[name]: tensor for name, tensor in whole.items() if place[name] in adapted}
     replaced = {place[name]: tensor for name, tensor in whole.items() if place[name] not in adapted}
@@ -235,9 +236,14 @@ def open_adapter(label: str, directory: Path, base: Checkpoint, free_rows: bool 
 def without(adapter: Adapter, base: Checkpoint, skip: tuple[str, ...]) -> Adapter:
     """The adapter without what it does to tensors of the base of these names (fnmatch).
 
-    Raises DataError for a pattern that matches no tensor of the base.
+    Raises DataError for a pattern that matches no tensor of the base, such as one of the adapter's own names.
     """
-    check_skip(base, [adapter.checkpoint], skip)
+    wrong = [pattern for pattern in skip if not any(skipped((pattern,), name) for name in base.tensors)]
+    if wrong:
+        raise DataError(
+            f"--skip {wrong[0]!r}: no tensor of {base.label} has such a name, and what {adapter.checkpoint.label} "
+            "changes is left out by the base's names; correct it"
+        )
     left = [{n: t for n, t in part.items() if not skipped(skip, n)} for part in (adapter.products, adapter.whole)]
     return replace(adapter, products=left[0], whole=left[1])
 
