@@ -29,6 +29,7 @@ import json
 import sys
 from dataclasses import dataclass
 from functools import partial
+from glob import escape
 from pathlib import Path
 
 import numpy as np
@@ -190,7 +191,7 @@ def refuse_untied(extra: Tensor, tied: Tensor) -> None:
     """Raise DataError for a spelled-out tensor that is not what the base ties it to."""
     raise DataError(
         f"tensor {extra.name!r} in {extra.path} differs from {tied.name!r}, to which the base ties it; "
-        f"take a base that has a head of its own, or leave it out with --skip {extra.name!r}"
+        f"take a base that has a head of its own, or leave it out with --skip {escape(extra.name)!r}"
     )
 
 

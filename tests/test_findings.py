@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import chain, refusal, run, state, write
+from checkpoints import chain, extract, refusal, run, state, write
 from safetensors.torch import save_file
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -287,3 +287,34 @@ def test_quantised_weights(tmp_path, tensors, name, dtype, says):
     assert refusal("convert", "--model_path", model, "--save_path", tmp_path / "out") == (
         f"tensor {name!r} is {dtype} in {model}: its weights are quantised; take an unquantised version of the model"
     )
+
+
+BRACKETS = {
+    "one": (["head[0].weight"], "'head[[]0].weight'"),
+    "a part": (["a[0].w", "a[0].b"], "'a[[]0].*'"),
+    "layers": (["b.0.q?", "b.1.q?"], "'b.*.q[?]'"),
+}
+
+
+@pytest.mark.parametrize("names, pattern", BRACKETS.values(), ids=BRACKETS)
+def test_what_is_advised_leaves_out_just_that(tmp_path, names, pattern):
+    """Names with brackets and wildcards, beside names that they would match as patterns."""
+    both, alone = ({name: torch.ones(2).half() for name in part} for part in (("a0.w", "b.0.qq", "b.1.qq"), names))
+    write(tmp_path / "base", state() | both)
+    write(tmp_path / "ft", state(1) | both | alone)
+    paths = ["--finetuned_model_path", tmp_path / "ft", "--base_model_path", tmp_path / "base"]
+    line = refusal("extract", *paths, "--save_path", tmp_path / "v")
+    assert line.endswith(f" out with --skip {pattern}")
+    extract(tmp_path / "ft", tmp_path / "base", tmp_path / "v", "--skip", pattern.strip("'"))
+
+
+def test_a_spelled_out_tie_is_left_out_as_advised(tmp_path):
+    config = {"model_type": "x", "tie_word_embeddings": True}
+    name = "model.embed_tokens.weight"
+    embedding = {name: torch.ones(3, 2).half()}
+    write(tmp_path / "base", embedding, config)
+    write(tmp_path / "ft", embedding | {"heads[0].lm_head.weight": torch.zeros(3, 2).half()}, config)
+    paths = ["--finetuned_model_path", tmp_path / "ft", "--base_model_path", tmp_path / "base"]
+    line = refusal("extract", *paths, "--save_path", tmp_path / "v")
+    advised = line.rpartition("--skip ")[2].strip("'")
+    extract(tmp_path / "ft", tmp_path / "base", tmp_path / "v", "--skip", advised)

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
+from glob import escape
 
 SAMPLE = 500  # names from which a wrapper is guessed; it is then tried on all
 SHOWN = 4  # patterns in an error's line
@@ -60,12 +61,12 @@ def _shortest(name: str, kept: set[str]) -> str:
     """The pattern of the largest part of the tree around `name` that holds no tensor in `kept` (heads of them)."""
     for head, rest in parts_from_the_right(name):
         if head and rest and head not in kept:
-            return head + "*"
-    return name
+            return escape(head) + "*"
+    return escape(name)
 
 
 def patterns(names: Iterable[str], others: Iterable[str]) -> dict[str, int]:
-    """{pattern: how many of `names` it stands for}; no pattern matches one of `others`. Layers are folded.
+    """{pattern (fnmatch): how many of `names` it stands for}; none matches one of `others`. Layers are folded.
 
     patterns(["v_head.w", "v_head.b", "layers.0.q.b", "layers.1.q.b"], ["layers.0.q.w", "layers.1.q.w"])
     -> {"v_head.*": 2, "layers.*.q.b": 2}
@@ -74,7 +75,7 @@ def patterns(names: Iterable[str], others: Iterable[str]) -> dict[str, int]:
     kept = {head for name in others for head, _ in parts_from_the_right(name)}
     names = list(names)
     count = Counter(_shortest(name, kept) for name in names)
-    exact = Counter(p if count[p := _shortest(name, kept)] > 1 else name for name in names)
+    exact = Counter(p if count[p := _shortest(name, kept)] > 1 else escape(name) for name in names)
     folded: dict[str, Counter] = {}
     for pattern, times in exact.items():
         folded.setdefault(re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", pattern), Counter())[pattern] = times
