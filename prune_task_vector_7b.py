@@ -59,7 +59,14 @@ from common.shards.layout import Output, plan_shards, slots_of
 from common.shards.matching import mask_names, match_all
 from common.shards.places import check_places, refuse_existing_outputs
 from common.shards.stream import Task, Worker, copy_tensor
-from common.shards.task_vector import TaskVector, open_base, open_vectors, whereabouts, write_pruned_vector_json
+from common.shards.task_vector import (
+    TaskVector,
+    open_base,
+    open_vectors,
+    refuse_untied,
+    whereabouts,
+    write_pruned_vector_json,
+)
 from common.shards.verify import verify
 
 USED_BY = {"n": ["nm"], "m": ["nm"], "sparsity_level": ["random", "magnitude"], "seed": ["random"]}
@@ -221,7 +228,10 @@ def plan(
     `base` is None when only vectors are written.
     """
     checkpoints = [vector.checkpoint for vector in vectors]
-    matches = match_all(base or checkpoints[0], checkpoints, tuple(args.skip))
+    whole = base or checkpoints[0]
+    matches = match_all(whole, checkpoints, tuple(args.skip))
+    for vector, matched in zip(vectors, matches, strict=True):
+        refuse_untied(whole, vector, matched)
     pairs = [matched.pairs for matched in matches]
     hidden = {"max_shard_size": args.max_shard_size, "skip": args.skip}  # part of what a job is, not of its report
     job = job_of(base, vectors, pairs, args.save_directories, parameters | hidden)

@@ -257,6 +257,33 @@ def test_a_copy_of_the_base_with_or_without_its_tied_head(tmp_path, recorded, gi
     expect(tmp_path / "crossed", load(tmp_path / "straight"))
 
 
+def test_a_head_of_its_own_is_not_dropped(tmp_path):
+    """Extracted from an untied copy of the base, pruned onto a tied one without a head: refused, not left out."""
+    untied = state()
+    untied["lm_head.weight"] = untied["model.embed_tokens.weight"].clone()
+    tied = {name: tensor for name, tensor in untied.items() if name != "lm_head.weight"}
+    for name, tensors, says in (("untied", untied, False), ("tied", tied, True)):
+        write(tmp_path / name, tensors, {"model_type": "qwen2", "tie_word_embeddings": says})
+        fine = {key: tensor for key, tensor in state(1, near=untied).items() if key in tensors}
+        write(tmp_path / f"{name}_tuned", fine, {"model_type": "qwen2", "tie_word_embeddings": says})
+        extract(tmp_path / f"{name}_tuned", tmp_path / name, tmp_path / f"v_{name}")
+    alone = ["--task_vector_paths", tmp_path / "v_untied", "--save_directories", tmp_path / "1"]
+    both = ["--task_vector_paths", tmp_path / "v_tied", tmp_path / "v_untied"]
+    both += ["--save_directories", tmp_path / "1", tmp_path / "2"]
+    for command, ties in (
+        ([*alone, "--base_model_path", tmp_path / "tied"], "tied"),
+        (both, "tied"),
+        ([*both, "--save_format", "task_vector"], "v_tied"),
+    ):
+        assert refusal("prune", *command) == (
+            f"tensor 'lm_head.weight' in {tmp_path}/v_untied/model.safetensors differs from "
+            f"'model.embed_tokens.weight', to which {tmp_path}/{ties} ties it; prune it onto the base that it was "
+            "extracted from, or leave it out with --skip 'lm_head.weight'"
+        )
+    run("prune", *both, "--skip", "lm_head.weight")
+    assert load(tmp_path / "2").keys() == tied.keys()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", ["5GB", "2KB"])
 def test_vectors_of_two_dtypes_are_not_written_side_by_side(tmp_path, limit):

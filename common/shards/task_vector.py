@@ -8,7 +8,7 @@ from common.errors import DataError
 from common.shards.checkpoint import Checkpoint
 from common.shards.documents import read_json, write_json
 from common.shards.headers import DTYPE_NAMES
-from common.shards.matching import match
+from common.shards.matching import Match, match
 from common.shards.remote import describe_checkpoint
 
 NAME = "task_vector.json"
@@ -90,6 +90,21 @@ def open_vectors(paths: list[str], skip: tuple[str, ...] = ()) -> list[TaskVecto
                     "different bases; extract both from the same one"
                 )
     return vectors
+
+
+def refuse_untied(base: Checkpoint, vector: TaskVector, matched: Match) -> None:
+    """Raise DataError for a head of its own that would be dropped as a copy: by its hashes it is none.
+
+    base: the model whose names the outputs have, and in which it is tied.
+    """
+    for name, extras in matched.equal.items():
+        for extra in extras:
+            if vector.hashes[extra.name] != vector.hashes[matched.pairs[name].name]:
+                raise DataError(
+                    f"tensor {extra.name!r} in {extra.path} differs from {matched.pairs[name].name!r}, to which "
+                    f"{base.label} ties it; prune it onto the base that it was extracted from, or leave it out with "
+                    f"--skip {extra.name!r}"
+                )
 
 
 def open_base(vectors: list[TaskVector], path: str | None) -> Checkpoint:
