@@ -50,6 +50,29 @@ def test_another_tokenizer_is_another_job(tmp_path, monkeypatch):
     assert load(tmp_path / "v")["lm_head.weight"][4].any(), "a row of a token that both have"
 
 
+def test_a_shard_that_was_cut_short_is_written_again(tmp_path, monkeypatch):
+    """A power cut, a copied .part: a file that is not as long as planned is not complete."""
+    write(tmp_path / "model", state())
+    command = ["convert", "--model_path", tmp_path / "model", "--save_path", tmp_path / "out", "--max_shard_size", 300]
+    stopped_before_publishing(monkeypatch, *command)
+    shard = sorted((tmp_path / "out.part").glob("*.safetensors"))[1]
+    os.truncate(shard, shard.stat().st_size - 16)
+    run(*command)
+    assert load(tmp_path / "out").keys() == state().keys()
+
+
+def test_what_the_source_no_longer_has_is_not_published(tmp_path, monkeypatch):
+    """Stopped after files were copied, and one of them deleted since: the job is the same, its weights are."""
+    model = write(tmp_path / "model", state())
+    (model / "added_tokens.json").write_text("{}")
+    command = ["convert", "--model_path", model, "--save_path", tmp_path / "out"]
+    stopped_before_publishing(monkeypatch, *command)
+    assert (tmp_path / "out.part" / "added_tokens.json").is_file()
+    (model / "added_tokens.json").unlink()
+    run(*command)
+    assert sorted(files(tmp_path / "out")) == ["config.json", "convert_report.json", "model.safetensors"]
+
+
 # --- nothing is deleted without --overwrite -------------------------------------------------------
 
 
@@ -128,6 +151,16 @@ def test_a_half_published_mount_point_is_its_jobs(tmp_path, window):
     with pytest.raises(DataError, match="half published by another job"):
         publish.refuse_half_published(out, out / ".part", {"script": "b"})
     publish.refuse_half_published(out, out / ".part", {"script": "a"})
+
+
+def test_a_link_in_the_way_is_deleted_and_what_it_leads_to_stays(tmp_path):
+    write(tmp_path / "model", state())
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "mine.txt").write_text("mine")
+    (tmp_path / "out.part" / "link").symlink_to(tmp_path / "elsewhere")
+    run("convert", "--model_path", tmp_path / "model", "--save_path", tmp_path / "out", "--overwrite")
+    assert (tmp_path / "elsewhere" / "mine.txt").is_file() and not (tmp_path / "out" / "link").exists()
 
 
 def test_another_process_that_stops_leaves_the_shards(tmp_path, monkeypatch):

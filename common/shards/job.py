@@ -156,12 +156,16 @@ class Running:
             time.sleep(0.2)
 
     def whole(self) -> list[tuple[int, Path, dict[str, dict]]]:
-        """(number, directory, {tensor: record}) of each output whose weights are complete and that is to be published.
+        """(number, directory, {tensor: record}) of each output whose weights are complete and that is to be published;
+        nothing but the weights is in the directory.
 
         Empty on the processes that do not publish.
         """
-        waiting = enumerate(self.job.outputs) if self.is_main else ()
-        return [(i, output.part, publish.records(output)) for i, output in waiting if output.part.is_dir()]
+        every = enumerate(self.job.outputs) if self.is_main else ()
+        waiting = [(i, output) for i, output in every if output.part.is_dir()]
+        for _, output in waiting:
+            publish.remove_additions(output)
+        return [(i, output.part, publish.records(output)) for i, output in waiting]
 
 
 @contextmanager

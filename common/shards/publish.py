@@ -13,10 +13,10 @@ from pathlib import Path
 
 from common.errors import DataError
 from common.shards.headers import INDEX_NAME
-from common.shards.layout import Output, index_text
+from common.shards.layout import Output, Shard, index_text
 from common.shards.places import MOVING, RUN, is_half_published, refuse_existing, refuse_what_appeared
 from common.shards.sink import record_path
-from common.shards.staging import lock, move, sync, write_file
+from common.shards.staging import lock, move, remove, sync, write_file
 
 
 def _state(directory: Path, run: str = RUN) -> dict | None:
@@ -89,7 +89,7 @@ def claim(output: Output, identity: dict, overwrite: bool) -> int:
         os.close(descriptor)
         raise
     for path in _strangers(part):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        remove(path)
     for path in (part / RUN).glob("*.json"):
         path.unlink()
     write_file(part / RUN / "run.json", json.dumps(identity, indent=1).encode())
@@ -101,8 +101,20 @@ def whole_shards(waiting: list[Output], outputs: list[Output]) -> set[int]:
     return {
         i
         for i in range(len(outputs[0].shards))
-        if all(record_path(o, i).is_file() and (o.part / o.shards[i].filename).is_file() for o in waiting)
+        if all(record_path(o, i).is_file() and _is_whole(o.part / o.shards[i].filename, o.shards[i]) for o in waiting)
     }
+
+
+def _is_whole(path: Path, shard: Shard) -> bool:
+    return path.is_file() and path.stat().st_size == shard.nbytes
+
+
+def remove_additions(output: Output) -> None:
+    """Delete what an earlier attempt put beside the complete shards: its source may have changed or be gone."""
+    shards = {shard.filename for shard in output.shards}
+    for path in _strangers(output.part):
+        if path.name not in shards:
+            remove(path)
 
 
 def release(output: Output, descriptor: int) -> None:

@@ -65,7 +65,8 @@ def lock(directory: Path) -> int:
     raise DataError(f"{directory}: another job is writing there; wait for it, or write elsewhere")
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Delete a file, a directory, or a link and not what it leads to; nothing there is fine."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -75,7 +76,7 @@ def _remove(path: Path) -> None:
 def _empty(directory: Path) -> None:
     for path in directory.iterdir():
         if path.name != RUN:
-            _remove(path)
+            remove(path)
 
 
 def settle(part: Path) -> None:
@@ -97,11 +98,11 @@ def move(part: Path, final: Path) -> None:
     final = _meant(final)
     old = part.with_name(part.name + ".old")  # a name that only we use
     if os.path.lexists(final) and not (final.is_dir() and not any(final.iterdir())):
-        _remove(old)
+        remove(old)
         os.rename(final, old)
     os.rename(part, final)  # over an empty directory, too
     sync(final.absolute().parent)
-    _remove(old)
+    remove(old)
 
 
 def _move_out(part: Path) -> None:
@@ -116,7 +117,7 @@ def _move_out(part: Path) -> None:
     (final / "config.json").unlink(missing_ok=True)
     for path in final.iterdir():
         if path.name not in (INSIDE, LOST_AND_FOUND):
-            _remove(path)
+            remove(path)
     files = [path for path in part.iterdir() if path != run]
     for path in sorted(files, key=lambda path: path.name == "config.json"):
         os.rename(path, final / path.name)
