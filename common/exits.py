@@ -13,7 +13,8 @@ from common.errors import DataError
 
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" while writing {error.filename}" if error.filename else ""
+        written = error.filename2 or error.filename  # of two, the second is where to
+        where = f" while writing {written}" if written else ""
         return f"the disk is full{where}; free some space and run the same command again: it resumes there"
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""

@@ -13,7 +13,7 @@ from word_models import WORDS, model, tokenizer
 
 import convert_dtype
 from common.errors import DataError
-from common.exits import _allow_many_files
+from common.exits import _allow_many_files, _one_line
 from common.shards import hub, job, processes, publish
 from common.shards.adapters import is_adapter
 from common.shards.hub import is_hub_id
@@ -337,6 +337,12 @@ def test_a_file_is_no_hub_id(tmp_path, monkeypatch):
     assert is_hub_id("models/m.gguf")
     Path("models/m.gguf").touch()
     assert not is_hub_id("models/m.gguf")
+
+
+def test_a_full_disk_is_where_the_copy_goes():
+    """shutil.copyfile names both files, the source first."""
+    error = OSError(errno.ENOSPC, "No space left on device", "model/tokenizer.json", None, "out.part/tokenizer.json")
+    assert _one_line(error).startswith("the disk is full while writing out.part/tokenizer.json; ")
 
 
 def test_a_full_disk_is_not_what_the_hub_answered(tmp_path, monkeypatch):
