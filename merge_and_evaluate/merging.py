@@ -15,13 +15,14 @@ from common.shards.checkpoint import Checkpoint
 from common.shards.companions import companion_files
 from common.shards.documents import read_json
 from common.shards.hashing import file_hash, text_hash
+from common.shards.headers import read_headers
 from common.shards.job import downloaded, input_files
 from common.shards.job import memory_needed as job_memory
 from common.shards.matching import match
 from common.shards.places import check_disk, check_places, refuse_existing, whole_path
 from common.shards.remote import describe_checkpoint, fetch, to_download
 from common.shards.verify import MERGE_REPORT as REPORT_NAME
-from common.shards.verify import PRUNE_REPORT, hashes_as_recorded
+from common.shards.verify import PRUNE_REPORT, hashes_as_recorded, recorded_hashes
 from merge_and_evaluate import mergekit_engine
 from merge_and_evaluate.card import command
 from merge_and_evaluate.recipe_paths import model_paths, with_paths
@@ -270,9 +271,15 @@ def pruned_before(checkpoints: tuple[Checkpoint, ...]) -> list[dict]:
 
 
 def already_merged(save_path: Path, identity: str) -> bool:
-    """Whether `save_path` holds the complete result of this merge."""
-    report = save_path / REPORT_NAME
-    return report.is_file() and read_json(report).get("identity") == identity
+    """Whether `save_path` holds the complete result of this merge: by its report and, of the weights, their headers."""
+    path = save_path / REPORT_NAME
+    report = read_json(path) if path.is_file() else {}
+    if report.get("identity") != identity:
+        return False
+    try:
+        return {tensor.name for tensor in read_headers(save_path) or ()} >= recorded_hashes(path).keys()
+    except DataError:  # a file of several is gone, or was cut short: nothing to go on with
+        return False
 
 
 # --- merge ----------------------------------------------------------------------------------------

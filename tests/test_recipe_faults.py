@@ -10,6 +10,7 @@ import yaml
 from checkpoints import CONFIG, load, state, write
 from checkpoints import run as convert
 from conftest import save_model
+from recipes_and_models import merge_and_score
 from safetensors.torch import save_file
 
 import merge_and_evaluate_7b as script
@@ -37,6 +38,15 @@ def table(tmp_path, monkeypatch) -> Path:
     write(tmp_path / "base", base)
     for seed, name in enumerate("ab", 1):
         write(tmp_path / name, state(seed, torch.float32, SHAPES, near=base))
+    return tmp_path
+
+
+@pytest.fixture
+def real(models, tmp_path, monkeypatch) -> Path:
+    """A working directory with base, a and b, of an architecture that mergekit knows."""
+    monkeypatch.chdir(tmp_path)
+    for theirs, name in (("base", "base"), ("wild", "a"), ("west", "b")):
+        (tmp_path / name).symlink_to(models / theirs)
     return tmp_path
 
 
@@ -420,6 +430,35 @@ def test_a_seed_that_is_not_used_makes_no_other_merge(table, capsys, method, dra
         assert "out holds this merge already" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("engine", ["stream", "mergekit"])
+@pytest.mark.parametrize("size", ["5GB", "2KB"])
+def test_a_directory_without_its_weights_is_not_the_merge(real, engine, size):
+    """Deleted to free the disk: the report beside them stays, and the index of several files."""
+    config, flags = recipe("task_arithmetic"), ("--engine", engine, "--max_shard_size", size)
+    merged = merge(config, *flags)
+    for path in sorted(Path("out").glob("*.safetensors"))[-1:]:
+        path.unlink()
+    with pytest.raises(DataError, match="out: already there; give --overwrite"):
+        run(config, *flags)
+    again = merge(config, *flags, "--overwrite")
+    assert all(torch.equal(again[name], tensor) for name, tensor in merged.items())
+
+
+@pytest.mark.slow
+def test_a_finished_sweep_restores_weights_that_were_deleted(here, capsys):
+    weights = ("--weights", "0.5", "1")
+    merge_and_score(*weights)
+    merged = load(here / "merged")
+    (here / "merged" / "model.safetensors").unlink()
+    with pytest.raises(DataError, match="merged: already there; give --overwrite"):
+        merge_and_score(*weights)
+    capsys.readouterr()
+    merge_and_score(*weights, "--overwrite")
+    assert capsys.readouterr().out.endswith("results.json is from before\nwrote merged\n")
+    again = load(here / "merged")
+    assert all(torch.equal(again[name], tensor) for name, tensor in merged.items())
+
+
 # --- what ended in a traceback ----------------------------------------------------------------------------
 
 
@@ -498,15 +537,6 @@ def test_aliases_without_an_end_are_refused(table, levels):
 
 
 # --- mergekit's longer form of a model ----------------------------------------------------------------------
-
-
-@pytest.fixture
-def real(models, tmp_path, monkeypatch) -> Path:
-    """A working directory with base, a and b, of an architecture that mergekit knows."""
-    monkeypatch.chdir(tmp_path)
-    for theirs, name in (("base", "base"), ("wild", "a"), ("west", "b")):
-        (tmp_path / name).symlink_to(models / theirs)
-    return tmp_path
 
 
 LONGER = [{"model": {"path": "./a"}}, {"model": "a"}, {"model": {"path": "./a", "revision": None}, "lora": None}]
