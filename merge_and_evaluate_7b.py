@@ -78,6 +78,7 @@ from merge_and_evaluate.merging import (
     MergePlan,
     MergeSettings,
     already_merged,
+    check_seed,
     fetched,
     input_digests,
     memory_needed,
@@ -209,13 +210,15 @@ def question_of(args: argparse.Namespace) -> Question | None:
     weights = tuple(weight_choices(args.weights, args.weight_grid))
     if not weights and not args.search and len(args.recipe) == 1:
         return None
-    return Question(weights, args.choose_by, args.seed, args.race, args.evaluations, args.layer_groups)
+    return Question(weights, args.choose_by, args.seed or 0, args.race, args.evaluations, args.layer_groups)
 
 
 def planned_merges(args: argparse.Namespace, settings: MergeSettings) -> list[MergePlan]:
     """The merge of every recipe, from headers."""
     check_names([str(path) for path in args.recipe])
-    recipes = (with_models(read_recipe(str(path)), args.base_model, args.models) for path in args.recipe)
+    recipes = [with_models(read_recipe(str(path)), args.base_model, args.models) for path in args.recipe]
+    if args.seed is not None and args.race is None and not args.search:
+        check_seed(recipes)
     return [plan_merge(recipe, args.save_path, settings) for recipe in recipes]
 
 
@@ -236,7 +239,7 @@ def merge_and_evaluate(args: argparse.Namespace) -> None:
     check_device(args.device)
     if not args.dry_run and not (Path(args.save_path) / REPORT_NAME).is_file():  # is it this merge? Its inputs will say
         refuse_existing_outputs([Path(args.save_path)], args.overwrite)
-    settings = MergeSettings(args.max_shard_size, args.device or "cpu", args.seed, args.engine, tuple(args.skip))
+    settings = MergeSettings(args.max_shard_size, args.device or "cpu", args.seed or 0, args.engine, tuple(args.skip))
     merge_plans = planned_merges(args, settings)
     merge_plan, output_path = merge_plans[0], Path(args.output_path)
     question = question_of(args)

@@ -7,7 +7,7 @@ from common import cli
 from merge_and_evaluate.merging import ENGINES
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-MERGE_DEFAULTS = {"recipe": ["recipes/recipe.yml"], "save_path": "./models/merged", "engine": "auto", "seed": 0}
+MERGE_DEFAULTS = {"recipe": ["recipes/recipe.yml"], "save_path": "./models/merged", "engine": "auto"}
 EVAL_DEFAULTS = {"eval_recipe": "recipes/open_llm_leaderboard.yml", "output_path": "results.json"}
 CHOOSE_BY = ("score", "gold")
 OTHER_DEFAULTS = {"plot_path": "results_comparison.png", "choose_by": "score", "skip": []}
@@ -85,7 +85,13 @@ def _merge_flags(parser: argparse.ArgumentParser) -> None:
     )
     cli.add_skip_flag(group)
     parser.set_defaults(skip=None)  # as of every flag here: whether it was given decides what it may stand beside
-    add("--seed", type=cli.seed, metavar="N", help="for methods that draw at random: dare_*, della_* (default: 0)")
+    add(
+        "--seed",
+        type=cli.seed,
+        metavar="N",
+        help="for merge methods that draw at random (dare_*, della*, arcee_fusion; random has its seed in the recipe), "
+        "--race and --search (default: 0)",
+    )
 
 
 def _scoring_flags(parser: argparse.ArgumentParser) -> None:

@@ -127,6 +127,19 @@ def mergekit_reason(recipe: Recipe, settings: MergeSettings) -> str | None:
     return reason
 
 
+def draws(recipe: Recipe) -> bool:
+    """Whether the merge method draws by --seed. Our `random` draws by the recipe's own `seed`."""
+    return recipe.config["merge_method"].startswith(("dare_", "della", "arcee_fusion"))
+
+
+def check_seed(recipes: list[Recipe]) -> None:
+    """Refuse a --seed that none of the merges would use."""
+    if not any(map(draws, recipes)):
+        methods = list(dict.fromkeys(recipe.config["merge_method"] for recipe in recipes))
+        own = "; random draws by the `seed` under its recipe's `parameters`" if "random" in methods else ""
+        raise DataError(f"--seed: nothing is drawn by it ({', '.join(methods)}){own}; leave --seed out")
+
+
 def check_same_names(recipe: Recipe, checkpoints: tuple[Checkpoint, ...]) -> None:
     """Refuse models that fit together only under other names: mergekit matches by name."""
     whole, free_rows = checkpoints[0], mergekit_engine.tokenizes(recipe.config)
@@ -225,12 +238,11 @@ def merge_identity(recipe: Recipe, digests: dict[str, str], settings: MergeSetti
     However the models are spelled: ./models/x is the directory that its absolute path is.
     """
     reason = mergekit_reason(recipe, settings)
-    draws = reason is not None or recipe.config["merge_method"].startswith("dare_")
     parts = {
         "engine": ["stream"] if reason is None else ["mergekit", version("mergekit")],
         "recipe": with_paths(recipe.config, _place),
         "models": {_place(model): digest for model, digest in digests.items()},
-        **({"seed": settings.seed} if draws else {}),
+        **({"seed": settings.seed} if draws(recipe) else {}),
         **({"skip": settings.skip} if settings.skip else {}),
     }
     return text_hash(json.dumps(parts, sort_keys=True, default=str))
@@ -249,7 +261,7 @@ def origin(recipe: Recipe, digests: dict[str, str], settings: MergeSettings) -> 
         "recipe": recipe.text,
         "method": method,
         "models": digests,
-        "seed": settings.seed,
+        **({"seed": settings.seed} if draws(recipe) else {}),
         **({"skip": list(settings.skip)} if settings.skip else {}),
         "command": command(),
     }

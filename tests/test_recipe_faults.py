@@ -1,5 +1,6 @@
 """Recipes that merged something else than they say, or ended in a traceback: each is refused, or right, now."""
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from common.pruners import kernels
 from common.pruners.kernels import program
 from common.shards import stream
 from merge_and_evaluate.choices import Choice
+from merge_and_evaluate.merging import MergeSettings, merge_identity
 from merge_and_evaluate.recipes import read_recipe, with_weights
 from merge_and_evaluate.streamed_methods import stream_reason
 
@@ -418,16 +420,39 @@ def test_a_merge_is_the_same_however_its_models_are_spelled(table, capsys):
 
 
 @pytest.mark.parametrize(("method", "draws"), [("random", False), ("ties", False), ("dare_ties", True)])
-def test_a_seed_that_is_not_used_makes_no_other_merge(table, capsys, method, draws):
-    """`random` has a seed of its own in the recipe."""
+def test_a_seed_that_is_not_used_makes_no_other_merge(table, method, draws):
+    """`random` has a seed of its own in the recipe: that of a race changes nothing, and another is refused."""
     beside = {"weight": 0.6, "density": 0.5}
-    run(recipe(method, beside, beside))
+    config = recipe(method, beside, beside)
+    if not draws:
+        line = refused(config, "--seed", "1")
+        assert line.startswith(f"--seed: nothing is drawn by it ({method})") and line.endswith("; leave --seed out")
+        assert ("`seed` under its recipe's `parameters`" in line) == (method == "random")
+    run(config)
+    assert ("seed" in json.loads(Path("out/merge_report.json").read_text())) == draws
     if draws:
         with pytest.raises(DataError, match="already there; give --overwrite"):
-            run(recipe(method, beside, beside), "--seed", "1")
-    else:
-        run(recipe(method, beside, beside), "--seed", "1")
-        assert "out holds this merge already" in capsys.readouterr().out
+            run(config, "--seed", "1")
+    read = read_recipe("r.yml")
+    one, other = (merge_identity(read, {}, MergeSettings(seed=seed)) for seed in (0, 1))
+    assert (one == other) == (not draws)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "draws"), [("della", True), ("della_linear", True), ("dare_ties", True), ("breadcrumbs", False)]
+)
+def test_what_mergekit_draws_by_the_seed(real, method, draws):
+    """To the bits: what is said to draw nothing gives the same ones by any seed."""
+    beside = {"weight": 0.6, "density": 0.5}
+    config = recipe(method, beside, beside)
+    if not draws:
+        assert "nothing is drawn by it" in refused(config, "--engine", "mergekit", "--seed", "1")
+        return
+    found = merge(config, "--engine", "mergekit")
+    other = merge(config, "--engine", "mergekit", "--seed", "1", "--overwrite")
+    assert any(not torch.equal(found[name], tensor) for name, tensor in other.items())
+    assert json.loads(Path("out/merge_report.json").read_text())["seed"] == 1
 
 
 @pytest.mark.parametrize("engine", ["stream", "mergekit"])
