@@ -49,7 +49,7 @@ def test_the_list_is_transformers():
     names = transformers_files()
     assert len(names) > 30 and "prophetnet.tokenizer" in names
     assert {name for name in names if not any(fnmatch(name, pattern) for pattern in COMPANIONS)} == set()
-    assert set(COMPANIONS) < set(hub.CONFIGS_AND_TOKENIZER)
+    assert set(COMPANIONS) < set(hub.SMALL)
 
 
 VOCAB_ALONE = [
@@ -112,7 +112,7 @@ def test_of_folders_only_the_templates_are_downloaded():
 
     names = ["config.json", "additional_chat_templates/tool_use.jinja", "model.safetensors", "tokenizer.model"]
     others = [f"{folder}/{name}" for folder in ("original", "adapters", "onnx", "a", "additional") for name in names]
-    patterns = [*hub.WEIGHTS, *hub.CONFIGS_AND_TOKENIZER]
+    patterns = ["model.safetensors", *hub.SMALL]
     kept = filter_repo_objects([*names, *others], allow_patterns=patterns, ignore_patterns=[*hub.NEVER])
     assert list(kept) == names
 

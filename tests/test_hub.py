@@ -15,6 +15,7 @@ import torch
 from checkpoints import extract, load, write
 from conftest import ROOT, save_model
 from recipes_and_models import set_the_table
+from safetensors.torch import save_file
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 CONFIG = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "tie_word_embeddings": False}
@@ -136,9 +137,10 @@ def test_a_dry_run_downloads_no_weights(hub, tmp_path, files):
 
 
 @pytest.mark.slow
-def test_what_is_in_the_cache_needs_no_network(hub, tmp_path):
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_what_is_in_the_cache_needs_no_network(hub, tmp_path, suffix):
     """Downloaded once, then the Hub is out of reach and nobody says HF_HUB_OFFLINE: the cache does."""
-    write(hub.root / "org" / "base", tensors(), CONFIG)
+    write(hub.root / "org" / "base", tensors(), CONFIG, suffix=suffix)
     assert call(hub, tmp_path, "convert_dtype.py", "--model_path", "org/base", "--save_path", "one").returncode == 0
     hub.shutdown()
     hub.server_close()
@@ -192,6 +194,16 @@ UNUSABLE = {
         "a config.json but no weights (model.safetensors, pytorch_model.bin, or an index of several); download those "
         "too",
     ),
+    "a variant": (
+        ["config.json", "model.fp16.safetensors"],
+        "holds model.fp16.safetensors but no model.safetensors; if that is the whole model, rename it to "
+        "model.safetensors",
+    ),
+    "shards without an index": (
+        ["config.json", "model-00001-of-00001.safetensors"],
+        "1 shard(s) (model-00001-of-00001.safetensors, …) but no model.safetensors.index.json, which says what is in "
+        "them; download it into this directory",
+    ),
     "no config": (
         ["model.safetensors", "README.md"],
         "no config.json in it; download the weights and add the config.json of the model they come from",
@@ -210,6 +222,62 @@ def test_a_repository_that_holds_something_else(hub, tmp_path, files, line):
     done = call(hub, tmp_path, "convert_dtype.py", "--model_path", "org/other", "--save_path", "out")
     assert done.stderr.splitlines()[-1] == f"error: org/other: {line}"
     assert hub.sent < 100_000
+
+
+BESIDE = {
+    "a variant": (".safetensors", 1, ["model.fp16.safetensors"]),
+    "another set of shards": (".safetensors", 2, ["model-00001-of-00001.safetensors"]),
+    "a variant in safetensors alone": (".bin", 1, ["model.fp16.safetensors", "pytorch_model.fp16.bin"]),
+    "an adapter": (".bin", 1, ["adapter_model.safetensors", "adapter_config.json"]),
+    "an adapter of a model in shards": (".bin", 2, ["adapter_model.safetensors"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix, files, others", BESIDE.values(), ids=BESIDE)
+def test_of_the_weights_only_what_is_read_is_downloaded(hub, tmp_path, suffix, files, others):
+    """Whatever lies beside them: neither in their place nor with them."""
+    model = write(hub.root / "org" / "base", tensors(), CONFIG, files, suffix)
+    for name in others:
+        (model / name).write_bytes(b"{}" if name.endswith("json") else bytes(2_000_000))
+    done = call(hub, tmp_path, "convert_dtype.py", "--model_path", "org/base", "--save_path", "out")
+    assert done.returncode == 0, done.stderr
+    assert load(tmp_path / "out").keys() == tensors().keys()
+    assert WEIGHTS < hub.sent < WEIGHTS + 300_000
+
+
+@pytest.mark.slow
+def test_two_models_in_one_repository_are_refused_before_the_download(hub, tmp_path):
+    """An index and a single file: as in a directory, but nothing of it is the user's to delete."""
+    model = write(hub.root / "org" / "base", tensors(), CONFIG, files=2)
+    save_file(tensors(), model / "model.safetensors")
+    done = call(hub, tmp_path, "convert_dtype.py", "--model_path", "org/base", "--save_path", "out")
+    assert done.stderr.splitlines()[-1] == (
+        "error: org/base: holds both model.safetensors and model.safetensors.index.json, and tools disagree on which "
+        "counts; download one of the two into a directory, without the other, and give that"
+    )
+    assert hub.sent < 300_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_an_adapter(hub, tmp_path, suffix):
+    """From the Hub, then from the cache."""
+    write(hub.root / "org" / "base", tensors(), CONFIG)
+    lora = hub.root / "org" / "lora"
+    lora.mkdir()
+    (lora / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1}))
+    stem = "base_model.model.model.norm.lora_"
+    factors = {f"{stem}A.weight": torch.ones(1, SIDE), f"{stem}B.weight": torch.ones(SIDE, 1)}
+    path = lora / f"adapter_model{suffix}"
+    save_file(factors, path) if suffix == ".safetensors" else torch.save(factors, path)
+    flags = ["--finetuned_model_path", "org/lora", "--base_model_path", "org/base"]
+    assert call(hub, tmp_path, "extract_task_vector_7b.py", *flags, "--save_path", "v").returncode == 0
+    assert load(tmp_path / "v")["model.norm.weight"].eq(1).all()
+    hub.shutdown()
+    hub.server_close()
+    done = call(hub, tmp_path, "extract_task_vector_7b.py", *flags, "--save_path", "w")
+    assert done.returncode == 0, done.stderr
 
 
 # --- prune and merge ------------------------------------------------------------------------------

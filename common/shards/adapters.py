@@ -13,14 +13,13 @@ from common.shards import bins, headers
 from common.shards.checkpoint import Checkpoint
 from common.shards.companions import check_companions
 from common.shards.documents import read_json
-from common.shards.findings import has_weights
+from common.shards.findings import ADAPTER_FILES, has_weights
 from common.shards.headers import FLOAT_DTYPES, Tensor
 from common.shards.leftover import skipped
 from common.shards.matching import Match, check_shapes
 from common.shards.resolving import names_in
 
 CONFIG = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 MERGE = "merge it with peft's merge_and_unload(), save the model and extract from that"
 # Settings under which W + scale · B·A of the base is not what the adapter does.
 UNLIKE_LORA = {
@@ -97,17 +96,17 @@ def _check_kind(label: str, config: dict) -> None:
 
 
 def _read_tensors(label: str, directory: Path) -> list[Tensor]:
-    for name in WEIGHTS:
+    for name in ADAPTER_FILES:
         path = directory / name
         if path.is_file():
             return headers.read_file_header(path) if path.suffix == ".safetensors" else bins.read_file(path)
     found = sorted(path.name for path in directory.glob("*.safetensors"))
     there = (
-        f" (but {found[0]}; if that is the adapter, rename it to {WEIGHTS[0]})"
+        f" (but {found[0]}; if that is the adapter, rename it to {ADAPTER_FILES[0]})"
         if found
         else "; download the adapter again"
     )
-    raise DataError(f"{label}: {CONFIG} but no {' or '.join(WEIGHTS)} in it{there}")
+    raise DataError(f"{label}: {CONFIG} but no {' or '.join(ADAPTER_FILES)} in it{there}")
 
 
 def _pattern_value(label: str, config: dict, key: str, module: str, default):

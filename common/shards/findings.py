@@ -5,11 +5,14 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.shards import bins
 from common.shards.headers import INDEX_NAME, SINGLE_NAME, Tensor
 from common.shards.places import RUN
 
 _SHARD = re.compile(r"(model|pytorch_model)-\d{5}-of-(\d{5})(\.safetensors|\.bin)")
-_WEIGHTS = (SINGLE_NAME, INDEX_NAME, "pytorch_model.bin", "pytorch_model.bin.index.json")
+# What a model's weights are read from, and an adapter's.
+MODEL_FILES = (SINGLE_NAME, INDEX_NAME, bins.SINGLE_NAME, bins.INDEX_NAME)
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _UNFINISHED = (
     "*.incomplete",
     "*.part",
@@ -60,7 +63,7 @@ def _glob(directory: Path, *patterns: str) -> list[Path]:
 
 def has_weights(directory: Path) -> bool:
     """Whether a directory holds what open_checkpoint would read."""
-    return any((directory / name).is_file() for name in _WEIGHTS)
+    return any((directory / name).is_file() for name in MODEL_FILES)
 
 
 def what_is_there(directory: Path) -> str:
@@ -131,7 +134,7 @@ def _cache(directory: Path) -> Iterator[str]:
 
 def _dangling(directory: Path) -> Iterator[str]:
     """The Hub's cache and others' hold links: cleaned, or copied without what they point at."""
-    for name in _WEIGHTS:
+    for name in MODEL_FILES:
         path = directory / name
         if path.is_symlink() and not path.exists():
             target = os.readlink(path)
@@ -139,7 +142,7 @@ def _dangling(directory: Path) -> Iterator[str]:
 
 
 def _adapter(directory: Path) -> Iterator[str]:
-    adapter = _glob(directory, "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+    adapter = _glob(directory, "adapter_config.json", *ADAPTER_FILES)
     if adapter:
         yield (
             f"holds a LoRA adapter ({_names(adapter)}), not a model; give it to extract_task_vector_7b.py as "
@@ -228,7 +231,7 @@ def _deeper(directory: Path) -> Iterator[str]:
 def _other(directory: Path) -> Iterator[str]:
     loose = [path for path in _glob(directory, "*.safetensors", "*.bin") if not path.name.startswith(_NOT_MODELS)]
     if len(loose) == 1:
-        name = SINGLE_NAME if loose[0].suffix == ".safetensors" else "pytorch_model.bin"
+        name = SINGLE_NAME if loose[0].suffix == ".safetensors" else bins.SINGLE_NAME
         yield f"holds {loose[0].name} but no {name}; if that is the whole model, rename it to {name}"
     for pattern, what in _OTHERS.items():
         files = _glob(directory, pattern)

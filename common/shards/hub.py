@@ -2,18 +2,21 @@
 
 import os
 import re
-from fnmatch import fnmatchcase
+from contextlib import suppress
+from glob import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from common.errors import DataError, reason_of
+from common.shards import bins
 from common.shards.companions import COMPANIONS
-from common.shards.findings import what_file, what_is_there
+from common.shards.findings import ADAPTER_FILES, MODEL_FILES, has_weights, what_file, what_is_there
+from common.shards.headers import INDEX_NAME, SINGLE_NAME, read_index
 from common.shards.places import check_disk
 
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-PICKLED_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
-CONFIGS_AND_TOKENIZER = ("config.json", "task_vector.json", "adapter_config.json", *COMPANIONS)
+# Of weights without a header that could be read first, in the order in which they are looked for.
+_UNSEEN = ((bins.SINGLE_NAME, "pytorch_model-*.bin", bins.INDEX_NAME), *((name,) for name in ADAPTER_FILES))
+SMALL = (INDEX_NAME, "config.json", "task_vector.json", "adapter_config.json", *COMPANIONS)
 _TEMPLATES = "additional_chat_templates"
 # No folder but that of the templates: patterns of names match across folders, and there is no other way to say "but".
 _FOLDERS = tuple(f"{_TEMPLATES[:i]}{rest}" for i, letter in enumerate(_TEMPLATES) for rest in ("/*", f"[!{letter}]*/*"))
@@ -28,16 +31,10 @@ def is_hub_id(path: str) -> bool:
 
 def refuse_unusable(hub_id: str, files: list[str]) -> None:
     """DataError for a repository of these files if they are no model and no adapter, in the words for a directory."""
-    weights = (
-        "model*.safetensors",
-        "model.safetensors.index.json",
-        "pytorch_model*.bin",
-        "pytorch_model.bin.index.json",
-    )
     top = [name for name in files if "/" not in name]
-    if any(name.startswith("adapter_") for name in top):
-        return
-    if not any(fnmatchcase(name, pattern) for name in top for pattern in weights):
+    if not set(top) & set(MODEL_FILES):
+        if any(name.startswith("adapter_") for name in top):
+            return
         with TemporaryDirectory(prefix="listing_") as place:  # empty files of the same names, to look at
             for name in files:
                 if ".." in Path(name).parts or Path(name).is_absolute():  # it is a stranger's list
@@ -51,6 +48,12 @@ def refuse_unusable(hub_id: str, files: list[str]) -> None:
         )
 
 
+def safetensors_files(folder: Path) -> list[str]:
+    """The names of the files that a model is read from, by its index where it has one: ["model.safetensors"]."""
+    index = folder / INDEX_NAME
+    return sorted(set(read_index(index, ".safetensors").values())) if index.is_file() else [SINGLE_NAME]
+
+
 def transport_errors() -> tuple[type[Exception], ...]:
     """What huggingface_hub lets through of its HTTP library where the network fails: no OSError, none of its own."""
     from httpx2 import TransportError
@@ -59,23 +62,30 @@ def transport_errors() -> tuple[type[Exception], ...]:
 
 
 def download(hub_id: str) -> Path:
-    """The local snapshot of a Hub model: weights (.bin only where there is nothing else), configs, tokenizer.
+    """The local snapshot of a Hub model: configs, tokenizer, and of the weights the files that are read.
+
+    Those are safetensors, or else .bin, or, where there is no model, an adapter's.
 
     Raises DataError where it cannot be had: no such model, no access, no network.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import DryRunError, HFValidationError, LocalEntryNotFoundError
+
+    def wanted(names: tuple[str, ...]) -> dict:
+        return {"allow_patterns": [*SMALL, *names], "ignore_patterns": [*NEVER]}
 
     try:
-        folder = Path(
-            snapshot_download(hub_id, allow_patterns=[*WEIGHTS, *CONFIGS_AND_TOKENIZER], ignore_patterns=[*NEVER])
-        )
-        # In a second step: a repository that has both would otherwise be downloaded twice over.
-        if not any(folder.glob("*.safetensors")):
-            wanted = {"allow_patterns": [*PICKLED_WEIGHTS], "ignore_patterns": [*NEVER]}
-            files = snapshot_download(hub_id, dry_run=True, **wanted)
-            check_disk({folder: sum(file.file_size or 0 for file in files if file.will_download)})
-            folder = Path(snapshot_download(hub_id, **wanted))
+        folder = Path(snapshot_download(hub_id, **wanted(())))
+        names = tuple(escape(name) for name in safetensors_files(folder))
+        folder = Path(snapshot_download(hub_id, **wanted(names)))
+        # One kind after the other: a repository that has several would otherwise be downloaded several times over.
+        for names in () if has_weights(folder) else _UNSEEN:
+            with suppress(DryRunError):  # the Hub is out of reach, and the cache may have them
+                files = snapshot_download(hub_id, dry_run=True, **wanted(names))
+                check_disk({folder: sum(file.file_size or 0 for file in files if file.will_download)})
+            folder = Path(snapshot_download(hub_id, **wanted(names)))
+            if any(path for name in names for path in folder.glob(name)):
+                break
         return folder
     except (LocalEntryNotFoundError, *transport_errors()) as error:
         reason = f"it is in no local cache and the Hub cannot be reached ({type(error).__name__})"

@@ -1,8 +1,8 @@
 """Models on the Hugging Face Hub, described before they are downloaded.
 
 Config, tokenizer and index are small and downloaded first; of each safetensors file only the header is read, by a range
-request. What does not fit is refused then, and --dry_run ends there. Files of the older .bin format have no such header
-and are downloaded as they were.
+request. What does not fit is refused then, and --dry_run ends there. Files of the older .bin format, which have no such
+header, and LoRA adapters, which are small, are downloaded at once.
 """
 
 from dataclasses import replace
@@ -14,7 +14,7 @@ from common.shards.checkpoint import Checkpoint, open_checkpoint
 from common.shards.documents import read_json
 from common.shards.findings import not_gathered
 from common.shards.headers import DTYPE_BYTES, INDEX_NAME, SINGLE_NAME, Tensor, check_index, read_index
-from common.shards.hub import CONFIGS_AND_TOKENIZER, NEVER, is_hub_id, refuse_unusable, transport_errors
+from common.shards.hub import NEVER, SMALL, is_hub_id, refuse_unusable, safetensors_files, transport_errors
 from common.shards.layout import tensor_bytes
 from common.shards.places import check_disk
 
@@ -47,17 +47,23 @@ def remote_checkpoint(hub_id: str) -> Checkpoint | None:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, SafetensorsParsingError
 
-    small = [*CONFIGS_AND_TOKENIZER, "*.safetensors.index.json"]
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=small, ignore_patterns=[*NEVER]))
+        folder = Path(snapshot_download(hub_id, allow_patterns=[*SMALL], ignore_patterns=[*NEVER]))
         index, config = folder / INDEX_NAME, folder / "config.json"
         weight_map = read_index(index, ".safetensors") if index.is_file() else {}
-        paths = [folder / name for name in sorted(set(weight_map.values()) or {SINGLE_NAME})]
+        paths = [folder / name for name in safetensors_files(folder)]
         if config.is_file() and all(
             path.is_file() for path in paths
         ):  # before the Hub is asked: it may be out of reach
             return None
-        refuse_unusable(hub_id, HfApi().list_repo_files(hub_id, revision=folder.name))
+        # Not list_repo_files(), which tries for half a minute if there is no network.
+        files = [file.rfilename for file in HfApi().model_info(hub_id, revision=folder.name).siblings or ()]
+        refuse_unusable(hub_id, files)
+        if SINGLE_NAME in files and folder / SINGLE_NAME not in paths:  # as headers.read_headers() does
+            raise DataError(
+                f"{hub_id}: holds both {SINGLE_NAME} and {INDEX_NAME}, and tools disagree on which counts; download "
+                "one of the two into a directory, without the other, and give that"
+            )
         if not config.is_file():
             return None
         tensors = [tensor for path in paths for tensor in _remote_tensors(hub_id, folder.name, path)]
