@@ -259,6 +259,25 @@ def test_a_training_checkpoint_in_a_bin(tmp_path, key):
     )
 
 
+@pytest.mark.parametrize("name", ["__metadata__", "n" * 1001], ids=["the header's", "too long"])
+def test_names_that_no_safetensors_file_can_hold(tmp_path, name):
+    """A .bin has room for any; what is written from it has to be read again."""
+    model = write(tmp_path / "m", state() | {name: torch.ones(3)}, suffix=".bin")
+    line = refusal("convert", "--model_path", model, "--save_path", tmp_path / "out")
+    assert line == (
+        f"{model}/pytorch_model.bin: {name!r:.80} is not a tensor's name; use a safetensors version of this model"
+    )
+
+
+def test_more_dimensions_than_are_read_again(tmp_path):
+    model = write(tmp_path / "m", state() | {"x": torch.ones([1] * 17)}, suffix=".bin")
+    line = refusal("convert", "--model_path", model, "--save_path", tmp_path / "out")
+    assert line == (
+        f"tensor 'x' in {model}/pytorch_model.bin: 17 dimensions, at most 16 are accepted; use a safetensors version "
+        "of this model"
+    )
+
+
 QUANTISED = {
     "bitsandbytes": ({"a.weight": (32, "uint8"), "a.weight.absmax": (4, "float32")}, "a.weight", "U8"),
     "bitsandbytes, 8 bits": ({"a.weight": (9, "int8"), "a.SCB": (3, "float32")}, "a.weight", "I8"),

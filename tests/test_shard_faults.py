@@ -301,6 +301,13 @@ def test_an_adapter_is_skipped_by_the_bases_names(tmp_path, pattern):
     )
 
 
+@pytest.mark.parametrize("a, b", [((1, 7), ()), ((), (7, 1)), ((1, 7), (7,)), ((7,), (7, 1))])
+def test_factors_of_too_few_dimensions(tmp_path, a, b):
+    stem = f"base_model.model.{Q.removesuffix('.weight')}.lora_"
+    line = refused_adapter(tmp_path, {f"{stem}A.weight": torch.ones(a), f"{stem}B.weight": torch.ones(b)})
+    assert "has rank" in line or line.endswith(" do not fit it; is it an adapter of this base?")
+
+
 def test_a_bin_model_beside_an_adapter_config_is_a_model(tmp_path):
     lora(tmp_path / "lora", A_AND_B)
     assert is_adapter(tmp_path / "lora")

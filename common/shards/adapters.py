@@ -140,10 +140,10 @@ def _scale(label: str, config: dict, module: str, rank: int) -> float:
 
 def _is_transposed(label: str, base: Tensor, a: Tensor, b: Tensor, by_config: bool) -> bool:
     """Whether the base's tensor is stored [in, out]; its shape says so, or the config where it is square."""
-    rows, columns = b.shape[0], a.numel // max(1, a.shape[0])
+    fits = len(a.shape) > 1 and b.shape[1:2] == a.shape[:1] and b.numel == b.shape[0] * a.shape[0]
+    rows, columns = (b.shape[0], a.numel // max(1, a.shape[0])) if fits else (0, 0)
     plain = base.shape[:1] == (rows,) and base.numel == rows * columns
     turned = base.shape == (columns, rows)
-    fits = len(a.shape) > 1 and b.numel == rows * a.shape[0] and b.shape[1:2] == a.shape[:1]
     if not fits or not (plain or turned):
         raise DataError(
             f"tensor {base.name!r} is {list(base.shape)} in the base, and A {list(a.shape)} and B {list(b.shape)} of "

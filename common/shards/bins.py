@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common.errors import DataError
 from common.shards.documents import MAX_HEADER_BYTES, refuse_lfs_pointer
-from common.shards.headers import Tensor, check_index, read_index, shard_paths
+from common.shards.headers import MAX_DIMENSIONS, MAX_NAME, Tensor, check_index, read_index, shard_paths
 
 INDEX_NAME = "pytorch_model.bin.index.json"
 SINGLE_NAME = "pytorch_model.bin"
@@ -107,11 +107,17 @@ def _describe(path: Path, name: str, value, records: dict[int, int]) -> Tensor:
     import torch
 
     codes = {getattr(torch, name): code for name, code in _DTYPES.items()}
-    if not isinstance(name, str) or not name.isprintable():
+    # As headers.py does, and safetensors' own word: what is written from a .bin has to be read again.
+    if not isinstance(name, str) or not name.isprintable() or len(name) > MAX_NAME or name == "__metadata__":
         raise DataError(f"{path}: {ascii(name):.80} is not a tensor's name; {_TAKE_ANOTHER}")
     if not isinstance(value, torch.Tensor) or value.dtype not in codes or value.layout != torch.strided:
         found = f"{value.dtype}, {value.layout}" if isinstance(value, torch.Tensor) else type(value).__name__
         raise DataError(f"tensor {name!r} in {path}: found {found}, needed is a plain tensor; {_TAKE_ANOTHER}")
+    if value.dim() > MAX_DIMENSIONS:
+        raise DataError(
+            f"tensor {name!r} in {path}: {value.dim()} dimensions, at most {MAX_DIMENSIONS} are accepted; "
+            f"{_TAKE_ANOTHER}"
+        )
     # A view of other bytes than its own in order, or of bytes whose sign torch flips on reading: neither can be
     # streamed.
     if not value.is_contiguous() or value.is_neg():
