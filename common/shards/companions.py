@@ -7,8 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
-from common.errors import DataError
-from common.shards.documents import is_lfs_pointer, read_json
+from common.shards.documents import read_json, refuse_lfs_pointer
 
 # Any of these is a tokenizer, or the part of one that others are made from (byte tokenizers have a config alone).
 TOKENIZERS = (
@@ -68,8 +67,7 @@ def check_companions(directory: Path) -> None:
     Before a weight is read: they are copied when everything else is done.
     """
     for path in companion_files(directory):
-        if is_lfs_pointer(path):
-            raise DataError(f"{path}: a Git LFS pointer, not the file; run `git lfs pull` in {directory}")
+        refuse_lfs_pointer(path)
         if _is_config(path):
             read_json(path, strict=False)
 
