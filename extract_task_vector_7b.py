@@ -52,6 +52,7 @@ from common.shards.job import Job, begin, describe, downloaded, identity
 from common.shards.layout import Output, plan_shards, slots_of
 from common.shards.matching import match_all
 from common.shards.places import check_places, refuse_existing_outputs
+from common.shards.processes import group
 from common.shards.remote import describe_checkpoint, remote_checkpoint
 from common.shards.settings import config_notes
 from common.shards.stream import Task, Worker, copy_tensor, new_hash, not_finite, same_bytes
@@ -273,7 +274,7 @@ def main(argv=None) -> None:
     parameters |= {"adapter": adapter.config if adapter else None}
     by, notes = decide(finetuned, base, adapter, parameters)
     job = plan(finetuned, base, by, args.save_path, parameters)
-    for note in notes:
+    for note in notes if group().is_main else ():
         print(f"note: {note}")
     if args.dry_run:
         print(describe(job, [finetuned, base]))
@@ -295,7 +296,8 @@ def main(argv=None) -> None:
             for note in size_note(finetuned, base, records):
                 print(f"note: {note}")
     if running.is_main:
-        for note in [*config_notes(finetuned, base), *code_notes(finetuned, base)]:
+        brings_config = [base] if adapter else [finetuned, base]  # an adapter's checkpoint has the base's
+        for note in [*config_notes(finetuned, base), *code_notes(*brings_config)]:
             print(f"note: {note}")
         print(f"wrote {args.save_path} ({job.outputs[0].nbytes / 1e9:.3f} GB, {args.dtype})")
 
