@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,32 @@ def test_a_link_in_the_way_is_deleted_and_what_it_leads_to_stays(tmp_path):
     (tmp_path / "out.part" / "link").symlink_to(tmp_path / "elsewhere")
     run("convert", "--model_path", tmp_path / "model", "--save_path", tmp_path / "out", "--overwrite")
     assert (tmp_path / "elsewhere" / "mine.txt").is_file() and not (tmp_path / "out" / "link").exists()
+
+
+def test_bad_data_that_another_process_met_is_not_resumed(tmp_path, monkeypatch):
+    """torchrun: the main process, stopped by the other's end, leaves its shards; with the model fixed, nothing of
+    them counts, and no other job is said to have left them."""
+    good = state()
+    bad = good | {"model.norm.weight": torch.full((7,), float("nan")).half()}
+    model, out = write(tmp_path / "model", bad), tmp_path / "out"
+    command = ["convert", "--model_path", model, "--save_path", out, "--max_shard_size", 200]
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "wait_for_everyone", lambda _: None)
+        patch.setattr(job, "group", lambda: processes.Group(0, 2))
+        patch.setattr(job.Running, "_wait_for_others", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(*command)
+        patch.setattr(job, "group", lambda: processes.Group(1, 2))
+        assert refusal(*command).startswith("tensor 'model.norm.weight' in ")
+    assert list((tmp_path / "out.part").glob("*.safetensors"))
+    shutil.rmtree(model)
+    write(model, good)
+    run(*command)
+    assert load(out)["model.norm.weight"].equal(good["model.norm.weight"])
 
 
 def test_another_process_that_stops_leaves_the_shards(tmp_path, monkeypatch):

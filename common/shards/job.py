@@ -172,8 +172,9 @@ class Running:
 def begin(job: Job, overwrite: bool) -> Iterator[Running]:
     """Claim the outputs, or resume where an earlier attempt of the same job stopped; on leaving, publish them.
 
-    Raises DataError for bad data (what was written is deleted: resuming would meet the same data again). Anything else
-    that stops the job leaves complete shards in <save_path>.part for the next attempt.
+    Raises DataError for bad data (what was written is deleted, at the next start if a process met it that is not the
+    main one: resuming would meet the same data again). Anything else that stops the job leaves complete shards in
+    <save_path>.part for the next attempt.
     """
     processes = group()
     holds = _claim(job, overwrite) if processes.is_main else []
@@ -187,6 +188,8 @@ def begin(job: Job, overwrite: bool) -> Iterator[Running]:
     except DataError:
         if processes.is_main:
             publish.discard(job.outputs)
+        else:
+            publish.mark_refused(job.outputs)
         raise
     finally:
         for descriptor in holds:

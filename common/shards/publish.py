@@ -6,6 +6,7 @@ directory is renamed to its final name. `.run/run.json` says which job a directo
 resumes at the last complete shard, any other is refused.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,6 +18,8 @@ from common.shards.layout import Output, Shard, index_text
 from common.shards.places import MOVING, RUN, is_half_published, refuse_existing, refuse_what_appeared
 from common.shards.sink import record_path
 from common.shards.staging import lock, move, remove, sync, write_file
+
+REFUSED = "refused"  # in .run: this job met bad data, so nothing of it counts; see mark_refused
 
 
 def _state(directory: Path, run: str = RUN) -> dict | None:
@@ -48,6 +51,10 @@ def unpublished(outputs: list[Output], identity: dict) -> list[Output]:
     return [output for output in outputs[1:] if output.part.is_dir() or not output.final.is_dir()]
 
 
+def _is_refused(part: Path) -> bool:
+    return (part / RUN / REFUSED).is_file()
+
+
 def _strangers(part: Path) -> list[Path]:
     return [path for path in part.iterdir() if path.name != RUN]
 
@@ -55,7 +62,7 @@ def _strangers(part: Path) -> list[Path]:
 def refuse_another_job(part: Path, identity: dict, overwrite: bool) -> None:
     """DataError if `part` holds what another job has written, unless it may be replaced."""
     theirs = _state(part) if part.is_dir() else identity
-    if theirs != identity and _strangers(part) and not overwrite:
+    if theirs != identity and _strangers(part) and not overwrite and not _is_refused(part):
         what = difference(theirs, identity) if theirs else "no record of a job in it"
         raise DataError(
             f"{part}: left by another job ({what}); finish that job with its own command, "
@@ -81,7 +88,7 @@ def claim(output: Output, identity: dict, overwrite: bool) -> int:
         refuse_half_published(output.final, part, identity)
     fresh = not part.exists()
     descriptor = lock(part)  # before what is in it is looked at: another job may be about to fill it
-    if not fresh and _state(part) == identity:
+    if not fresh and _state(part) == identity and not _is_refused(part):
         return descriptor
     try:
         refuse_another_job(part, identity, overwrite)
@@ -93,6 +100,7 @@ def claim(output: Output, identity: dict, overwrite: bool) -> int:
     for path in (part / RUN).glob("*.json"):
         path.unlink()
     write_file(part / RUN / "run.json", json.dumps(identity, indent=1).encode())
+    (part / RUN / REFUSED).unlink(missing_ok=True)
     return descriptor
 
 
@@ -167,3 +175,11 @@ def discard(outputs: list[Output]) -> None:
     """Delete what a job that was refused on its data has written: resuming would only meet the same data."""
     for output in outputs:
         shutil.rmtree(output.part, ignore_errors=True)
+
+
+def mark_refused(outputs: list[Output]) -> None:
+    """The same of a process that does not hold the outputs, while the one that does may be writing there: they are
+    emptied at the next start, whatever job that is."""
+    for output in outputs:
+        with contextlib.suppress(OSError):  # the other may have met bad data, too, and be deleting them
+            (output.part / RUN / REFUSED).touch()
