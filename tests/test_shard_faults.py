@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import chain, extract, files, load, prune, refusal, run, state, write
+from checkpoints import chain, extract, files, load, prune, prune_arguments, refusal, run, state, write
 from word_models import WORDS, model, tokenizer
 
 import convert_dtype
@@ -152,6 +152,29 @@ def test_a_half_published_mount_point_is_its_jobs(tmp_path, window):
     with pytest.raises(DataError, match="half published by another job"):
         publish.refuse_half_published(out, out / ".part", {"script": "b"})
     publish.refuse_half_published(out, out / ".part", {"script": "a"})
+
+
+def test_a_lost_rest_is_made_again_with_overwrite(tmp_path, monkeypatch):
+    """Two outputs, stopped between their renames, and what was to be renamed is deleted: the advice works."""
+    here = chain(tmp_path)
+    run("prune", *prune_arguments(here))
+    before = {name: files(here / name) for name in ("pa", "pb")}
+    real = publish.move
+
+    def stop(part, final):
+        real(part, final)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(publish, "move", stop)
+        run("prune", *prune_arguments(here, "--overwrite"))
+    shutil.rmtree(here / "pb.part")
+    shutil.rmtree(here / "pb")
+    line = refusal("prune", *prune_arguments(here))
+    assert line.endswith("delete those, or start afresh with --overwrite") and not (here / "pb.part").exists()
+    run("prune", *prune_arguments(here, "--overwrite"))
+    assert {name: files(here / name) for name in ("pa", "pb")} == before
+    assert not [path for path in here.iterdir() if ".part" in path.name]
 
 
 def test_a_link_in_the_way_is_deleted_and_what_it_leads_to_stays(tmp_path):

@@ -197,7 +197,10 @@ def begin(job: Job, overwrite: bool) -> Iterator[Running]:
 
 
 def _claim(job: Job, overwrite: bool) -> list[int]:
-    """Lock every output that this job has not published yet, and check that there is room for the rest of it."""
+    """Lock every output that this job has not published yet, and check that there is room for the rest of it.
+
+    What it has published is made again with the rest where that is lost: a shard is written to all outputs at once.
+    """
     waiting = publish.unpublished(job.outputs, job.identity)
     holds = []
     try:
@@ -205,10 +208,17 @@ def _claim(job: Job, overwrite: bool) -> list[int]:
             holds.append(publish.claim(output, job.identity, overwrite))
         whole = publish.whole_shards(waiting, job.outputs)
         if len(waiting) < len(job.outputs) and len(whole) < len(job.outputs[0].shards):
-            raise DataError(
-                f"{waiting[0].part}: incomplete, though the other outputs of this job are there; "
-                "delete those, or start afresh with --overwrite"
-            )
+            if not overwrite:
+                raise DataError(
+                    f"{waiting[0].part}: incomplete, though the other outputs of this job are there; "
+                    "delete those, or start afresh with --overwrite"
+                )
+            published = [output for output in job.outputs if output not in waiting]
+            for output in published:
+                holds.append(publish.claim(output, job.identity, overwrite))
+                waiting = [*waiting, output]
+            publish.forget(published)
+            whole = publish.whole_shards(waiting, job.outputs)
         check_disk({o.final: sum(s.nbytes for i, s in enumerate(o.shards) if i not in whole) for o in waiting})
     except DataError:
         for output, descriptor in zip(waiting, holds, strict=False):

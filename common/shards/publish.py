@@ -159,6 +159,11 @@ def publish(outputs: list[Output], overwrite: bool) -> None:
         refuse_what_appeared(output.final, overwrite)
     for output in waiting:
         move(output.part, output.final)
+    forget(outputs)
+
+
+def forget(outputs: list[Output]) -> None:
+    """Delete the records of this job in outputs that were published, the first one's last: they are like any other."""
     for output in reversed(outputs):
         _forget(output.final / RUN)
 
