@@ -160,6 +160,24 @@ def test_an_empty_directory_is_nothing(model, tmp_path, capsys):
     assert (tmp_path / "link").is_symlink() and files(tmp_path / "target") != files(tmp_path / "out")
 
 
+def test_what_an_input_links_to_is_not_replaced(model, tmp_path):
+    """An input made of links, and --overwrite where they lead: its own weights would be deleted. Beside is fine."""
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tools.jinja").write_text("x")
+    for name, linked in (("view", ["config.json", "model.safetensors"]), ("chat", ["additional_chat_templates"])):
+        shutil.copytree(model, tmp_path / name)
+        for entry in linked:
+            remove(tmp_path / name / entry)
+            (tmp_path / name / entry).symlink_to(model / entry)
+    before = files(model)
+    for name, linked in (("view", "config.json"), ("chat", "additional_chat_templates/tools.jinja")):
+        command = ["convert", "--model_path", tmp_path / name, "--dtype", "bfloat16", "--overwrite"]
+        line = f"{model}: output and {model}/{linked} overlap; give the output a directory of its own"
+        assert refusal(*command, "--save_path", model) == line
+        assert files(model) == before
+        run(*command, "--save_path", tmp_path / "out")
+
+
 def test_a_results_file_needs_a_files_name(tmp_path):
     from common.errors import DataError
     from common.shards.places import refuse_existing_file

@@ -44,10 +44,12 @@ def whole_path(path: Path | str) -> str:
 def check_places(inputs: list[Path], outputs: list[Path]) -> None:
     """Refuse outputs that overlap with an input or one another, or that are or contain the working directory.
 
-    An output's names include those it has while it is made: see staging.py.
+    An output's names include those it has while it is made: see staging.py. Of an input's files, those that are links
+    count where they lead.
     """
     places = [path.resolve() for path in outputs]
     taken = [path.resolve() for path in inputs]
+    taken += [file for path in inputs for file in _linked_files(path)]
     for i, place in enumerate(places):
         if place in (Path.cwd(), *Path.cwd().parents):
             raise DataError(
@@ -58,6 +60,13 @@ def check_places(inputs: list[Path], outputs: list[Path]) -> None:
             if any(name == other or other in name.parents or name in other.parents for name in names):
                 raise DataError(f"{outputs[i]}: output and {other} overlap; give the output a directory of its own")
         taken += names
+
+
+def _linked_files(directory: Path) -> list[Path]:
+    """The files elsewhere that links in a directory, or in one right below it, lead to."""
+    place = directory.resolve()
+    found = {file.resolve() for pattern in ("*", "*/*") for file in place.glob(pattern) if os.path.isfile(file)}
+    return sorted(file for file in found if place not in file.parents)
 
 
 def existing_parent(path: Path) -> Path:
