@@ -51,7 +51,7 @@ from common.pruners.report import build, distinct, table
 from common.pruners.unchanged import zero_tensor
 from common.shards.checkpoint import Checkpoint, config_with_dtype
 from common.shards.companions import copy_companions
-from common.shards.documents import read_json, write_json
+from common.shards.documents import read_record, write_json
 from common.shards.dtypes import check_floats
 from common.shards.headers import DTYPE_NAMES, Tensor
 from common.shards.job import Job, begin, describe, downloaded, identity
@@ -396,7 +396,7 @@ def main(argv=None) -> None:
     if not running.is_main:
         return
     for path, output in zip(args.save_directories, job.outputs, strict=True):
-        print(table(read_json(output.final / REPORT)))
+        print(table(read_record(output.final / REPORT)))
         print(f"wrote {path} ({output.nbytes / 1e9:.3f} GB), the figures of every tensor in {path}/{REPORT}\n")
     if args.plot_path:
         draw([read_pruned(args.save_directories), *beside], Path(args.plot_path))

@@ -5,7 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from common.shards.documents import read_json
+from common.shards.documents import read_record
 from common.shards.staging import write_file
 from common.shards.verify import MERGE_REPORT
 
@@ -34,7 +34,7 @@ def add_scores(directory: Path, title: str, table: str) -> None:
     """Put a table of scores into the card of a merged model, if it is one of ours; what else the card holds by now
     stays."""
     path, card = directory / MERGE_REPORT, directory / "README.md"
-    report = read_json(path) if path.is_file() else {}
+    report = read_record(path) if path.is_file() else {}
     if "method" not in report:  # reports of earlier versions lack it
         return
     text = card.read_text(encoding="utf-8") if card.is_file() else card_text(directory.resolve().name, report)

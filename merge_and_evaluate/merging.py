@@ -13,7 +13,7 @@ from common.errors import DataError
 from common.shards import stream
 from common.shards.checkpoint import Checkpoint
 from common.shards.companions import companion_files
-from common.shards.documents import read_json
+from common.shards.documents import read_record
 from common.shards.hashing import file_hash, text_hash
 from common.shards.headers import read_headers
 from common.shards.job import downloaded, input_files
@@ -276,7 +276,7 @@ def pruned_before(checkpoints: tuple[Checkpoint, ...]) -> list[dict]:
     found = []
     for checkpoint in checkpoints:
         report = checkpoint.path / PRUNE_REPORT
-        content = read_json(report) if report.is_file() else {}
+        content = read_record(report) if report.is_file() else {}
         if all(key in content for key in ("pruning_method", "order", "position", "totals")):
             found.append({"model": checkpoint.label, **{key: content.get(key) for key in _PRUNED}})
     return found
@@ -285,7 +285,7 @@ def pruned_before(checkpoints: tuple[Checkpoint, ...]) -> list[dict]:
 def already_merged(save_path: Path, identity: str) -> bool:
     """Whether `save_path` holds the complete result of this merge: by its report and, of the weights, their headers."""
     path = save_path / REPORT_NAME
-    report = read_json(path) if path.is_file() else {}
+    report = read_record(path) if path.is_file() else {}
     if report.get("identity") != identity:
         return False
     try:

@@ -11,8 +11,12 @@ from checkpoints import chain, files, load, prune, prune_arguments, refusal, run
 from safetensors.torch import save_file
 
 import merge_and_evaluate_7b
+import prune_task_vector_7b
 from common.exits import run as run_main
+from common.shards.checkpoint import open_checkpoint
+from common.shards.documents import write_json
 from common.shards.headers import read_headers
+from merge_and_evaluate.merging import already_merged, pruned_before
 
 KINDS = {
     "cv": "convert_report.json",
@@ -99,6 +103,29 @@ def test_a_model_that_mergekit_merged_is_sound(models, tmp_path, capsys, monkeyp
     assert "GB, every byte of them as it was written\nmerged: not known: whether its inputs" in capsys.readouterr().out
     path = flip(Path("merged"), "model.norm.weight")
     assert verify_refusal("merged").startswith(f"tensor 'model.norm.weight' in {path}: not the bytes that merge_report")
+
+
+@pytest.mark.slow
+def test_a_large_record_is_read(copy, tmp_path):
+    """A model of 69,000 tensors has a prune_report.json of 28 MB."""
+    for kind, name in KINDS.items():
+        directory = copy(kind)
+        with open(directory / name, "a") as file:
+            file.write(" " * 30_000_000)
+        run("prune", "--verify", directory)
+    prune([tmp_path / "va"], [tmp_path / "again"], "--save_format", "task_vector", "--n", 1, "--m", 4)
+    run("prune", "--plot_reports", tmp_path / "pa", "--plot_path", tmp_path / "pa.svg")
+    assert pruned_before((open_checkpoint(str(tmp_path / "pa")),)) and not already_merged(tmp_path / "merged", "y")
+
+
+def test_a_large_report_is_printed(written, tmp_path, monkeypatch):
+    """By the job that wrote it."""
+
+    def write_large(path, value):
+        write_json(path, value | {"padding": "x" * 30_000_000})
+
+    monkeypatch.setattr(prune_task_vector_7b, "write_json", write_large)
+    prune([written / "va"], [tmp_path / "out"])
 
 
 # --- damaged --------------------------------------------------------------------------------------

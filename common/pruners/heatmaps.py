@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common.errors import DataError
 from common.pruners.report import NAME
-from common.shards.documents import read_json
+from common.shards.documents import read_record
 
 MEASURES = {"overlap": "overlap rate", "l2_share": "L2 share kept", "evenness": "evenness"}
 COLOURS = {"overlap": "OrRd", "l2_share": "PuBu", "evenness": "YlGn"}
@@ -49,7 +49,7 @@ def read_report(path: str) -> dict:
     file = Path(path) / NAME if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise DataError(f"{path}: no {NAME} there; give a directory that prune_task_vector_7b.py wrote")
-    report = read_json(file)
+    report = read_record(file)
     if not _is_report(report):
         raise DataError(f"{file}: not as prune_task_vector_7b.py writes it; prune again")
     return report

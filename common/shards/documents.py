@@ -14,6 +14,9 @@ from common.shards.staging import write_file
 MAX_HEADER_BYTES = 25_000_000  # the largest public checkpoints have shards with headers of a few MB
 
 
+MAX_RECORD_BYTES = 500_000_000  # prune_report.json has 400 bytes for each tensor and more for each further vector
+
+
 MAX_DEPTH = 50  # of objects and lists in a config.json; Python's own limit would be hit while writing it
 
 
@@ -80,6 +83,11 @@ def read_json(path: Path, strict: bool = True, most_bytes: int = MAX_HEADER_BYTE
     if _is_deeper(value, MAX_DEPTH):
         raise DataError(f"{path}: nested more than {MAX_DEPTH} deep; get the checkpoint from a source you trust")
     return value
+
+
+def read_record(path: Path) -> dict:
+    """The object in a file of ours that has an entry for each tensor: of a model of many experts it may be large."""
+    return read_json(path, most_bytes=MAX_RECORD_BYTES)
 
 
 def write_json(path: Path, value, default=str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from common.errors import DataError
 from common.shards.checkpoint import Checkpoint
-from common.shards.documents import read_json, write_json
+from common.shards.documents import read_record, write_json
 from common.shards.headers import DTYPE_NAMES
 from common.shards.matching import Match, match
 from common.shards.remote import describe_checkpoint
@@ -45,7 +45,7 @@ def write_task_vector_json(directory: Path, finetuned: Checkpoint, base: Checkpo
 def write_pruned_vector_json(directory: Path, vector: TaskVector, first: TaskVector, records: dict) -> None:
     """task_vector.json of a pruned task vector: its own hashes, and those of the base, which all vectors share, under
     the names that the `first` has and every output with it."""
-    content = read_json(vector.checkpoint.path / NAME)
+    content = read_record(vector.checkpoint.path / NAME)
     content["tensors"] = {n: {"base": first.hashes[n]["base"], "vector": r["written"]} for n, r in records.items()}
     write_json(directory / NAME, content)
 
@@ -57,7 +57,7 @@ def read_task_vector(checkpoint: Checkpoint) -> TaskVector:
         raise DataError(
             f"{checkpoint.label}: no {NAME} in it, so it is not a task vector; make one with extract_task_vector_7b.py"
         )
-    content = read_json(path)
+    content = read_record(path)
     hashes, base = content.get("tensors"), content.get("base_model_path")
     is_ours = (
         isinstance(hashes, dict) and isinstance(base, str) and not _CONTROL.search(base) and content.get("hash") == HASH

@@ -10,7 +10,7 @@ from pathlib import Path
 from common.errors import DataError
 from common.shards import bins, task_vector
 from common.shards.checkpoint import Checkpoint
-from common.shards.documents import read_json, write_json
+from common.shards.documents import read_record, write_json
 from common.shards.hashing import tensor_hashes
 from common.shards.headers import DTYPE_NAMES, Tensor, read_headers
 from common.shards.places import whole_path
@@ -33,7 +33,7 @@ def write_convert_report(directory: Path, model: Checkpoint, dtype: str, records
 
 def recorded_hashes(path: Path) -> dict[str, str]:
     """{tensor: hash} of one record. Raises DataError if it is not as our scripts write it."""
-    content, key = read_json(path), RECORDS[path.name]
+    content, key = read_record(path), RECORDS[path.name]
     tensors = content.get("tensors")
     entries = tensors.items() if isinstance(tensors, dict) else ()
     hashes = {name: entry.get(key) if isinstance(entry, dict) else entry for name, entry in entries}
@@ -130,7 +130,7 @@ def recorded_inputs(directory: Path) -> dict[str, dict[str, str]]:
     """{input, as the records of a directory name it: {tensor: hash}, empty where none was recorded}."""
     found = {}
     for name in RECORDS:
-        content = read_json(directory / name) if (directory / name).is_file() else {}
+        content = read_record(directory / name) if (directory / name).is_file() else {}
         if content.get("base_model_path"):
             hashes = {tensor: entry.get("base") for tensor, entry in content["tensors"].items()}
             found[str(content["base_model_path"])] = hashes
