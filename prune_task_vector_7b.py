@@ -57,7 +57,7 @@ from common.shards.headers import DTYPE_NAMES, Tensor
 from common.shards.job import Job, begin, describe, downloaded, identity
 from common.shards.layout import Output, plan_shards, slots_of
 from common.shards.matching import mask_names, match_all
-from common.shards.places import check_places, refuse_existing_outputs
+from common.shards.places import check_places, refuse_existing_outputs, refuse_unwritable_file
 from common.shards.stream import Task, Worker, copy_tensor
 from common.shards.task_vector import (
     TaskVector,
@@ -364,6 +364,8 @@ def look(args: argparse.Namespace) -> bool:
 
 def main(argv=None) -> None:
     args = parse_args(argv)
+    if args.plot_path:  # drawn last, when the outputs are there
+        refuse_unwritable_file(args.plot_path)
     if look(args):
         return
     beside = [read_pruned(args.plot_with)] if args.plot_with else []

@@ -186,6 +186,19 @@ def test_a_results_file_needs_a_files_name(tmp_path):
         refuse_existing_file(tmp_path, True)
 
 
+def test_a_picture_that_cannot_be_written_is_refused_first(tmp_path):
+    """It is drawn last, when the outputs are there, and the same command would be refused because of them."""
+    chain(tmp_path)
+    (tmp_path / "pics.png").mkdir()
+    (tmp_path / "file").touch()
+    for picture, line in (
+        ("pics.png", "{0}/pics.png: a directory; give a file's name"),
+        ("file/new/a.png", "{0}/file/new/a.png: nothing can be written to {0}/file; give another place"),
+    ):
+        assert refusal("prune", *prune_arguments(tmp_path, "--plot_path", tmp_path / picture)) == line.format(tmp_path)
+    assert not list(tmp_path.glob("pa*"))
+
+
 @pytest.fixture
 def mounted(tmp_path, monkeypatch) -> Path:
     """A directory that cannot be renamed, as a mount point is one: renaming to or from it fails as there."""

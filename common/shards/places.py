@@ -144,6 +144,14 @@ def refuse_directories(files: list[Path]) -> None:
             raise DataError(f"{path}: a directory; move it away, or write elsewhere")
 
 
+def refuse_unwritable_file(path: Path) -> None:
+    """DataError if a file, written when all else is done, has no place: what is there already may be replaced."""
+    refuse_existing_file(path, overwrite=True)
+    parent = existing_parent(path.parent)
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise DataError(f"{path}: nothing can be written to {parent}; give another place")
+
+
 def cannot_be_renamed(path: Path) -> bool:
     """Whether a directory stays where it is: a mount point, or one in a directory that we may not write to.
 
