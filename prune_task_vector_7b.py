@@ -393,6 +393,7 @@ def main(argv=None) -> None:
         running.stream(partial(prune_and_check, by=by))
         for own, part, records in running.whole():
             source = {"base_model_path": whereabouts(base)} if base else {}
+            source |= {"vector_path": whereabouts(vectors[own].checkpoint)}
             report = build(parameters | source | {"hash": "xxh3_128"}, labels, own, records)
             finish(part, base, vectors[0], vectors[own], report, records)
     if not running.is_main:

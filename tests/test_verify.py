@@ -245,6 +245,22 @@ def test_what_is_not_known_of_inputs(written, capsys):
     ]
 
 
+def test_a_vector_is_known_wherever_it_was_named_from(written, tmp_path, capsys, monkeypatch):
+    """A relative path, given twice, and verified from elsewhere; a report without the whole path is read as before."""
+    monkeypatch.chdir(written)
+    prune(["va", "va"], [tmp_path / "1", tmp_path / "2"], "--pruning_method", "random")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    run("prune", "--verify", written / "cv", written / "va", "1", "2")
+    said = capsys.readouterr().out
+    assert "1: its base is " in said and "1: not known" not in said and "2: not known" not in said
+    report = json.loads(Path("1/prune_report.json").read_text())
+    assert report["vector"] == "va (1)" and report.pop("vector_path") == str(written / "va")
+    Path("1/prune_report.json").write_text(json.dumps(report))
+    run("prune", "--verify", "1")
+    assert capsys.readouterr().out.endswith("none of those verified here), va (1)\n")
+
+
 def test_another_base_is_not_taken_for_it(written, copy, capsys):
     """The same names and the recorded path, but other bytes: not the base."""
     from checkpoints import state, write
@@ -272,6 +288,25 @@ def test_a_directory_without_record_or_weights_is_refused(written, tmp_path, cop
         verify_refusal(directory)
         == f"{directory}: no weights beside task_vector.json; write or copy the directory again"
     )
+
+
+def test_hashes_where_entries_belong_are_refused(copy):
+    """And the other way round: a record is as its own script writes it."""
+    for kind, name in KINDS.items():
+        directory = copy(kind)
+        content = json.loads((directory / name).read_text())
+        as_hashes = {tensor: digest_of(value) for tensor, value in load(directory).items()}
+        is_hash = isinstance(content["tensors"]["lm_head.weight"], str)
+        content["tensors"] = {n: {"hash": h, "vector": h} for n, h in as_hashes.items()} if is_hash else as_hashes
+        (directory / name).write_text(json.dumps(content))
+        assert verify_refusal(directory).startswith(f"{directory / name}: holds no hash of every tensor")
+
+
+@pytest.mark.parametrize("models", [3, [{"model": "a"}]])
+def test_models_that_are_none_are_no_traceback(copy, models):
+    path = copy("merged") / "merge_report.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"models": models}))
+    run("prune", "--verify", path.parent)
 
 
 DAMAGED = ["[]", "{}", '{"tensors": 1}', '{"tensors": {"model.norm.weight": {}}}', '{"tensors": {"a": [1]}}']

@@ -36,7 +36,10 @@ def recorded_hashes(path: Path) -> dict[str, str]:
     content, key = read_record(path), RECORDS[path.name]
     tensors = content.get("tensors")
     entries = tensors.items() if isinstance(tensors, dict) else ()
-    hashes = {name: entry.get(key) if isinstance(entry, dict) else entry for name, entry in entries}
+    if key is None:
+        hashes = dict(entries)
+    else:
+        hashes = {name: entry.get(key) if isinstance(entry, dict) else None for name, entry in entries}
     if not hashes or not all(isinstance(digest, str) for digest in hashes.values()):
         raise DataError(f"{path}: holds no hash of every tensor, so it is damaged; write the directory again")
     return hashes
@@ -131,11 +134,13 @@ def recorded_inputs(directory: Path) -> dict[str, dict[str, str]]:
     found = {}
     for name in RECORDS:
         content = read_record(directory / name) if (directory / name).is_file() else {}
-        if content.get("base_model_path"):
+        if content.get("base_model_path") and RECORDS[name]:  # where an entry is more than a hash
             hashes = {tensor: entry.get("base") for tensor, entry in content["tensors"].items()}
             found[str(content["base_model_path"])] = hashes
-        found |= {str(content[key]): {} for key in ("finetuned_model_path", "model_path", "vector") if content.get(key)}
-        found |= {model: {} for model in (content.get("models") or {})}
+        vector = "vector_path" if "vector_path" in content else "vector"  # reports of earlier versions lack it
+        found |= {str(content[key]): {} for key in ("finetuned_model_path", "model_path", vector) if content.get(key)}
+        models = content.get("models")
+        found |= {str(model): {} for model in (models if isinstance(models, dict | list) else ())}
     return found
 
 
