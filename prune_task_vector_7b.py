@@ -58,6 +58,7 @@ from common.shards.job import Job, begin, describe, downloaded, identity
 from common.shards.layout import Output, plan_shards, slots_of
 from common.shards.matching import mask_names, match_all
 from common.shards.places import check_places, refuse_existing_outputs, refuse_unwritable_file
+from common.shards.processes import group
 from common.shards.stream import Task, Worker, copy_tensor
 from common.shards.task_vector import (
     TaskVector,
@@ -212,7 +213,7 @@ def engine_for(device: str):
     from common.pruners.devices import check_bits
     from common.pruners.kernels import engine
 
-    own = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+    own = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and os.environ.get("LOCAL_RANK") else device
     arithmetic = engine(own)
     if device != "cpu" and not device.startswith("cuda"):  # those two are tested
         check_bits(arithmetic, device)
@@ -378,7 +379,7 @@ def main(argv=None) -> None:
     engine = engine_for(args.device)  # numba takes a moment to import: after what headers refuse
     passes = 2 if in_passes(pruning, engine.BLOCK) else 1
     job, pairs, notes = plan(base, vectors, args, parameters, passes)
-    for note in notes:
+    for note in notes if group().is_main else ():
         print(f"note: {note}")
     inputs = [*([base] if base else []), *(vector.checkpoint for vector in vectors)]
     if args.dry_run:

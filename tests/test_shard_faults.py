@@ -213,6 +213,28 @@ def test_bad_data_that_another_process_met_is_not_resumed(tmp_path, monkeypatch)
     assert load(out)["model.norm.weight"].equal(good["model.norm.weight"])
 
 
+def test_an_empty_rank_is_none(monkeypatch):
+    """As a job script leaves it that sets it from a variable of a scheduler that is not there."""
+    monkeypatch.setenv("RANK", "")
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert processes.group() == processes.Group(0, 1)
+
+
+def test_notes_are_printed_by_one_process(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "base", state())
+    write(tmp_path / "tuned", {f"module.{name}": tensor for name, tensor in state(1).items()})
+    extract(tmp_path / "tuned", tmp_path / "base", tmp_path / "v")
+    assert "note: " in capsys.readouterr().out
+    write(tmp_path / "named", {f"module.{name}": tensor for name, tensor in state().items()})
+    again = ["--finetuned_model_path", tmp_path / "tuned", "--base_model_path", tmp_path / "base"]
+    vector = ["--task_vector_paths", tmp_path / "v", "--base_model_path", tmp_path / "named"]
+    for rank, count in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        run("extract", *again, "--save_path", tmp_path / "w", "--dry_run")
+        run("prune", *vector, "--save_directories", tmp_path / "p", "--dry_run")
+        assert capsys.readouterr().out.count("note: ") == 2 * count
+
+
 def test_another_process_that_stops_leaves_the_shards(tmp_path, monkeypatch):
     """torchrun: out of memory there is no bad data here, so what is complete stays for the next attempt."""
     write(tmp_path / "model", state())

@@ -18,7 +18,7 @@ class Group:
 
 def group() -> Group:
     """What torchrun says in the environment; one process where it says nothing."""
-    return Group(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    return Group(int(os.environ.get("RANK") or "0"), int(os.environ.get("WORLD_SIZE") or "1"))
 
 
 def wait_for_everyone(processes: Group) -> None:
