@@ -56,8 +56,8 @@ def config_with_dtype(config: dict, dtype: str | None) -> str:
 
     from_pretrained loads in the dtype that it finds there.
 
-    Left out is what would no longer be true: code that is not copied (see without_code), and a quantization_config,
-    which in a model of floating-point weights is null, {} or a left-over.
+    Left out are code that is not copied (see without_code) and a quantization_config, which is null or {} where weights
+    are written: check_floats has refused any other.
     """
 
     def renamed(section: dict) -> dict:

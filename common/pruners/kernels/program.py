@@ -57,7 +57,7 @@ class Program:
 
 
 class _Noted:
-    """The steps of a program for stretchs of one length."""
+    """The steps of a program for stretches of one length."""
 
     def __init__(self, note: Callable, stretch: int, start: int, arrays: list[np.ndarray]):
         self._stretch = stretch
