@@ -1,5 +1,7 @@
 """One line before a model is scored: what, how much of it, how."""
 
+from collections.abc import Sequence
+
 from merge_and_evaluate.eval_machine import device_of, dtype_is_raised, stored_dtype
 from merge_and_evaluate.eval_recipes import EvalRecipe
 from merge_and_evaluate.eval_settings import children, shots
@@ -11,22 +13,27 @@ def documents_of(task):
     return getattr(task, "task_docs", None) or task.eval_docs
 
 
-def items_to_score(recipe: EvalRecipe, task) -> int:
-    """How many of a task's documents are scored, with the recipe's limit (a count, or a share below 1)."""
+def items_to_score(recipe: EvalRecipe, task) -> Sequence[int]:
+    """The numbers of a task's documents that are scored: those that the recipe's `samples` names, or the first by its
+    limit (a count, or a share below 1)."""
     from lm_eval.evaluator_utils import get_sample_size
 
-    count, limit = len(documents_of(task)), get_sample_size(task, recipe.config.get("limit"))
-    return count if limit is None else min(count, limit)
+    count = len(documents_of(task))
+    if named := recipe.samples.get(task.config.task):  # as lm-eval has it: an empty list names all
+        return sorted({number for number in named if number < count})
+    limit = get_sample_size(task, recipe.config.get("limit"))
+    return range(count if limit is None else min(count, limit))
 
 
-def requests_of(task, items: int) -> int:
-    """How many answers a model gives for the first `items` documents: one each, or one for every choice."""
+def requests_of(task, items: Sequence[int]) -> int:
+    """How many answers a model gives for the documents of these numbers: one each, or one for every choice."""
     if task.OUTPUT_TYPE != "multiple_choice":
-        return items
+        return len(items)
     fixed = task.config.doc_to_choice
     if isinstance(fixed, list):
-        return items * len(fixed)
-    return sum(len(task.doc_to_choice(doc)) for _, doc in zip(range(items), documents_of(task), strict=False))
+        return len(items) * len(fixed)
+    wanted = set(items)
+    return sum(len(task.doc_to_choice(doc)) for number, doc in enumerate(documents_of(task)) if number in wanted)
 
 
 def requests_to_make(recipe: EvalRecipe, loaded: dict) -> int:
@@ -46,7 +53,7 @@ def announcement(recipe: EvalRecipe, model: str, directory: str, loaded: dict) -
     parts, requests = [], requests_to_make(recipe, loaded)
     for root in sorted_rows(loaded):
         leaves = [loaded["tasks"][leaf] for leaf in leaves_below(loaded, root)]
-        counts = [items_to_score(recipe, task) for task in leaves]
+        counts = [len(items_to_score(recipe, task)) for task in leaves]
         counted = sorted({shots_of(recipe, task) for task in leaves})
         size = f" ({len(leaves)} tasks)" if len(leaves) > 1 else ""
         parts.append(f"{root}{size} {sum(counts):,} items {'/'.join(map(str, counted))}-shot")

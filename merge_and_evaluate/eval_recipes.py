@@ -63,6 +63,11 @@ class EvalRecipe:
         return {key: value for key, value in _mapping(self.config.get("model_args")).items() if key != "pretrained"}
 
     @property
+    def samples(self) -> dict[str, list[int]]:
+        """{task: numbers of its documents}, the only ones that are scored; {} where the recipe names none."""
+        return (self.config.get("samples") and evaluator_config(self, "model").samples) or {}
+
+    @property
     def metadata(self) -> dict:
         """What tasks are told about the job."""
         return {**self.model_args, **_mapping(self.config.get("metadata"))}
@@ -97,6 +102,7 @@ def read_eval_recipe(path: str, **flags) -> EvalRecipe:
         evaluator_config(recipe, "model")
     except (ValueError, TypeError, AttributeError, ArithmeticError, OSError) as error:
         raise DataError(f"{path}: lm-eval refuses it: {' '.join(str(error).split()):.200}; fix the recipe") from None
+    check_samples(recipe)
     return recipe
 
 
@@ -123,6 +129,16 @@ def check_keys(path: str, config: dict) -> None:
     named = [tasks] if isinstance(tasks, str) else tasks
     if not isinstance(named, list) or not named or not all(isinstance(name, str) and name for name in named):
         raise DataError(f"{path}: tasks is {tasks!r:.60}, needed is a list of task names")
+
+
+def check_samples(recipe: EvalRecipe) -> None:
+    """Refuse `samples` that lm-eval would stumble over once the model is merged."""
+    found = recipe.samples
+    lists = found.values() if isinstance(found, dict) else [None]
+    if not all(isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers) for numbers in lists):
+        raise DataError(
+            f"{recipe.path}: samples is {found!r:.60}, needed is a mapping of tasks to lists of item numbers from 0"
+        )
 
 
 def include_path(recipe_path: str, include: str | None) -> str | None:

@@ -121,10 +121,10 @@ def strata_of_tasks(recipe: EvalRecipe, loaded: dict) -> tuple[Stratum, ...]:
         leaves, group = leaves_below(loaded, entry), loaded["groups"].get(entry)
         by_size = group is None or all(each.weight_by_size for each in group.aggregate_metric_list)
         plain = entry in PLAIN_MEAN_GROUPS or not by_size
-        counts = [items_to_score(recipe, loaded["tasks"][leaf]) for leaf in leaves]
+        counts = [len(items_to_score(recipe, loaded["tasks"][leaf])) for leaf in leaves]
         for leaf, count in zip(leaves, counts, strict=True):
             share = 1 / len(leaves) if plain else count / sum(counts)
-            asked = requests_of(loaded["tasks"][leaf], count) / count
+            asked = requests_of(loaded["tasks"][leaf], range(count)) / count
             strata.append(Stratum(leaf, entry, count, share / len(entries), round(asked), asked))
     return tuple(strata)
 

@@ -18,9 +18,10 @@ from results_files import save, scored
 import merge_and_evaluate_7b
 from common.errors import DataError
 from merge_and_evaluate import choosing, eval_machine, evaluation, racing, scoring
+from merge_and_evaluate.announcement import announcement, requests_to_make
 from merge_and_evaluate.eval_recipes import read_eval_recipe
 from merge_and_evaluate.eval_tasks import Tasks, find_tasks
-from merge_and_evaluate.evaluation import eval_identity
+from merge_and_evaluate.evaluation import eval_identity, load_tasks
 from merge_and_evaluate.race import next_step, outcome
 from merge_and_evaluate.race_plan import plan, strata_of
 from merge_and_evaluate.race_tasks import read_tasks, strata_of_tasks
@@ -144,6 +145,34 @@ def test_nor_does_a_half_of_a_copy(here, monkeypatch):
 def test_an_empty_model_is_transformers_everywhere(here):
     write_yaml(here / "eval.yml", {**EVAL, "model": None, "device": "cpu"})
     assert eval_machine.on_this_machine(read_eval_recipe("eval.yml"), "base").model_args == {"dtype": "float32"}
+
+
+@pytest.mark.parametrize("samples", [{"colours": [0, 1, 1]}, '{"colours": [0, 1]}'])
+def test_items_that_a_recipe_names_are_counted(here, samples):
+    """Of the other tasks all are scored; each of the six items has six choices."""
+    write_yaml(here / "eval.yml", {**EVAL, "samples": samples})
+    recipe = read_eval_recipe("eval.yml")
+    loaded = load_tasks(recipe, find_tasks(recipe, recipe.tasks))
+    said = announcement(recipe, "base", "base", loaded)
+    assert "colours 2 items 0-shot, shades 6 items 0-shot" in said and said.endswith("; 48 requests")
+
+
+def test_requests_are_those_of_the_items_that_are_named(here):
+    """The last item has two choices, the others six."""
+    path = here / "tasks" / "colours.jsonl"
+    *others, last = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [*others, {**last, "choices": last["choices"][-2:], "gold": 1}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_yaml(here / "eval.yml", {**EVAL, "tasks": ["colours"], "samples": {"colours": [0, 5]}})
+    recipe = read_eval_recipe("eval.yml")
+    assert requests_to_make(recipe, load_tasks(recipe, find_tasks(recipe, ["colours"]))) == 8
+
+
+@pytest.mark.parametrize("samples", [["colours"], {"colours": 2}, {"colours": ["0"]}, {"colours": [-1]}])
+def test_samples_that_are_none_are_refused(here, samples):
+    write_yaml(here / "eval.yml", {**EVAL, "samples": samples})
+    with pytest.raises(DataError, match="eval.yml: (samples is .*, needed is a mapping of tasks|lm-eval refuses it)"):
+        read_eval_recipe("eval.yml")
 
 
 # --- NaN ------------------------------------------------------------------------------------------
