@@ -244,10 +244,13 @@ def merge_and_evaluate(args: argparse.Namespace) -> None:
     merge_plan, output_path = merge_plans[0], Path(args.output_path)
     question = question_of(args)
     asked = plan_choices(question, merge_plans) if question else None
-    if merge_plan.reason or not args.merge_only:
-        check_one_process()
     if not args.merge_only:
+        check_one_process(
+            "merge with --merge_only, then score with `accelerate launch merge_and_evaluate_7b.py --eval_only …`"
+        )
         choosing, reporting = scorings(args, merge_plans)
+    elif merge_plan.reason:
+        check_one_process(f"mergekit merges this recipe ({merge_plan.reason}); start it without torchrun")
     if not args.merge_only and not asked:
         check_results_of(merge_plan, settings, choosing, output_path, args.overwrite)
     if asked:

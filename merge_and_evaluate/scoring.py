@@ -59,13 +59,11 @@ class Scoring:
     log: Path | None = None  # lm-eval's messages; None: beside the results file
 
 
-def check_one_process() -> None:
-    """DataError under torchrun and `accelerate launch` with several processes, each of which would merge."""
+def check_one_process(instead: str) -> None:
+    """DataError under torchrun and `accelerate launch` with several processes, each of which would merge. instead: what
+    to do."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise DataError(
-            "several processes were started, and a merge needs one: merge with --merge_only, then score "
-            "with `accelerate launch merge_and_evaluate_7b.py --eval_only …`"
-        )
+        raise DataError(f"several processes were started, and a merge needs one: {instead}")
 
 
 def finished(scoring: Scoring, model: Model, path: Path) -> dict | None:

@@ -175,6 +175,18 @@ def test_samples_that_are_none_are_refused(here, samples):
         read_eval_recipe("eval.yml")
 
 
+# --- several processes ----------------------------------------------------------------------------
+
+
+def test_merge_only_is_not_told_to_take_merge_only(here, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = "several processes were started, and a merge needs one: mergekit merges this recipe (--engine mergekit); "
+    with pytest.raises(DataError, match=re.escape(line + "start it without torchrun")):
+        merge("--engine", "mergekit")
+    with pytest.raises(DataError, match="a merge needs one: merge with --merge_only, then score with `accelerate"):
+        merge_and_score()
+
+
 # --- NaN ------------------------------------------------------------------------------------------
 
 
