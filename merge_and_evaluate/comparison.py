@@ -59,7 +59,9 @@ def setting_remarks(rows: list[Row]) -> list[str]:
             if not (limited and key == "samples"):  # limits have a remark of their own
                 notes += _differences(rows, f"{task}: {what}", lambda row, t=task, k=key: row.tasks[t].get(k))
     if limited:
-        shown = ["all items" if limit is None else f"{limit:g}" for limit in limits]
+        shown = [
+            "all items" if limit is None else limit if isinstance(limit, str) else f"{limit:g}" for limit in limits
+        ]
         notes.append(f"limits differ: {', '.join(f'{r.name} {s}' for r, s in zip(rows, shown, strict=True))}")
     for what in dict.fromkeys(what for row in rows for what in row.settings if what != "limit"):
         notes += _differences(rows, what, lambda row, w=what: row.settings.get(w))

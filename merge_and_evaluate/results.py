@@ -123,13 +123,20 @@ def marked(name: str, limit) -> str:
     """("TA", 100) -> 'TA (limit 100)'; ("TA", None) -> 'TA': a row scored on a part of the items says so in every
     table.
     """
-    return f"{name} (limit {limit:g})" if isinstance(limit, (int, float)) else name
+    return f"{name} ({part_text(limit)})" if isinstance(limit, (int, float, str)) else name
+
+
+def part_text(limit: float | str) -> str:
+    """What limit_of() gives, in words: 100 -> 'limit 100', 'samples' -> 'samples'."""
+    return limit if isinstance(limit, str) else f"limit {limit:g}"
 
 
 def limit_of(document: dict):
-    """The `limit` that a document was scored with, None for all items."""
+    """The `limit` that a document was scored with; "samples" where its recipe named some of the items; None for all."""
     limit = (document.get("config") or {}).get("limit")
-    return limit if limit is not None else (document.get("provenance") or {}).get("limit")
+    limit = limit if limit is not None else (document.get("provenance") or {}).get("limit")
+    counts = (document.get("n-samples") or {}).values()
+    return "samples" if limit is None and any(c.get("effective", 0) < c.get("original", 0) for c in counts) else limit
 
 
 def way_of_asking(document: dict) -> str:
@@ -138,7 +145,7 @@ def way_of_asking(document: dict) -> str:
     shots = dict.fromkeys(str(count) for count in found if count is not None)
     how = [f"{'/'.join(shots)}-shot"] if shots else []
     limit = limit_of(document)
-    how += [] if limit is None else [f"limit {limit:g}"]
+    how += [] if limit is None else [part_text(limit)]
     how += ["chat template"] if document.get("chat_template_sha") else []
     return ", ".join(document["provenance"]["tasks"]) + (f" ({', '.join(how)})" if how else "")
 

@@ -175,6 +175,17 @@ def test_samples_that_are_none_are_refused(here, samples):
         read_eval_recipe("eval.yml")
 
 
+@pytest.mark.slow
+def test_a_row_of_named_items_says_so_in_tables(here, capsys):
+    score("base")
+    write_yaml(here / "eval.yml", {**EVAL, "samples": {"colours": [0, 1]}})
+    score("base", "--output_path", "part.json", "--name", "part")
+    assert "| part (samples) | metric | shots | items | score |" in capsys.readouterr().out
+    merge_and_evaluate_7b.main(["--compare", "results.json", "part.json"])
+    said = capsys.readouterr().out
+    assert "| part (samples) |" in said and "- limits differ: base all items, part samples" in said
+
+
 # --- several processes ----------------------------------------------------------------------------
 
 
