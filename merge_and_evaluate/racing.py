@@ -137,6 +137,30 @@ def values_of(field: Field, tally: dict, path: Path, said: str) -> dict[str, np.
     return values
 
 
+def drawn_items(field: Field, step: Step, tallies: dict[str, dict]) -> dict[str, dict]:
+    """{candidate's label: {leaf: {"number", "value", "gold"}}} of the items that this race drew, up to the round in
+    which the candidate dropped out or won: what an earlier race scored beside them is none of its outcome."""
+    last, found = {drop.candidate: drop.round for drop in step.dropped}, {}
+    for label in field.plan.candidates:
+        drawn = zip(field.plan.strata, field.plan.sample(last.get(label, step.round)), strict=True)
+        found[label] = {
+            stratum.name: _only(tallies[label]["items"][stratum.name], numbers) for stratum, numbers in drawn
+        }
+    return found
+
+
+def _only(kept: dict[str, list], numbers: np.ndarray) -> dict[str, list]:
+    """The items of these numbers."""
+    wanted = set(numbers.tolist())
+    at = [place for place, number in enumerate(kept["number"]) if number in wanted]
+    return {key: [values[place] for place in at] for key, values in kept.items()}
+
+
+def count_of(items: Mapping[str, dict]) -> int:
+    """How many items {leaf: record} are."""
+    return sum(len(kept["number"]) for kept in items.values())
+
+
 # --- the race -------------------------------------------------------------------------------------
 
 
@@ -172,8 +196,9 @@ def race(sweep: Sweep, making: Making, field: Field) -> Outcome:
             # number would double what is written so often.
             write_file(path, json.dumps({"tasks": sweep.choosing.tasks.names, "candidates": tallies}).encode())
     print(outcome(field.plan, step, UNITS[field.by]))
-    print(spent_line(field.plan, scored, merges, requests, time.monotonic() - began), flush=True)
-    return outcome_of(sweep, field, step, tallies, scored)
+    drawn = drawn_items(field, step, tallies)
+    print(spent_line(field.plan, drawn, merges, requests, time.monotonic() - began), flush=True)
+    return outcome_of(sweep, field, step, drawn)
 
 
 def _score(sweep: Sweep, making: Making, candidate: Candidate, field: Field, samples: dict, step: Step):
@@ -194,10 +219,10 @@ def _score(sweep: Sweep, making: Making, candidate: Candidate, field: Field, sam
 # --- what came of it ------------------------------------------------------------------------------
 
 
-def spent_line(race_plan: Plan, scored: Mapping, merges: int, requests: int, seconds: float) -> str:
+def spent_line(race_plan: Plan, drawn: Mapping[str, dict], merges: int, requests: int, seconds: float) -> str:
     """What the race took, beside scoring every candidate on every item."""
     every = most(race_plan)
-    items = sum(int(np.isfinite(values).sum()) for tasks in scored.values() for values in tasks.values())
+    items = sum(map(count_of, drawn.values()))
     return (
         f"the race took {items:,} of {every.items:,} items ({items / every.items:.0%}): {merges} merges and "
         f"{requests:,} requests in this job, {seconds:.0f} s"
@@ -211,14 +236,14 @@ def _mean_and_stderr(values: list[float]) -> tuple[float, float | None]:
     return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
 
 
-def summary_of(field: Field, tally: dict, recipe: EvalRecipe) -> dict:
-    """A results file's `summary` over the items that a candidate scored: entries as in the race, the metric's own
+def summary_of(field: Field, items: Mapping[str, dict], recipe: EvalRecipe) -> dict:
+    """A results file's `summary` over a candidate's items {leaf: record}: entries as in the race, the metric's own
     values."""
     tasks: dict[str, dict] = {}
     entries = list(dict.fromkeys(stratum.entry for stratum in field.plan.strata))
     for entry in entries:
         strata = [stratum for stratum in field.plan.strata if stratum.entry == entry]
-        parts = [_mean_and_stderr(tally["items"][stratum.name]["value"]) for stratum in strata]
+        parts = [_mean_and_stderr(items[stratum.name]["value"]) for stratum in strata]
         shares = [stratum.weight * len(entries) for stratum in strata]  # weights add up to 1 over all entries
         known = None not in [stderr for _, stderr in parts]
         shots = {shots_of(recipe, field.loaded["tasks"][stratum.name]) for stratum in strata}
@@ -228,29 +253,28 @@ def summary_of(field: Field, tally: dict, recipe: EvalRecipe) -> dict:
             "stderr": math.sqrt(math.fsum((s * e) ** 2 for s, (_, e) in zip(shares, parts, strict=True)))
             if known
             else None,
-            "samples": sum(len(tally["items"][stratum.name]["value"]) for stratum in strata),
+            "samples": sum(len(items[stratum.name]["value"]) for stratum in strata),
             "num_fewshot": shots.pop() if len(shots) == 1 else None,
             "higher_is_better": larger_is_better(field.loaded, strata[0].name, field.metrics[strata[0].name]),
         }
     return {"tasks": tasks, **average_of(tasks)}
 
 
-def outcome_of(sweep: Sweep, field: Field, step: Step, tallies: dict, scored: Mapping) -> Outcome:
-    """The winner, and of every candidate what it scored on the items it was asked."""
+def outcome_of(sweep: Sweep, field: Field, step: Step, drawn: Mapping[str, dict]) -> Outcome:
+    """The winner, and of every candidate what it scored on the items that were drawn for it."""
     drops = {drop.candidate: drop for drop in step.dropped}
     documents, tried, golds, recipe = {}, [], {}, sweep.choosing.recipe
     config = {"limit": recipe.config.get("limit")}  # so that the table and the CSV say it, as they do of a sweep
     for candidate in sweep.candidates:
-        summary = summary_of(field, tallies[candidate.label], recipe)
+        items = drawn[candidate.label]
+        summary = summary_of(field, items, recipe)
         documents[candidate] = {"summary": {"name": candidate.label, **summary}, "results": {}, "config": config}
         if field.by == "gold":
             weights = {stratum.name: stratum.weight for stratum in field.plan.strata}
-            items = tallies[candidate.label]["items"]
             golds[candidate] = mean_log_gold(weights, items, race_path(sweep.output_path))
         drop = drops.get(candidate.label)
         record = {**candidate.choice.record, **{key: summary[key] for key in ("average", "average_stderr")}}
-        # NaN: an item that this candidate was not asked, because it dropped out before.
-        record["items"] = sum(int(np.isfinite(values).sum()) for values in scored[candidate.label].values())
+        record["items"] = count_of(items)
         if drop:
             record["dropped"] = {
                 "after_round": drop.round + 1,

@@ -663,3 +663,17 @@ def test_what_scored_it_is_told_apart(here, capsys):
 def test_the_device_is_recorded_where_no_recipe_names_one(here):
     score("base")
     assert results(here)["provenance"]["device"] == eval_machine.device_of(read_eval_recipe("eval.yml"))
+
+
+@pytest.mark.slow
+def test_a_race_counts_what_it_drew_and_not_what_an_earlier_one_scored(here, asked, capsys):
+    """A margin of 0 scores more than one of 8, which then finds all its items there, and says what it says alone."""
+    said, chosen = [], []
+    for margin, output in (("8", "alone"), ("0", "results"), ("8", "results")):
+        race(margin, *RACE[1:], "--output_path", f"{output}.json", "--overwrite")
+        said.append(re.search(r"the race took ([\d,]+ of [\d,]+ items)", capsys.readouterr().out)[1])
+        chosen.append(json.loads((here / f"{output}.json").read_text())["summary"]["chosen"])
+        with open(f"{output}_sweep.csv") as file:
+            chosen[-1]["table"] = file.read()
+    assert said[0] == said[2] != said[1]
+    assert chosen[0] == chosen[2] and chosen[0]["items"] < chosen[1]["items"]
