@@ -118,7 +118,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     return parsed(__doc__, argv)
 
 
-def print_merges(merge_plans: list[MergePlan], settings: MergeSettings, candidates: int) -> None:
+def print_merges(merge_plans: list[MergePlan], settings: MergeSettings, candidates: int, models_on_disk: int) -> None:
     """What --dry_run says of the merges: what is read and written, and what it takes."""
     each = f", {candidates // len(merge_plans)} weights" if candidates > len(merge_plans) else ""
     for merge_plan in merge_plans:
@@ -129,7 +129,7 @@ def print_merges(merge_plans: list[MergePlan], settings: MergeSettings, candidat
         print(f"reads   {checkpoint.nbytes / 1e9:8.3f} GB  {checkpoint.label}{later}")
     nbytes = max(merge_plan.nbytes for merge_plan in merge_plans)
     print(f"writes  {nbytes / 1e9:8.3f} GB  {merge_plans[0].save_path}")
-    print(f"disk    {nbytes * min(candidates, 2) / 1e9:8.3f} GB  needed; more with --keep_models")
+    print(f"disk    {nbytes * models_on_disk / 1e9:8.3f} GB  needed; more with --keep_models")
     memory = max(memory_needed(merge_plan, settings) for merge_plan in merge_plans)
     print(f"memory  {memory / 1e9:8.3f} GB  for the merge, about")
 
@@ -255,9 +255,10 @@ def merge_and_evaluate(args: argparse.Namespace) -> None:
         check_results_of(merge_plan, settings, choosing, output_path, args.overwrite)
     if asked:
         check_places_of_results(asked, merge_plan.save_path, output_path)
-        asked = priced(asked, choosing, None if args.dry_run else output_path.with_suffix(".log"))
+        asked = priced(asked, choosing, settings, None if args.dry_run else output_path.with_suffix(".log"))
     if args.dry_run:
-        print_merges(merge_plans, settings, asked.candidates if asked else 1)
+        candidates, models_on_disk = (asked.candidates, asked.models_on_disk) if asked else (1, 1)
+        print_merges(merge_plans, settings, candidates, models_on_disk)
         if asked:
             print_memory(merge_plans, settings, choosing, args.keep_models)
             print(f"cost    {cost_line(asked)}")

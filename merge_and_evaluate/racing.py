@@ -19,6 +19,7 @@ import numpy as np
 from common.errors import DataError
 from common.shards.documents import read_json
 from common.shards.hashing import text_hash
+from common.shards.places import check_disk
 from common.shards.staging import write_file
 from merge_and_evaluate.announcement import shots_of
 from merge_and_evaluate.candidates import Candidate, Making, drop_model, model_to_score
@@ -27,7 +28,8 @@ from merge_and_evaluate.eval_log import logged_to
 from merge_and_evaluate.eval_machine import on_this_machine
 from merge_and_evaluate.eval_recipes import EvalRecipe
 from merge_and_evaluate.evaluation import eval_identity
-from merge_and_evaluate.in_memory import opened
+from merge_and_evaluate.in_memory import opened, written_reason
+from merge_and_evaluate.merging import already_merged
 from merge_and_evaluate.race import Step, next_step, outcome, told, unscored
 from merge_and_evaluate.race_plan import Plan, most
 from merge_and_evaluate.race_tasks import documents_hash, larger_is_better, score_items
@@ -177,6 +179,8 @@ def race(sweep: Sweep, making: Making, field: Field) -> Outcome:
             for label, candidate in candidates.items()
         }
         step = next_step(field.plan, scored)
+        if not merges:
+            check_room(sweep, making, [candidates[label] for label in step.to_score])
         for drop in step.dropped:
             if drop.candidate not in told_of:
                 print(told(field.plan, drop, UNITS[field.by]), flush=True)
@@ -186,8 +190,9 @@ def race(sweep: Sweep, making: Making, field: Field) -> Outcome:
             break
         for label, wanted in step.to_score.items():
             samples = {leaf: numbers.tolist() for leaf, numbers in wanted.items()}
+            merges += not is_made(sweep, candidates[label])
             found, asked = _score(sweep, making, candidates[label], field, samples, step)
-            merges, requests = merges + 1, requests + asked
+            requests += asked
             for leaf, record in found.items():  # before it is written: what is in the file is never scored again
                 deciding(field, leaf, record, path, candidates[label].choice.said)
             tally = tallies.setdefault(label, _new_tally(sweep, field, candidates[label]))
@@ -199,6 +204,22 @@ def race(sweep: Sweep, making: Making, field: Field) -> Outcome:
     drawn = drawn_items(field, step, tallies)
     print(spent_line(field.plan, drawn, merges, requests, time.monotonic() - began), flush=True)
     return outcome_of(sweep, field, step, drawn)
+
+
+def is_made(sweep: Sweep, candidate: Candidate) -> bool:
+    """Whether the candidate's model is in a directory already, so that no round merges it."""
+    places = (candidate.merge.save_path, sweep.save_path)
+    return any(already_merged(place, candidate.identity) for place in places)
+
+
+def check_room(sweep: Sweep, making: Making, candidates: list[Candidate]) -> None:
+    """Refuse unless there is room for every candidate that is to be written: each stays until it drops out."""
+    reasons = {
+        path: written_reason(sweep.choosing.recipe, merge, making.settings)
+        for path, merge in {candidate.merge.recipe.path: candidate.merge for candidate in candidates}.items()
+    }
+    written = [candidate for candidate in candidates if reasons[candidate.merge.recipe.path]]
+    check_disk({c.merge.save_path: c.merge.nbytes for c in written if not is_made(sweep, c)})
 
 
 def _score(sweep: Sweep, making: Making, candidate: Candidate, field: Field, samples: dict, step: Step):

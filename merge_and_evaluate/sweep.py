@@ -2,7 +2,8 @@
 
 Every candidate has a results file of its own, recognised by content, so an interrupted sweep resumes where it was. What
 is tried is one of three: all candidates (here), a race among them (racing.py), a search (searching.py). Candidates are
-scored in memory where that can be; of those that are written only the best so far stays on disk.
+scored in memory where that can be; of those that are written only the best so far stays on disk, and in a race each
+until it drops out.
 """
 
 import math

@@ -13,7 +13,7 @@ from merge_and_evaluate.announcement import requests_to_make
 from merge_and_evaluate.candidates import Making, candidate_of
 from merge_and_evaluate.choices import Choice
 from merge_and_evaluate.merging import MergePlan, MergeSettings, input_digests
-from merge_and_evaluate.race_plan import most, plan
+from merge_and_evaluate.race_plan import plan
 from merge_and_evaluate.race_tasks import check_choice, check_race, loss_note, read_tasks, strata_of_tasks
 from merge_and_evaluate.racing import Field, field_of, race, race_path
 from merge_and_evaluate.recipes import with_weights
@@ -48,13 +48,15 @@ class Question:
 @dataclass(frozen=True, eq=False)
 class Planned:
     """A question that can be answered. choices: {choice: its merge}, of a search its start; requests: of scoring one
-    candidate on every item, None where no data was read; note: what to mind about the tasks."""
+    candidate on every item, None where no data was read; written: of a race, how many candidates get a directory, which
+    each keeps until it drops out; note: what to mind about the tasks."""
 
     question: Question
     choices: dict[Choice, MergePlan]
     searched: Searched | None = None
     field: Field | None = None
     requests: int | None = None
+    written: int = 0
     note: str | None = None
 
     @property
@@ -64,8 +66,16 @@ class Planned:
 
     @property
     def merges(self) -> int:
-        """How often one is merged to be scored, at most: in a race once a round."""
-        return most(self.field.plan).scorings if self.field else self.candidates
+        """How often one is merged to be scored, at most: in a race once a round, unless it is written."""
+        if not self.field:
+            return self.candidates
+        return (len(self.choices) - self.written) * self.field.plan.rounds + self.written
+
+    @property
+    def models_on_disk(self) -> int:
+        """How many models are on disk at a time, at most: beside the one that is scored the best so far; in a race
+        every written one, or the chosen one alone."""
+        return max(self.written, 1) if self.field else min(self.candidates, 2)
 
 
 # --- plan -----------------------------------------------------------------------------------------
@@ -112,7 +122,7 @@ def check_places_of_results(planned: Planned, save_path: Path, output_path: Path
     refuse_directories([*files_of(planned, output_path), output_path.with_suffix(".log")])
 
 
-def priced(planned: Planned, choosing: Scoring, log: Path | None) -> Planned:
+def priced(planned: Planned, choosing: Scoring, settings: MergeSettings, log: Path | None) -> Planned:
     """The same with its cost: the choosing tasks' data is read and refused where it cannot choose. log: for lm-eval's
     messages, None in a dry run. A sweep's dry run, which needs no data, reads none."""
     question = planned.question
@@ -120,14 +130,23 @@ def priced(planned: Planned, choosing: Scoring, log: Path | None) -> Planned:
         return planned
     loaded = read_tasks(replace(choosing, log=log))
     metrics = check_choice(choosing.recipe, loaded, question.by)
-    field = None
+    field, written = None, 0
     if question.points is not None:
         check_race(choosing.recipe, loaded, metrics)
         labels = [choice.label for choice in planned.choices]
         drawn = plan(strata_of_tasks(choosing.recipe, loaded), labels, question.points / 100, question.seed)
         field = field_of(drawn, question.seed, loaded, metrics, question.by)
+        written = count_written(planned, choosing, settings)
     requests = requests_to_make(choosing.recipe, loaded)
-    return replace(planned, field=field, requests=requests, note=loss_note(loaded, metrics))
+    return replace(planned, field=field, requests=requests, written=written, note=loss_note(loaded, metrics))
+
+
+def count_written(planned: Planned, choosing: Scoring, settings: MergeSettings) -> int:
+    """How many of the candidates are written to be scored, as far as can be said before a model is loaded."""
+    of_recipe = [merge.recipe.path for merge in planned.choices.values()]
+    by_recipe = {merge.recipe.path: merge for merge in planned.choices.values()}
+    written = (path for path, merge in by_recipe.items() if in_memory.written_reason(choosing.recipe, merge, settings))
+    return sum(map(of_recipe.count, written))
 
 
 def cost_line(planned: Planned) -> str:

@@ -5,6 +5,8 @@ import json
 import math
 import re
 import shutil
+from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +21,11 @@ import merge_and_evaluate_7b
 from common.errors import DataError
 from merge_and_evaluate import choosing, eval_machine, evaluation, racing, scoring
 from merge_and_evaluate.announcement import announcement, requests_to_make
+from merge_and_evaluate.candidates import model_to_score
 from merge_and_evaluate.eval_recipes import read_eval_recipe
 from merge_and_evaluate.eval_tasks import Tasks, find_tasks
 from merge_and_evaluate.evaluation import eval_identity, load_tasks
+from merge_and_evaluate.merging import plan_merge
 from merge_and_evaluate.race import next_step, outcome
 from merge_and_evaluate.race_plan import plan, strata_of
 from merge_and_evaluate.race_tasks import read_tasks, strata_of_tasks
@@ -677,3 +681,40 @@ def test_a_race_counts_what_it_drew_and_not_what_an_earlier_one_scored(here, ask
             chosen[-1]["table"] = file.read()
     assert said[0] == said[2] != said[1]
     assert chosen[0] == chosen[2] and chosen[0]["items"] < chosen[1]["items"]
+
+
+WRITTEN = ("--engine", "mergekit", "--weights", "0.3", "0.6", "0.9", "--choose_on", "colours", "tints")
+
+
+@pytest.mark.slow
+def test_a_race_of_written_models_says_the_disk_they_take(here, asked, monkeypatch, capsys):
+    """All of them are there until they drop out, and each is merged once."""
+    monkeypatch.setattr(merge_and_evaluate_7b, "plan_merge", lambda *args: replace(plan_merge(*args), nbytes=10**9))
+    for flags, disk, merges in [(WRITTEN, 3, 3), (WRITTEN[2:], 1, 15)]:  # in memory, only the winner is written
+        race("0.5", *flags, "--dry_run")
+        said = capsys.readouterr().out
+        assert f"\ndisk       {disk}.000 GB  needed" in said and f"\ncost    at most {merges} merges and " in said
+
+
+def test_a_race_that_does_not_fit_on_the_disk_is_refused_before_it_starts(here, asked, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    whole = sum(path.stat().st_size for path in (here / "base").glob("*.safetensors"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 2.5 * whole))
+    with pytest.raises(DataError, match="GB are needed there and .* GB are free; free some space or write elsewhere"):
+        race("0.5", *WRITTEN)
+    assert asked == [] and left_over(here) == set()
+
+
+@pytest.mark.slow
+def test_a_written_model_is_merged_once_in_a_race(here, asked, monkeypatch, capsys):
+    stand_in = racing.model_to_score
+
+    def merges_too(*args):
+        stand_in(*args)
+        return model_to_score(*args)
+
+    monkeypatch.setattr(racing, "model_to_score", merges_too)
+    race("0", *WRITTEN)
+    said = capsys.readouterr().out
+    assert re.search(r"items \(\d+%\): 3 merges and [\d,]+ requests in this job", said) and said.count("round ") > 3
+    assert left_over(here) == {"merged", "results.json", "results_race.json", "results_sweep.csv", "results_sweep.png"}

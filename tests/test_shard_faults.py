@@ -389,19 +389,6 @@ def test_the_bases_code_is_not_the_adapters(tmp_path, capsys):
     assert f"{tmp_path}/base brings code of its own" in said and f"{tmp_path}/lora brings" not in said
 
 
-def test_notes_are_printed_by_one_process(tmp_path, monkeypatch, capsys):
-    """Of two, as torchrun starts them."""
-    write(tmp_path / "base", state())
-    paths = ["--finetuned_model_path", lora(tmp_path / "lora", A_AND_B), "--base_model_path", tmp_path / "base"]
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    said = []
-    for rank in "01":
-        monkeypatch.setenv("RANK", rank)
-        run("extract", *paths, "--save_path", tmp_path / "v", "--dry_run")
-        said.append("note: " in capsys.readouterr().out)
-    assert said == [True, False]
-
-
 def test_a_bin_model_beside_an_adapter_config_is_a_model(tmp_path):
     lora(tmp_path / "lora", A_AND_B)
     assert is_adapter(tmp_path / "lora")
