@@ -8,7 +8,7 @@ from merge_and_evaluate.eval_recipes import EvalRecipe
 from merge_and_evaluate.eval_settings import children
 from merge_and_evaluate.eval_tasks import Tasks, check_data_files, check_task_code, find_tasks
 from merge_and_evaluate.items import is_plain_mean
-from merge_and_evaluate.scores import leaves_of
+from merge_and_evaluate.scores import OPENED_GROUPS, leaves_of
 from merge_and_evaluate.scoring import Scoring
 
 # A right answer of less probability counts as this much: one item whose probability is rounded to 0 would otherwise
@@ -18,15 +18,21 @@ LEAST_PROBABILITY = 1e-12
 # --- tasks ----------------------------------------------------------------------------------------
 
 
-def _others(tasks: Tasks, names: list[str], chosen: set[str]) -> list[str]:
-    """What is left of `names` without the tasks in `chosen`: a group that holds some of these is opened."""
-    left = []
+def _others(recipe: EvalRecipe, tasks: Tasks, names: list[str], chosen: set[str]) -> list[str]:
+    """What is left of `names` without the tasks in `chosen`: a group that holds some of these is opened. DataError for
+    one that has a score: its tasks would each count as much in the average as it did."""
+    left, index = [], tasks.manager.task_index
     for name in tasks.only(names).names:
         leaves = set(tasks.only([name]).leaves)
         if leaves.isdisjoint(chosen):
             left.append(name)
         elif not leaves <= chosen:
-            left += _others(tasks, children(tasks.manager.task_index, name), chosen)
+            if name not in OPENED_GROUPS and (index[name].cfg or {}).get("aggregate_metric_list"):
+                raise DataError(
+                    f"{recipe.path}: --choose_on takes a part of {name!r}, and the rest of it has no score; name what to "
+                    "report with --report_on"
+                )
+            left += _others(recipe, tasks, children(index, name), chosen)
     return left
 
 
@@ -45,7 +51,7 @@ def plan_scorings(
         check_tasks(recipe, tasks)
         return Scoring(recipe, tasks), None
     tasks = find_tasks(recipe, [*choose_on, *(report_on or recipe.tasks)])
-    report_on = report_on or _others(tasks, recipe.tasks, set(tasks.only(choose_on).leaves))
+    report_on = report_on or _others(recipe, tasks, recipe.tasks, set(tasks.only(choose_on).leaves))
     if not report_on:
         raise DataError(f"{recipe.path}: all its tasks are in --choose_on; name others with --report_on")
     choosing, reporting = Scoring(recipe, tasks.only(choose_on)), Scoring(recipe, tasks.only(report_on))

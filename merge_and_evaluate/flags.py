@@ -148,8 +148,8 @@ def _choosing_flags(add: Callable) -> None:
         "--choose_on",
         nargs="+",
         metavar="TASK",
-        help="choose by the average over these tasks or groups; report the eval recipe's other tasks. A task keeps "
-        "the shots that the recipe gives it",
+        help="choose by the average over these tasks or groups; report the eval recipe's other tasks (--report_on "
+        "names them where a part of a group chooses). A task keeps the shots that the recipe gives it",
     )
     add("--report_on", nargs="+", metavar="TASK", help="with --choose_on: report these tasks or groups")
     add(

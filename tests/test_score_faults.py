@@ -415,6 +415,21 @@ def test_a_sweep_chooses_the_same_of_a_group_of_groups(here, long_tasks):
     assert chosen["inner"]["average"] == chosen["outer"]["average"] == min(averages) < max(averages)
 
 
+def test_what_is_left_of_a_group_with_a_score_is_asked_for(here, capsys):
+    """MMLU without a subject would be 56 scores in the average instead of one, and nothing said so."""
+    group_of(here, "inner", ["shades", "tints"], aggregate_metric_list=[{"metric": "acc"}])
+    group_of(here, "outer", ["colours", "inner"])  # has no score: its tasks are the entries anyhow
+    write_yaml(here / "eval.yml", {**EVAL, "tasks": ["outer"]})
+    flags = ("--weights", "0.5", "1", "--dry_run")
+    line = "eval.yml: --choose_on takes a part of 'inner', and the rest of it has no score; name what to report with "
+    with pytest.raises(DataError, match=re.escape(line + "--report_on")):
+        merge_and_score(*flags, "--choose_on", "shades")
+    for chosen in (["colours"], ["inner"], ["shades", "--report_on", "colours", "tints"]):
+        merge_and_score(*flags, "--choose_on", *chosen)
+    merge_and_score(*flags, "--choose_on", "colours")
+    assert "report  on inner 0-shot (2 tasks)" in capsys.readouterr().out.splitlines()
+
+
 @pytest.mark.parametrize("by_size", [True, False])
 def test_a_race_weighs_a_group_as_the_score_does(here, long_tasks, by_size):
     """120 and 80 items: 0.6 and 0.4 of the group, or half each where it says weight_by_size: false."""
