@@ -20,9 +20,9 @@ class Stratum:
     """Items of which a share is drawn: a task, or one subject of a group.
 
     entry: the task or group that counts once in the average. weight: the stratum's share of the average.
-    requests: requests to the model that an item makes (multiple choice: one a choice). cost: the time that an item
-    takes beside the others', in any unit; of two strata of the same weight, the one at four times the cost gives half
-    the items.
+    requests: requests to the model that an item makes (multiple choice: one a choice). cost: what an item is taken to
+    cost beside the others, in any unit (race_tasks: its requests, so not its time); of two strata of the same weight,
+    the one at four times the cost gives half the items.
     """
 
     name: str

@@ -115,7 +115,8 @@ def larger_is_better(loaded: dict, leaf: str, metric: str) -> bool:
 
 def strata_of_tasks(recipe: EvalRecipe, loaded: dict) -> tuple[Stratum, ...]:
     """Every leaf as a stratum, weighted as in the score that people compare: entries alike, in a group tasks by their
-    items, or alike in MMLU and where the group says so. An item costs its requests."""
+    items, or alike in MMLU and where the group says so. An item costs its requests: one that is generated, as gsm8k's
+    are, counts as one request, though it takes longer than the likelihoods of four choices."""
     entries, strata = entries_of_loaded(loaded), []
     for entry in entries:
         leaves, group = leaves_below(loaded, entry), loaded["groups"].get(entry)
