@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import DataError
-from common.shards.places import refuse_directories, whole_path
+from common.shards.places import whole_path
 from merge_and_evaluate import in_memory
 from merge_and_evaluate.announcement import requests_to_make
 from merge_and_evaluate.candidates import Making, candidate_of
@@ -119,7 +119,9 @@ def check_places_of_results(planned: Planned, save_path: Path, output_path: Path
         raise DataError(
             f"{output_path}: inside {save_path}, which the chosen model replaces; write the results elsewhere"
         )
-    refuse_directories([*files_of(planned, output_path), output_path.with_suffix(".log")])
+    for path in (*files_of(planned, output_path), output_path.with_suffix(".log")):
+        if path.is_dir():
+            raise DataError(f"{path}: a directory; move it away, or write elsewhere")
 
 
 def priced(planned: Planned, choosing: Scoring, settings: MergeSettings, log: Path | None) -> Planned:

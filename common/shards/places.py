@@ -137,13 +137,6 @@ def refuse_existing_file(path: Path, overwrite: bool) -> None:
     refuse_existing(path, overwrite)
 
 
-def refuse_directories(files: list[Path]) -> None:
-    """DataError if a directory is in the place of a file that is written without being asked for by name."""
-    for path in files:
-        if path.is_dir():
-            raise DataError(f"{path}: a directory; move it away, or write elsewhere")
-
-
 def refuse_unwritable_file(path: Path) -> None:
     """DataError if a file, written when all else is done, has no place: what is there already may be replaced."""
     refuse_existing_file(path, overwrite=True)

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 
 from common.errors import DataError
@@ -103,7 +104,7 @@ def refuse_untied(base: Checkpoint, vector: TaskVector, matched: Match) -> None:
                 raise DataError(
                     f"tensor {extra.name!r} in {extra.path} differs from {matched.pairs[name].name!r}, to which "
                     f"{base.label} ties it; prune it onto the base that it was extracted from, or leave it out with "
-                    f"--skip {extra.name!r}"
+                    f"--skip {escape(extra.name)!r}"
                 )
 
 

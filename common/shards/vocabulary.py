@@ -37,8 +37,8 @@ def tokens_of(checkpoint: Checkpoint) -> dict[str, int]:
             return dict(AutoTokenizer.from_pretrained(str(checkpoint.path), **flags).get_vocab())
     except Exception as error:  # files from anyone, and tokenizers fail in as many ways as there are kinds
         raise DataError(
-            f"{checkpoint.label}: its tokenizer cannot be read ({reason_of(error):.200}); --vocabulary common compares the "
-            "tokenizers of both models, so put its files beside the weights"
+            f"{checkpoint.label}: its tokenizer cannot be read ({reason_of(error):.200}); --vocabulary common compares "
+            "the tokenizers of both models, so put its files beside the weights"
         ) from None
 
 
