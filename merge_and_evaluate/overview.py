@@ -29,7 +29,7 @@ def overview_csv(documents: Mapping[Choice, dict], chosen: Choice, golds: Golds)
     """One line per choice: recipe where several are tried, weights where some are set, every task's score and standard
     error, the average, the log-probability of the right answer where it chose, whether chosen, how many items it was
     scored on (in a race they differ), the limit if there was one."""
-    rows = {choice: Row("", document["summary"], {}) for choice, document in documents.items()}
+    rows = {choice: Row("", document["summary"]) for choice, document in documents.items()}
     tasks = columns(list(rows.values()))
     heads = ["recipe"] * bool(chosen.recipe)
     heads += ["weight"] if len(chosen.weights) == 1 else [f"weight_{i}" for i, _ in enumerate(chosen.weights, 1)]

@@ -141,7 +141,7 @@ def decide(race: Plan, number: int, racing: Sequence[str], values: np.ndarray) -
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
     scores = np.add.reduceat(values, starts, axis=1) @ (race.weights / counts)
     best = int(np.argmax(scores))
-    difference, stderr, stderr_new, freedom = compare(race, number, values - values[best])
+    difference, stderr, stderr_new, freedom = estimate(race, number, values - values[best])
     bound = difference + _width(number, race.rounds - 1, ALPHA, freedom) * stderr
     pairs = len(race.candidates) * (len(race.candidates) - 1)
     worse = difference + _quantile(ALPHA / pairs / race.rounds, freedom) * stderr_new < 0
@@ -157,7 +157,7 @@ def decide(race: Plan, number: int, racing: Sequence[str], values: np.ndarray) -
     return leader, tuple(drops)
 
 
-def compare(race: Plan, number: int, differences: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+def estimate(race: Plan, number: int, differences: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Weighted means of item differences float64 (candidates, items) with their standard errors, and degrees of
     freedom.
 
@@ -212,7 +212,7 @@ def _quantile(alpha: float, freedom: int) -> float:
 # --- what is said ---------------------------------------------------------------------------------
 
 
-def told(race: Plan, drop: Drop, unit: str) -> str:
+def why_dropped(race: Plan, drop: Drop, unit: str) -> str:
     """Why a candidate dropped out. unit: what a hundredth of the values' unit is called, "points" of a score."""
     items, all_items = int(race.counts[drop.round].sum()), int(race.sizes.sum())
     start = f"{drop.candidate} drops out after {items:,} of {all_items:,} items: "

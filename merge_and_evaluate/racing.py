@@ -30,7 +30,7 @@ from merge_and_evaluate.eval_recipes import EvalRecipe
 from merge_and_evaluate.evaluation import eval_identity
 from merge_and_evaluate.in_memory import opened, written_reason
 from merge_and_evaluate.merging import already_merged
-from merge_and_evaluate.race import Step, next_step, outcome, told, unscored
+from merge_and_evaluate.race import Step, next_step, outcome, unscored, why_dropped
 from merge_and_evaluate.race_plan import Plan, most
 from merge_and_evaluate.race_tasks import documents_hash, larger_is_better, score_items
 from merge_and_evaluate.results import MAX_RESULTS_BYTES
@@ -183,7 +183,7 @@ def race(sweep: Sweep, making: Making, field: Field) -> Outcome:
             check_room(sweep, making, [candidates[label] for label in step.to_score])
         for drop in step.dropped:
             if drop.candidate not in told_of:
-                print(told(field.plan, drop, UNITS[field.by]), flush=True)
+                print(why_dropped(field.plan, drop, UNITS[field.by]), flush=True)
                 told_of.add(drop.candidate)
                 drop_model(candidates[drop.candidate])
         if not step.to_score:

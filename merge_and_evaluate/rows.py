@@ -13,12 +13,11 @@ AVERAGE = "average"
 
 @dataclass(frozen=True)
 class Row:
-    """One method: its name, its summary and provenance from a results file, its items by leaf task (empty in old
-    files), the leaf tasks under each of its tasks, and the settings that decide whether two rows compare."""
+    """One method: its name, its summary from a results file, its items by leaf task (empty in old files), the leaf
+    tasks under each of its tasks, and the settings that decide whether two rows compare."""
 
     name: str
     summary: dict
-    origin: dict
     path: str = ""
     items: dict[str, Items] = field(default_factory=dict)
     leaves: dict[str, list[str]] = field(default_factory=dict)
@@ -72,8 +71,7 @@ def row_of(document: dict, path: str = "", name: str | None = None) -> Row:
     """The row of one results document. DataError if its items do not fit its scores."""
     summary = document["summary"]
     leaves = {task: leaves_of(document, task) for task in summary["tasks"]}
-    origin, items = document.get("provenance") or {}, read_items(path, document)
-    return Row(name or summary["name"], summary, origin, path, items, leaves, settings_of(document))
+    return Row(name or summary["name"], summary, path, read_items(path, document), leaves, settings_of(document))
 
 
 def read_rows(paths: list[str]) -> list[Row]:

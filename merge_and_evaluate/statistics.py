@@ -111,7 +111,7 @@ def stderr_without_spread(part: Difference, pseudo: float, largest: float) -> fl
 
     Where all differ the same way, the standard error at which the normal distribution gives the part's own exact p: 5
     of 5 items better, p 0.0625 -> 1/1.86. Where none differs, that of `pseudo` items on top that differ by `largest`,
-    half of them each way, as in a race (race.compare).
+    half of them each way, as in a race (race.estimate).
     """
     from scipy.stats import norm
 

@@ -17,7 +17,7 @@ from benchmarks import simulate_race
 from common.errors import DataError
 from merge_and_evaluate import race as races
 from merge_and_evaluate import race_plan
-from merge_and_evaluate.race import Drop, Step, compare, decide, next_step, outcome, spent, told, unscored
+from merge_and_evaluate.race import Drop, Step, decide, estimate, next_step, outcome, spent, unscored, why_dropped
 from merge_and_evaluate.race_plan import FIRST_ROUND, ROUNDS, Cost, Stratum, most, share_out, strata_of
 
 TREE = {"arc": {"arc": 60}, "mmlu": {"law": 40, "art": 7, "sky": 1}, "wino": {"wino": 90}}
@@ -151,7 +151,7 @@ def test_what_is_no_race_is_refused(change, message):
 
 
 def slow_compare(race, number, differences):
-    """compare() by loops, from the formulas."""
+    """estimate() by loops, from the formulas."""
     counts, out = race.counts[number], []
     rows = list(dict.fromkeys(s.entry for s in race.strata))
     for of_one in differences:
@@ -184,7 +184,7 @@ def test_differences_and_their_errors_are_those_of_the_formulas(seed, number, re
     rng = np.random.default_rng(seed)
     shape = (3, int(race.counts[number].sum()))
     values = rng.normal(size=shape) if real else rng.integers(0, 2, shape).astype(float)
-    mean, stderr, stderr_new, freedom = compare(race, number, values - values[0])
+    mean, stderr, stderr_new, freedom = estimate(race, number, values - values[0])
     np.testing.assert_allclose((mean, stderr, stderr_new), slow_compare(race, number, values - values[0]), atol=1e-12)
     assert freedom == race.counts[number].sum() - 3  # one for each row
     assert number < 4 or (stderr == 0).all()
@@ -206,7 +206,7 @@ def test_the_stated_error_is_the_error_of_estimating_all_items_from_those_drawn(
     for _ in range(600):
         drawn = replace(race, order=tuple(rng.permutation(s.items) for s in race.strata))
         values = races._gather(drawn, 3, [full[name] for name in names])
-        mean, stderr, _, _ = compare(drawn, 3, values - values[0])
+        mean, stderr, _, _ = estimate(drawn, 3, values - values[0])
         errors.append(mean[1] - truth)
         stated.append(stderr[1])
     assert np.mean(errors) == pytest.approx(0, abs=4 * np.std(errors) / math.sqrt(600))
@@ -266,7 +266,7 @@ def test_the_bound_is_spent_over_the_rounds_that_can_err_and_worse_evenly_over_a
     race = plan(strata_of(TREE), NAMES, 1e9, 0)
     values = races._gather(race, number, list(grid(race, 1, (0.9, 0.3, 0.1)).values()))
     leader, dropped = decide(race, number, NAMES, values)
-    _, _, _, freedom = compare(race, number, values - values[0])
+    _, _, _, freedom = estimate(race, number, values - values[0])
     assert (leader, [d.candidate for d in dropped]) == ("0.6", ["0.9", "1.2"])
     spend = [spent(0.05, (number + 1) / 4) - spent(0.05, number / 4), 0.05 / 6 / 5]  # six ordered pairs, five rounds
     wide, wider = (student.isf(s, freedom) for s in spend)
@@ -386,19 +386,19 @@ def test_infinite_values_and_missing_items_are_refused():
 def test_what_is_said():
     race = plan(strata_of({"a": {"a": 16_000}}), ("0.6", "0.9", "1.2"), 0.005, 0)
     drop = Drop("0.6", "0.9", 1, -0.0312, 0.01, 0.0105, -0.002, True)
-    assert told(race, drop, "points") == (
+    assert why_dropped(race, drop, "points") == (
         "0.6 drops out after 2,000 of 16,000 items: worse, 3.12 ± 1.05 points behind 0.9"
     )
     near = replace(drop, difference=-0.001, bound=0.0041, worse=False)
-    assert told(race, near, "points") == (
+    assert why_dropped(race, near, "points") == (
         "0.6 drops out after 2,000 of 16,000 items: 0.10 ± 1.05 points behind 0.9, and at most 0.41 better (margin 0.5)"
     )
-    assert told(race, replace(near, bound=-0.0001), "points").endswith(
+    assert why_dropped(race, replace(near, bound=-0.0001), "points").endswith(
         "points behind 0.9, and not better on all of them (95 %)"
     )
     last = replace(near, round=4, stderr=0.0, bound=-0.001)
     assert (
-        told(race, last, "points")
+        why_dropped(race, last, "points")
         == "0.6 drops out after 16,000 of 16,000 items: 0.10 ± 1.05 points behind 0.9, on all items"
     )
     step = Step(1, ("0.9",), "0.9", (drop, replace(near, candidate="1.2")), {})
