@@ -76,7 +76,7 @@ DEFAULTS = {"n": 64, "m": 256, "sparsity_level": 0.75, "seed": 0}
 
 def add_vector_flags(parser: argparse.ArgumentParser) -> None:
     """What is pruned and where to write it."""
-    # The numbered flags are the reference's, the lists are for another number of vectors; settle() makes one of both.
+    # The numbered flags are the reference's, the lists are for another number of vectors; fill_in() makes one of both.
     group = parser.add_argument_group("vectors, in the order they are pruned")
     add = group.add_argument
     add("--task_vector_path1", type=cli.path_or_hub_id, metavar="DIR", help="first task vector; pruned as if alone")
@@ -102,7 +102,7 @@ def add_vector_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_pruning_flags(parser: argparse.ArgumentParser) -> None:
     """How it is pruned."""
-    # Some defaults are only in the help: settle() fills them in, which must know what was given.
+    # Some defaults are only in the help: fill_in() fills them in, which must know what was given.
     add = parser.add_argument_group("pruning").add_argument
     add("--pruning_method", choices=["nm", "random", "magnitude"], default="nm", help="default: nm")
     add("--n", type=cli.positive_int, help="nm: elements to KEEP of every m (default: 64)")
@@ -149,12 +149,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     looks = cli.is_alone(parser, args, "plot_reports", "plot_path", "plot_with")
     if not looks and not cli.is_alone(parser, args, "verify"):
-        settle(parser, args)
+        fill_in(parser, args)
     cli.check_plot_flags(parser, args, args.plot_reports or args.save_directories)
     return args
 
 
-def settle(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def fill_in(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse flags that contradict each other or that the method does not use; fill in defaults."""
     numbered = [args.task_vector_path1, args.task_vector_path2, args.save_directory1, args.save_directory2]
     if (args.task_vector_paths or args.save_directories) and any(numbered):

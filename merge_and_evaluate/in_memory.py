@@ -110,9 +110,9 @@ def model_bytes(recipe: EvalRecipe, merge) -> int:
 
 def _furnish(directory: Path, merge) -> None:
     """Make a directory that loads as the merged model will, with the base's weights in it as links."""
-    from merge_and_evaluate.streaming import settle
+    from merge_and_evaluate.streaming import write_companions
 
-    settle(directory, merge)
+    write_companions(directory, merge)
     for path in merge.whole.path.iterdir():
         if path.suffix in (".safetensors", ".bin") or path.name.endswith(".index.json"):
             (directory / path.name).symlink_to(path.resolve())
@@ -190,11 +190,11 @@ def form_of(merge_plan: MergePlan, settings: MergeSettings) -> tuple:
     """What merges must agree in to be scored in one loaded model: the base's shapes, which tensors are merged, and the
     files beside them (config with its dtype, tokenizer), looked at as they will be written rather than worked out
     again."""
-    from merge_and_evaluate.streaming import settle
+    from merge_and_evaluate.streaming import write_companions
 
     merge = merge_plan.streamed(settings)
     with TemporaryDirectory(prefix="merged_form_") as place:
-        settle(Path(place), merge)
+        write_companions(Path(place), merge)
         files = sorted((path.name, file_hash(path)) for path in Path(place).iterdir() if path.is_file())
     return str(merge.whole.path), frozenset(merge.how), tuple(files)
 

@@ -88,7 +88,7 @@ def propose(search: Search, trials: Sequence[Trial]) -> Proposal:
         found = [values[weights] for weights in candidates]  # with repeats: CMA-ES may propose one point twice
         best_so_far.append(max([*best_so_far[-1:], *found]))
         if generation:
-            ended = _settled(search, best_so_far, found)
+            ended = _why_ended(search, best_so_far, found)
             _tell(evolution, candidates, found)
         if ended:
             break
@@ -152,7 +152,7 @@ def _said(weights: Weights) -> str:
     return " / ".join(f"{weight:g}" for weight in weights)
 
 
-def _settled(search: Search, best_so_far: list[float], found: list[float]) -> str | None:
+def _why_ended(search: Search, best_so_far: list[float], found: list[float]) -> str | None:
     """Why the search ends after this generation, or None. A generation of equals gives no direction to search in."""
     generation = len(best_so_far) - 1
     if min(found) == max(found):

@@ -208,7 +208,7 @@ def run_in_memory(merge: StreamedMerge, tensors: Mapping[str, object], found: di
         stream.run(tasks, do, moved, stream.worker_count(), MemorySink(tensors))
 
 
-def settle(directory: Path, merge: StreamedMerge) -> None:
+def write_companions(directory: Path, merge: StreamedMerge) -> None:
     """Put there what the weights need beside them: config.json, the tokenizer."""
     donor = next((c for c in (merge.whole, *merge.models) if has_tokenizer(c.path)), merge.whole)
     copy_companions(donor.path, directory)
@@ -218,7 +218,7 @@ def settle(directory: Path, merge: StreamedMerge) -> None:
 
 def finish(part: Path, merge: StreamedMerge, origin: dict, records: dict[str, dict]) -> None:
     """The files beside the weights."""
-    settle(part, merge)
+    write_companions(part, merge)
     content = {
         **origin,
         "engine": "stream",

@@ -182,7 +182,7 @@ def test_what_is_read_ahead_and_not_asked_for_is_forgotten(tmp_path):
         (file, data), start = files[random.integers(2)], int(random.integers(38 * PAGE))
         for at in range(start, start + int(random.integers(1, 3)) * PAGE, PAGE // 2):
             assert np.array_equal(window.read(file, at, at + PAGE // 2, data.size), data[at : at + PAGE // 2])
-    window.settle()
+    window.wait()
     for file, _ in files:
         file.close()
 
@@ -207,7 +207,7 @@ def test_the_next_request_is_read_and_the_last_one_written_meanwhile(tmp_path, m
     file, window = File(path, os.O_RDONLY), InputBuffer(IO)
     assert not under_way["read"].is_set() and np.array_equal(window.read(file, 0, PAGE, data.size), data[:PAGE])
     assert under_way["read"].wait(10)
-    window.settle()
+    window.wait()
     file.close()
     file, stage = File(tmp_path / "y", os.O_WRONLY | os.O_CREAT), OutputBuffer(IO)
     file.prepare(data.size)

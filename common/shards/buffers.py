@@ -101,7 +101,7 @@ class InputBuffer:
             reading = self._io.submit(_read, self._file, self._spare, base, last, limit)
             self._ahead = _Ahead((self._file, base, last), reading)
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Return when nothing is under way."""
         if self._ahead:
             wait([self._ahead.reading])
@@ -187,7 +187,7 @@ class OutputBuffer:
         self._writing.result()
         self._held = 0
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Return when nothing is under way."""
         wait([self._writing])
 

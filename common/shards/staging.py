@@ -79,7 +79,7 @@ def _empty(directory: Path) -> None:
             remove(path)
 
 
-def settle(part: Path) -> None:
+def make_ready(part: Path) -> None:
     """Give files the mode the user's umask gives (safetensors writes 0600) and make all of them durable."""
     os.umask(mask := os.umask(0o022))
     for path in part.rglob("*"):
@@ -156,7 +156,7 @@ def staged_directory(final: Path, overwrite: bool):
         _empty(part)
         yield part
         refuse_what_appeared(final, overwrite)
-        settle(part)
+        make_ready(part)
         move(part, final)
         shutil.rmtree(final / RUN)
     except BaseException:

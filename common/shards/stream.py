@@ -105,7 +105,7 @@ class Worker:
     def close(self) -> None:
         """Close the inputs; nothing of this thread is under way any more when this returns."""
         for buffer in self._buffers + self._out_buffers:
-            buffer.settle()
+            buffer.wait()
         for file in self._files.values():
             file.close()
 
