@@ -247,6 +247,23 @@ def test_of_the_weights_only_what_is_read_is_downloaded(hub, tmp_path, suffix, f
 
 
 @pytest.mark.slow
+def test_bin_shards_of_any_name_are_downloaded_and_resume(hub, tmp_path):
+    """As the index names them; and one that a stopped download lacks is asked for again."""
+    model = write(hub.root / "org" / "base", tensors(), CONFIG, files=2, suffix=".bin")
+    index = model / "pytorch_model.bin.index.json"
+    index.write_text(index.read_text().replace("pytorch_model-0", "pytorch_model_0"))
+    for path in model.glob("pytorch_model-0*"):
+        path.rename(model / path.name.replace("-", "_", 1))
+    for out in ("one", "two"):
+        done = call(hub, tmp_path, "convert_dtype.py", "--model_path", "org/base", "--save_path", out)
+        assert done.returncode == 0, done.stderr
+        assert load(tmp_path / out).keys() == tensors().keys()
+        (last,) = (tmp_path / "home").rglob("pytorch_model_00002-of-00002.bin")
+        last.resolve().unlink()
+        last.unlink()
+
+
+@pytest.mark.slow
 def test_two_models_in_one_repository_are_refused_before_the_download(hub, tmp_path):
     """An index and a single file: as in a directory, but nothing of it is the user's to delete."""
     model = write(hub.root / "org" / "base", tensors(), CONFIG, files=2)

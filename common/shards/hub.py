@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from glob import escape
 from pathlib import Path
@@ -10,13 +11,11 @@ from tempfile import TemporaryDirectory
 from common.errors import DataError, reason_of
 from common.shards import bins
 from common.shards.companions import COMPANIONS
-from common.shards.findings import ADAPTER_FILES, MODEL_FILES, has_weights, what_file, what_is_there
+from common.shards.findings import ADAPTER_FILES, MODEL_FILES, what_file, what_is_there
 from common.shards.headers import INDEX_NAME, SINGLE_NAME, read_index
 from common.shards.places import check_disk
 
-# Of weights without a header that could be read first, in the order in which they are looked for.
-_UNSEEN = ((bins.SINGLE_NAME, "pytorch_model-*.bin", bins.INDEX_NAME), *((name,) for name in ADAPTER_FILES))
-SMALL = (INDEX_NAME, "config.json", "task_vector.json", "adapter_config.json", *COMPANIONS)
+SMALL = (INDEX_NAME, bins.INDEX_NAME, "config.json", "task_vector.json", "adapter_config.json", *COMPANIONS)
 _TEMPLATES = "additional_chat_templates"
 # No folder but that of the templates: patterns of names match across folders, and there is no other way to say "but".
 _FOLDERS = tuple(f"{_TEMPLATES[:i]}{rest}" for i, letter in enumerate(_TEMPLATES) for rest in ("/*", f"[!{letter}]*/*"))
@@ -54,6 +53,12 @@ def safetensors_files(folder: Path) -> list[str]:
     return sorted(set(read_index(index, ".safetensors").values())) if index.is_file() else [SINGLE_NAME]
 
 
+def bin_files(folder: Path) -> list[str]:
+    """The same of a model in .bin files: ["pytorch_model.bin"]."""
+    index = folder / bins.INDEX_NAME
+    return sorted(set(read_index(index, ".bin").values())) if index.is_file() else [bins.SINGLE_NAME]
+
+
 def transport_errors() -> tuple[type[Exception], ...]:
     """What huggingface_hub lets through of its HTTP library where the network fails: no OSError, none of its own."""
     from httpx2 import TransportError
@@ -71,20 +76,22 @@ def download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import DryRunError, HFValidationError, LocalEntryNotFoundError
 
-    def wanted(names: tuple[str, ...]) -> dict:
-        return {"allow_patterns": [*SMALL, *names], "ignore_patterns": [*NEVER]}
+    def wanted(names: Iterable[str]) -> dict:
+        return {"allow_patterns": [*SMALL, *map(escape, names)], "ignore_patterns": [*NEVER]}
 
     try:
         folder = Path(snapshot_download(hub_id, **wanted(())))
-        names = tuple(escape(name) for name in safetensors_files(folder))
-        folder = Path(snapshot_download(hub_id, **wanted(names)))
+        folder = Path(snapshot_download(hub_id, **wanted(safetensors_files(folder))))
+        if any((folder / name).is_file() for name in (INDEX_NAME, SINGLE_NAME)):
+            return folder
         # One kind after the other: a repository that has several would otherwise be downloaded several times over.
-        for names in () if has_weights(folder) else _UNSEEN:
-            with suppress(DryRunError):  # the Hub is out of reach, and the cache may have them
-                files = snapshot_download(hub_id, dry_run=True, **wanted(names))
-                check_disk({folder: sum(file.file_size or 0 for file in files if file.will_download)})
-            folder = Path(snapshot_download(hub_id, **wanted(names)))
-            if any(path for name in names for path in folder.glob(name)):
+        for names in (bin_files(folder), *([name] for name in ADAPTER_FILES)):
+            if not all((folder / name).is_file() for name in names):
+                with suppress(DryRunError):  # the Hub is out of reach, and the cache may have them
+                    files = snapshot_download(hub_id, dry_run=True, **wanted(names))
+                    check_disk({folder: sum(file.file_size or 0 for file in files if file.will_download)})
+                folder = Path(snapshot_download(hub_id, **wanted(names)))
+            if any((folder / name).is_file() for name in names):
                 break
         return folder
     except (LocalEntryNotFoundError, *transport_errors()) as error:
