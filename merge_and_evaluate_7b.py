@@ -62,6 +62,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # which PYTHONSAFEPATH
 
 from common.exits import run
 from common.shards.places import refuse_existing_file, refuse_existing_outputs
+from common.shards.processes import group
 from common.shards.remote import describe_checkpoint, fetch
 from common.shards.verify import verify
 from merge_and_evaluate.announcement import planned
@@ -168,12 +169,13 @@ def merged_model(merge_plan: MergePlan, settings: MergeSettings, name: str, over
     """Merge, unless the output holds this merge from an earlier run."""
     digests = input_digests(merge_plan)
     identity = merge_identity(merge_plan.recipe, digests, settings)
+    say = print if group().is_main else lambda *_, **__: None  # under torchrun one process speaks
     if overwrite or not already_merged(merge_plan.save_path, identity):
-        print(f"engine: {engine_line(merge_plan)}", flush=True)
+        say(f"engine: {engine_line(merge_plan)}", flush=True)
         if merge(merge_plan, digests, settings, overwrite):
             print(f"wrote {merge_plan.save_path} ({merge_plan.nbytes / 1e9:.3f} GB)")
     else:
-        print(f"{merge_plan.save_path} holds this merge already")
+        say(f"{merge_plan.save_path} holds this merge already")
     return Model(str(merge_plan.save_path), name, identity, origin(merge_plan.recipe, digests, settings))
 
 

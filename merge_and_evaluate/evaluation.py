@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 from common.errors import DataError, reason_of
 from common.shards.hashing import file_hash, text_hash
+from common.shards.processes import group
 from merge_and_evaluate.announcement import announcement
 from merge_and_evaluate.eval_machine import device_of, on_this_machine
 from merge_and_evaluate.eval_recipes import EvalRecipe, evaluator_config
@@ -110,7 +111,7 @@ def evaluate(
     lm = fresh(filled) if filled else None
     try:
         loaded = load_tasks(recipe, tasks)
-        if int(os.environ.get("RANK", "0")) == 0:
+        if group().is_main:
             print(announcement(recipe, model, directory, loaded), flush=True)
         config, cache = evaluator_config(recipe, model), _cache(recipe, identity)
         document = _simple_evaluate(config, loaded, tasks.manager, cache, lm)

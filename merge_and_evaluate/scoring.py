@@ -1,6 +1,5 @@
 """Score one model into one results file."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from common.shards.checkpoint import Checkpoint
 from common.shards.companions import has_tokenizer
 from common.shards.documents import read_json
 from common.shards.places import refuse_existing_file
+from common.shards.processes import group
 from merge_and_evaluate.card import add_scores
 from merge_and_evaluate.eval_log import logged_to
 from merge_and_evaluate.eval_machine import on_this_machine
@@ -62,7 +62,7 @@ class Scoring:
 def check_one_process(instead: str) -> None:
     """DataError under torchrun and `accelerate launch` with several processes, each of which would merge. instead: what
     to do."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if group().count > 1:
         raise DataError(f"several processes were started, and a merge needs one: {instead}")
 
 
@@ -188,7 +188,7 @@ def score_or_reuse(scoring: Scoring, model: Model, path: Path, overwrite: bool, 
     before = None if overwrite else scored_before(scoring, model, path)
     if before is None:
         result = score(scoring, model, path, **chosen)
-    elif int(os.environ.get("RANK", "0")):  # one process of `accelerate launch` writes
+    elif not group().is_main:  # one process of `accelerate launch` writes
         return
     else:
         result = before

@@ -19,8 +19,9 @@ from common.shards import hub, job, processes, publish
 from common.shards.adapters import is_adapter
 from common.shards.hub import is_hub_id
 from common.shards.names import left_over
-from common.shards.places import check_places
+from common.shards.places import REFUSED, check_places
 from common.shards.staging import staged_directory
+from merge_and_evaluate.scoring import check_one_process
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 
@@ -141,6 +142,17 @@ def test_what_a_killed_merge_left_is_its_own(tmp_path):
         assert [path.name for path in part.iterdir()] == [".run"]
 
 
+def test_what_a_refused_job_left_is_nobodys(tmp_path):
+    """Another process than the main one met bad data: a merge by mergekit may take the place, too."""
+    run_of_it = tmp_path / "out.part" / ".run"
+    run_of_it.mkdir(parents=True)
+    (run_of_it / "run.json").write_text("{}")
+    (run_of_it / REFUSED).touch()
+    (tmp_path / "out.part" / "model.safetensors").write_bytes(b"half")
+    with staged_directory(tmp_path / "out", overwrite=False) as part:
+        assert [path.name for path in part.iterdir()] == [".run"]
+
+
 @pytest.mark.parametrize("window", ["before the record moves", "after"])
 def test_a_half_published_mount_point_is_its_jobs(tmp_path, window):
     """Stopped while files were moved to it: another job is refused, where all of them have left .part, too."""
@@ -218,6 +230,7 @@ def test_an_empty_rank_is_none(monkeypatch):
     monkeypatch.setenv("RANK", "")
     monkeypatch.setenv("WORLD_SIZE", "")
     assert processes.group() == processes.Group(0, 1)
+    check_one_process("start one")
 
 
 def test_notes_are_printed_by_one_process(tmp_path, monkeypatch, capsys):

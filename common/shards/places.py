@@ -11,6 +11,7 @@ from common.errors import DataError
 INSIDE = ".part"  # where an output is made that has to be made within the directory it goes to; see staging.part_of
 RUN = ".run"  # in a directory that is being made: whose it is, what of it is complete
 MOVING = ".run.moving"  # there while files are moved out of it; see staging.move
+REFUSED = "refused"  # in .run: this job met bad data, so nothing of it counts; see publish.mark_refused
 LOST_AND_FOUND = "lost+found"  # a disk's own
 
 
@@ -65,7 +66,9 @@ def check_places(inputs: list[Path], outputs: list[Path]) -> None:
 def _linked_files(directory: Path) -> list[Path]:
     """The files elsewhere that links in a directory, or in one right below it, lead to."""
     place = directory.resolve()
-    found = {file.resolve() for pattern in ("*", "*/*") for file in place.glob(pattern) if os.path.isfile(file)}
+    names = (file for pattern in ("*", "*/*") for file in place.glob(pattern))
+    links = (file for file in names if file.is_symlink() or file.parent.is_symlink())
+    found = {file.resolve() for file in links if os.path.isfile(file)}
     return sorted(file for file in found if place not in file.parents)
 
 

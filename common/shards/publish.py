@@ -15,11 +15,9 @@ from pathlib import Path
 from common.errors import DataError
 from common.shards.headers import INDEX_NAME
 from common.shards.layout import Output, Shard, index_text
-from common.shards.places import MOVING, RUN, is_half_published, refuse_existing, refuse_what_appeared
+from common.shards.places import MOVING, REFUSED, RUN, is_half_published, refuse_existing, refuse_what_appeared
 from common.shards.sink import record_path
 from common.shards.staging import lock, move, remove, sync, write_file
-
-REFUSED = "refused"  # in .run: this job met bad data, so nothing of it counts; see mark_refused
 
 
 def _state(directory: Path, run: str = RUN) -> dict | None:

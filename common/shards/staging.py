@@ -13,6 +13,7 @@ from common.shards.places import (
     INSIDE,
     LOST_AND_FOUND,
     MOVING,
+    REFUSED,
     RUN,
     cannot_be_renamed,
     refuse_existing,
@@ -131,6 +132,8 @@ def _move_out(part: Path) -> None:
 def _is_anothers(part: Path) -> bool:
     """Whether `part` holds something that staged_directory(), killed, has not left there: a lock beside files."""
     if not part.is_dir() or not any(part.iterdir()):
+        return False
+    if (part / RUN / REFUSED).is_file():  # nothing of it counts
         return False
     return (part / RUN / "run.json").is_file() or not (part / RUN / "lock").is_file()
 
