@@ -14,7 +14,7 @@ def reason_of(error: BaseException) -> str:
     reason = " ".join(str(error).split()) or type(error).__name__
     if "trust_remote_code" in reason:
         return (
-            "it names code of its own (auto_map), which is never run, and transformers cannot read it without; take a "
-            "version of the model that transformers knows"
+            "it names code of its own (auto_map), which is never run, and transformers cannot read it without that "
+            "code; take a version of the model that transformers knows"
         )
     return reason

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from common.errors import DataError
 from merge_and_evaluate.eval_machine import device_of, dtype_is_raised, stored_dtype
 from merge_and_evaluate.eval_recipes import EvalRecipe
 from merge_and_evaluate.eval_settings import children, shots
@@ -20,7 +21,12 @@ def items_to_score(recipe: EvalRecipe, task) -> Sequence[int]:
 
     count = len(documents_of(task))
     if named := recipe.samples.get(task.config.task):  # as lm-eval has it: an empty list names all
-        return sorted({number for number in named if number < count})
+        if max(named) >= count:
+            raise DataError(
+                f"{recipe.path}: samples names item {max(named)} of {task.config.task}, which has {count}; they count "
+                "from 0"
+            )
+        return sorted(set(named))
     limit = get_sample_size(task, recipe.config.get("limit"))
     return range(count if limit is None else min(count, limit))
 

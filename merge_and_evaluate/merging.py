@@ -26,7 +26,7 @@ from common.shards.verify import PRUNE_REPORT, hashes_as_recorded, recorded_hash
 from merge_and_evaluate import mergekit_engine
 from merge_and_evaluate.card import command
 from merge_and_evaluate.recipe_paths import model_paths, with_paths
-from merge_and_evaluate.recipes import Recipe
+from merge_and_evaluate.recipes import Recipe, draws
 from merge_and_evaluate.streamed_methods import stream_reason
 
 ENGINES = ("auto", "stream", "mergekit")
@@ -125,11 +125,6 @@ def mergekit_reason(recipe: Recipe, settings: MergeSettings) -> str | None:
             f"{recipe.path}: --skip is for streamed merges, and mergekit merges this: {reason}; leave --skip out"
         )
     return reason
-
-
-def draws(recipe: Recipe) -> bool:
-    """Whether the merge method draws by --seed. Our `random` draws by the recipe's own `seed`."""
-    return recipe.config["merge_method"].startswith(("dare_", "della", "arcee_fusion"))
 
 
 def check_seed(recipes: list[Recipe]) -> None:

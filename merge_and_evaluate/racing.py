@@ -20,7 +20,7 @@ from common.errors import DataError
 from common.shards.documents import read_json
 from common.shards.hashing import text_hash
 from common.shards.places import check_disk
-from common.shards.staging import write_file
+from common.shards.staging import part_of, write_file
 from merge_and_evaluate.announcement import shots_of
 from merge_and_evaluate.candidates import Candidate, Making, drop_model, model_to_score
 from merge_and_evaluate.choosing import gives_nan, log_golds, mean_log_gold
@@ -179,8 +179,6 @@ def race(sweep: Sweep, making: Making, field: Field) -> Outcome:
             for label, candidate in candidates.items()
         }
         step = next_step(field.plan, scored)
-        if not merges:
-            check_room(sweep, making, [candidates[label] for label in step.to_score])
         for drop in step.dropped:
             if drop.candidate not in told_of:
                 print(why_dropped(field.plan, drop, UNITS[field.by]), flush=True)
@@ -188,6 +186,8 @@ def race(sweep: Sweep, making: Making, field: Field) -> Outcome:
                 drop_model(candidates[drop.candidate])
         if not step.to_score:
             break
+        if not merges:
+            check_room(sweep, making, [candidates[label] for label in step.to_score])
         for label, wanted in step.to_score.items():
             samples = {leaf: numbers.tolist() for leaf, numbers in wanted.items()}
             merges += not is_made(sweep, candidates[label])
@@ -219,7 +219,15 @@ def check_room(sweep: Sweep, making: Making, candidates: list[Candidate]) -> Non
         for path, merge in {candidate.merge.recipe.path: candidate.merge for candidate in candidates}.items()
     }
     written = [candidate for candidate in candidates if reasons[candidate.merge.recipe.path]]
-    check_disk({c.merge.save_path: c.merge.nbytes for c in written if not is_made(sweep, c)})
+    check_disk({c.merge.save_path: _left_to_write(c) for c in written if not is_made(sweep, c)})
+
+
+def _left_to_write(candidate: Candidate) -> int:
+    """Bytes: a streamed merge that was stopped resumes with the shards it has; mergekit starts afresh."""
+    merge = candidate.merge
+    part = part_of(merge.save_path)
+    there = 0 if merge.reason else sum(file.stat().st_size for file in part.glob("*.safetensors"))
+    return max(0, merge.nbytes - there)
 
 
 def _score(sweep: Sweep, making: Making, candidate: Candidate, field: Field, samples: dict, step: Step):

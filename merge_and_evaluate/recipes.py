@@ -63,6 +63,11 @@ def with_models(recipe: Recipe, base_model: str | None, models: list[str] | None
     return replace(recipe, config=config, text=yaml.safe_dump(config, sort_keys=False))
 
 
+def draws(recipe: Recipe) -> bool:
+    """Whether the merge method draws by --seed. Our `random` draws by the recipe's own `seed`."""
+    return recipe.config["merge_method"].startswith(("dare_", "della", "arcee_fusion"))
+
+
 # --- the weight, lambda ---------------------------------------------------------------------------
 
 

@@ -100,8 +100,10 @@ def stream_reason(config: dict) -> str | None:
             return f"{key}: float64 is summed and written by mergekit only"
     for model in [config.get("base_model"), *_models(config)]:
         # mergekit reads a+b as model a with LoRA b; a directory may have a plus in its name all the same.
-        if isinstance(model, dict) or (isinstance(model, str) and "+" in model and not os.path.isdir(model)):
-            return f"model: {model!r:.80} asks mergekit for more than a path (a LoRA, a revision)"
+        if isinstance(model, dict):
+            return f"model: {model!r:.80} is mergekit's longer form of a path"
+        if isinstance(model, str) and "+" in model and not os.path.isdir(model):
+            return f"model: {model!r:.80} asks mergekit for more than a path (a LoRA)"
     # dare_* are not mergekit's bits anyway, by their masks, and `linear` adds in the recipe's order there as well.
     if method in ("task_arithmetic", "ties") and len(summed_models(config)) > IN_ORDER:
         return f"models: more than {IN_ORDER} differences are summed in an order of mergekit's own"

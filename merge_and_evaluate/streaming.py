@@ -29,7 +29,7 @@ from merge_and_evaluate.card import write_card
 from merge_and_evaluate.merge_tensor import Found, TensorMerge, merge_tensor
 from merge_and_evaluate.parameters import layer_depths, parameters_of, written_dtype
 from merge_and_evaluate.recipe_paths import with_paths
-from merge_and_evaluate.recipes import Recipe
+from merge_and_evaluate.recipes import Recipe, draws
 from merge_and_evaluate.streamed_methods import OURS, model_path, summed_models
 
 # Elements. nm with an m of its own for each model is ranked in blocks of a common multiple of them, and a block is in
@@ -87,7 +87,8 @@ def plan_streamed(recipe: Recipe, checkpoints: tuple[Checkpoint, ...], save_path
     shards = plan_shards(written, settings.shard_bytes("stream"))
     # Resolved paths: the same merge under another spelling resumes the same job.
     paths = with_paths(recipe.config, lambda path: str(by_name[path].path) if path in by_name else path)
-    parameters = {"recipe": paths, "seed": settings.seed, "max_shard_size": settings.shard_bytes("stream")}
+    parameters = {"recipe": paths, "max_shard_size": settings.shard_bytes("stream")}
+    parameters |= {"seed": settings.seed} if draws(recipe) else {}
     parameters |= {"skip": settings.skip} if settings.skip else {}
     job = Job(
         title=f"merge {recipe.config['merge_method']}",

@@ -20,7 +20,7 @@ from common.pruners import kernels
 from common.pruners.kernels import program
 from common.shards import stream
 from merge_and_evaluate.choices import Choice
-from merge_and_evaluate.merging import MergeSettings, merge_identity
+from merge_and_evaluate.merging import MergeSettings, merge_identity, plan_merge
 from merge_and_evaluate.recipes import read_recipe, with_weights
 from merge_and_evaluate.streamed_methods import stream_reason
 
@@ -436,6 +436,9 @@ def test_a_seed_that_is_not_used_makes_no_other_merge(table, method, draws):
     read = read_recipe("r.yml")
     one, other = (merge_identity(read, {}, MergeSettings(seed=seed)) for seed in (0, 1))
     assert (one == other) == (not draws)
+    each = [MergeSettings(seed=seed) for seed in (0, 1)]
+    one, other = (plan_merge(read, "new", settings).streamed(settings).job.identity for settings in each)
+    assert (one == other) == (not draws), "a merge that was stopped resumes by any seed that it does not use"
 
 
 @pytest.mark.slow

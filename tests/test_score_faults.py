@@ -179,6 +179,14 @@ def test_samples_that_are_none_are_refused(here, samples):
         read_eval_recipe("eval.yml")
 
 
+def test_items_that_a_task_does_not_have_are_refused_before_the_merge(here):
+    """lm-eval would say so once the model is loaded."""
+    write_yaml(here / "eval.yml", {**EVAL, "samples": {"colours": [0, 6]}})
+    recipe = read_eval_recipe("eval.yml")
+    with pytest.raises(DataError, match="eval.yml: samples names item 6 of colours, which has 6; they count from 0"):
+        requests_to_make(recipe, load_tasks(recipe, find_tasks(recipe, recipe.tasks)))
+
+
 @pytest.mark.slow
 def test_a_row_of_named_items_says_so_in_tables(here, capsys):
     score("base")
