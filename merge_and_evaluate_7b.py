@@ -169,13 +169,12 @@ def merged_model(merge_plan: MergePlan, settings: MergeSettings, name: str, over
     """Merge, unless the output holds this merge from an earlier run."""
     digests = input_digests(merge_plan)
     identity = merge_identity(merge_plan.recipe, digests, settings)
-    say = print if group().is_main else lambda *_, **__: None  # under torchrun one process speaks
-    if overwrite or not already_merged(merge_plan.save_path, identity):
-        say(f"engine: {engine_line(merge_plan)}", flush=True)
-        if merge(merge_plan, digests, settings, overwrite):
-            print(f"wrote {merge_plan.save_path} ({merge_plan.nbytes / 1e9:.3f} GB)")
-    else:
-        say(f"{merge_plan.save_path} holds this merge already")
+    is_there = not overwrite and already_merged(merge_plan.save_path, identity)
+    if group().is_main:  # under torchrun one process speaks
+        how = f"engine: {engine_line(merge_plan)}"
+        print(f"{merge_plan.save_path} holds this merge already" if is_there else how, flush=True)
+    if not is_there and merge(merge_plan, digests, settings, overwrite):
+        print(f"wrote {merge_plan.save_path} ({merge_plan.nbytes / 1e9:.3f} GB)")
     return Model(str(merge_plan.save_path), name, identity, origin(merge_plan.recipe, digests, settings))
 
 

@@ -29,8 +29,8 @@ def _others(recipe: EvalRecipe, tasks: Tasks, names: list[str], chosen: set[str]
         elif not leaves <= chosen:
             if name not in OPENED_GROUPS and (index[name].cfg or {}).get("aggregate_metric_list"):
                 raise DataError(
-                    f"{recipe.path}: --choose_on takes a part of {name!r}, and the rest of it has no score; name what to "
-                    "report with --report_on"
+                    f"{recipe.path}: --choose_on takes a part of {name!r}, and the rest of it has no score; name what "
+                    "to report with --report_on"
                 )
             left += _others(recipe, tasks, children(index, name), chosen)
     return left

@@ -176,8 +176,8 @@ def _race_and_search_flags(add: Callable) -> None:
         metavar="POINTS",
         help="with --weights, --weight_grid or several recipes: all on the same random items, in growing batches; one "
         "drops out once it cannot be better than the leader by more than POINTS (default: 0.5; of --choose_by gold: "
-        "hundredths of a nat). A batch is a share of the requests; a generated answer, as gsm8k's, counts as one, though "
-        "it takes longer than a choice. --seed draws the items",
+        "hundredths of a nat). A batch is a share of the requests; a generated answer, as gsm8k's, counts as one, "
+        "though it takes longer than a choice. --seed draws the items",
     )
     add(
         "--search",

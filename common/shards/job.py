@@ -217,7 +217,7 @@ def _claim(job: Job, overwrite: bool) -> list[int]:
             for output in published:
                 holds.append(publish.claim(output, job.identity, overwrite))
                 waiting = [*waiting, output]
-            publish.forget(published)
+            publish.forget(published)  # else the next start, if this one is stopped, would count them as published
             whole = publish.whole_shards(waiting, job.outputs)
         check_disk({o.final: sum(s.nbytes for i, s in enumerate(o.shards) if i not in whole) for o in waiting})
     except DataError:
