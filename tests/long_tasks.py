@@ -12,7 +12,7 @@ import json
 import math
 
 import numpy as np
-from recipes_and_models import merge_and_score
+from recipes_and_models import merge_and_score, write_yaml
 
 from merge_and_evaluate import racing, scoring
 
@@ -44,6 +44,11 @@ def change_task(here, name: str, **settings) -> None:
     """Settings of a task's file, replaced."""
     path = here / "tasks" / f"{name}.yaml"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def group_of(here, name: str, tasks: list, **settings) -> None:
+    """A group of these tasks (names, or groups and tasks written in place), in the folder of tasks."""
+    write_yaml(here / "tasks" / f"{name}.yaml", {"group": name, "task": tasks, **settings})
 
 
 def without_models(monkeypatch) -> list[tuple[str, str, int]]:
